@@ -1,0 +1,66 @@
+# One folder is one target: kvant_library(NAME <folder> ...) makes the library kvant::<folder> and, in
+# development builds, the test program kvant_<folder>_tests from the *_test.cc beside the sources.
+include_guard()
+
+add_library(kvant_options INTERFACE)
+target_compile_features(kvant_options INTERFACE cxx_std_20)
+# Codecs are bit-exact by definition (codecs.md): one fp32 operation is one rounding, everywhere.
+target_compile_options(kvant_options INTERFACE -ffp-contract=off)
+if(KVANT_DEV)
+  target_compile_options(kvant_options INTERFACE -Wall -Wextra -Wshadow -Wconversion -Wno-sign-conversion
+                         -Wnon-virtual-dtor -Werror)
+endif()
+if(KVANT_SANITIZE)
+  target_compile_options(kvant_options INTERFACE -fsanitize=${KVANT_SANITIZE} -fno-omit-frame-pointer
+                         -fno-sanitize-recover=all)
+  target_link_options(kvant_options INTERFACE -fsanitize=${KVANT_SANITIZE})
+endif()
+find_package(Threads REQUIRED)
+target_link_libraries(kvant_options INTERFACE Threads::Threads)
+
+set(KVANT_FLAGS_avx2 -mavx2 -mfma -mf16c -mbmi2)
+set(KVANT_FLAGS_avx512 -mavx2 -mfma -mf16c -mbmi2 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi
+    -mavx512vnni -mavx512bf16 -mprefer-vector-width=512)
+
+function(kvant_library)
+  cmake_parse_arguments(ARG "" "NAME" "HEADERS;SOURCES;AVX2;AVX512;DEPS;LINK;TESTS;TEST_DEPS" ${ARGN})
+  set(target kvant_${ARG_NAME})
+  add_library(${target} STATIC ${ARG_SOURCES} ${ARG_AVX2} ${ARG_AVX512})
+  add_library(kvant::${ARG_NAME} ALIAS ${target})
+  set_target_properties(${target} PROPERTIES EXPORT_NAME ${ARG_NAME})
+  if(ARG_HEADERS)
+    target_sources(${target} PUBLIC FILE_SET HEADERS BASE_DIRS ${PROJECT_SOURCE_DIR}
+                   FILES ${ARG_HEADERS})
+  endif()
+  target_include_directories(${target} PUBLIC $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}>)
+  target_compile_features(${target} PUBLIC cxx_std_20)
+  target_link_libraries(${target} PRIVATE $<BUILD_INTERFACE:kvant_options>)
+  foreach(dep IN LISTS ARG_DEPS)
+    target_link_libraries(${target} PUBLIC kvant::${dep})
+  endforeach()
+  if(ARG_LINK)
+    target_link_libraries(${target} PRIVATE ${ARG_LINK})
+  endif()
+  if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+    set_source_files_properties(${ARG_AVX2} PROPERTIES COMPILE_OPTIONS "${KVANT_FLAGS_avx2}")
+    set_source_files_properties(${ARG_AVX512} PROPERTIES COMPILE_OPTIONS "${KVANT_FLAGS_avx512}")
+  endif()
+  if(KVANT_DEV AND ARG_TESTS)
+    kvant_test(NAME ${ARG_NAME} SOURCES ${ARG_TESTS} DEPS ${ARG_NAME} ${ARG_TEST_DEPS})
+  endif()
+  set_property(GLOBAL APPEND PROPERTY KVANT_LIBRARIES ${target})
+endfunction()
+
+# kvant_test(NAME n SOURCES ... DEPS folder... LINK lib...) makes the program kvant_<n>_tests.
+function(kvant_test)
+  cmake_parse_arguments(ARG "" "NAME" "SOURCES;DEPS;LINK" ${ARGN})
+  set(target kvant_${ARG_NAME}_tests)
+  add_executable(${target} ${ARG_SOURCES})
+  target_link_libraries(${target} PRIVATE kvant_options GTest::gtest GTest::gtest_main ${ARG_LINK})
+  foreach(dep IN LISTS ARG_DEPS)
+    target_link_libraries(${target} PRIVATE kvant::${dep})
+  endforeach()
+  set_target_properties(${target} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/tests)
+  # Whole programs, not single cases: start-up dominates thousands of small cases.
+  add_test(NAME ${ARG_NAME} COMMAND ${target} --gtest_brief=1)
+endfunction()

@@ -1,0 +1,11 @@
+#include "kvant/base/check.h"
+
+namespace kvant::internal {
+
+void check_failed(const char* condition, const char* message, std::source_location where) {
+  throw InternalError(std::string("internal error at ") + where.file_name() + ":" +
+                      std::to_string(where.line()) + ": " + message + " (" + condition +
+                      " does not hold)");
+}
+
+}  // namespace kvant::internal

@@ -1,0 +1,50 @@
+#include "kvant/base/cpu_level.h"
+
+#include <cstdlib>
+#include <string>
+
+namespace kvant {
+
+std::string_view cpu_level_name(CpuLevel level) {
+  switch (level) {
+    case CpuLevel::kScalar: return "scalar";
+    case CpuLevel::kAvx2: return "avx2";
+    case CpuLevel::kAvx512: return "avx512";
+  }
+  return "scalar";
+}
+
+CpuLevel detect_cpu_level() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 =
+      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
+      __builtin_cpu_supports("avx512bf16");
+  if (avx2 && avx512) return CpuLevel::kAvx512;
+  if (avx2) return CpuLevel::kAvx2;
+#endif
+  return CpuLevel::kScalar;
+}
+
+Result<CpuLevel> choose_cpu_level() {
+  const CpuLevel best = detect_cpu_level();
+  const char* wanted = std::getenv("KVANT_CPU_LEVEL");
+  if (wanted == nullptr || *wanted == '\0') return best;
+  for (CpuLevel level : {CpuLevel::kScalar, CpuLevel::kAvx2, CpuLevel::kAvx512}) {
+    if (cpu_level_name(level) != wanted) continue;
+    if (level > best) {
+      return Error(ErrorCode::kUnsupported, std::string("KVANT_CPU_LEVEL=") + wanted +
+                                                ": this processor supports at most " +
+                                                std::string(cpu_level_name(best)));
+    }
+    return level;
+  }
+  return Error(ErrorCode::kInvalidArgument, std::string("KVANT_CPU_LEVEL=") + wanted +
+                                                ": expected scalar, avx2 or avx512");
+}
+
+}  // namespace kvant

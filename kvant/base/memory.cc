@@ -1,0 +1,72 @@
+#include "kvant/base/memory.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <string>
+
+#include "kvant/base/check.h"
+
+namespace kvant {
+
+std::string_view memory_use_name(MemoryUse use) {
+  switch (use) {
+    case MemoryUse::kWeights: return "weights";
+    case MemoryUse::kPages: return "pages";
+    case MemoryUse::kTables: return "tables";
+    case MemoryUse::kWorkspace: return "workspace";
+    case MemoryUse::kOther: return "other";
+  }
+  return "other";
+}
+
+Result<void*> HostMemory::allocate(int64_t bytes, MemoryUse use) {
+  KVANT_CHECK(bytes > 0, "allocations have a positive size");
+  const std::lock_guard lock(mutex_);
+  if (limit_bytes_ > 0 && bytes > limit_bytes_ - stats_.total_now) {
+    return Error(ErrorCode::kResourceExhausted,
+                 "out of memory: " + std::to_string(bytes) + " bytes asked for " +
+                     std::string(memory_use_name(use)) + ", " + std::to_string(stats_.total_now) +
+                     " in use, limit " + std::to_string(limit_bytes_) +
+                     "; lower the context or raise the limit");
+  }
+  // Anonymous mappings are zero-filled, page-aligned and given back to the system when freed.
+  void* pointer = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (pointer == MAP_FAILED) {
+    return Error(ErrorCode::kResourceExhausted,
+                 "the system refused " + std::to_string(bytes) + " bytes for " +
+                     std::string(memory_use_name(use)) + "; lower the context or free memory");
+  }
+  const size_t index = static_cast<size_t>(use);
+  stats_.bytes_now[index] += bytes;
+  stats_.bytes_peak[index] = std::max(stats_.bytes_peak[index], stats_.bytes_now[index]);
+  stats_.total_now += bytes;
+  stats_.total_peak = std::max(stats_.total_peak, stats_.total_now);
+  return pointer;
+}
+
+void HostMemory::deallocate(void* pointer, int64_t bytes, MemoryUse use) {
+  if (pointer == nullptr) return;
+  munmap(pointer, static_cast<size_t>(bytes));
+  const std::lock_guard lock(mutex_);
+  stats_.bytes_now[static_cast<size_t>(use)] -= bytes;
+  stats_.total_now -= bytes;
+}
+
+MemoryStats HostMemory::stats() const {
+  const std::lock_guard lock(mutex_);
+  return stats_;
+}
+
+Result<Buffer> Buffer::create(MemoryResource& memory, int64_t bytes, MemoryUse use) {
+  KVANT_ASSIGN(void* data, memory.allocate(bytes, use));
+  Buffer buffer;
+  buffer.memory_ = &memory;
+  buffer.data_ = data;
+  buffer.bytes_ = bytes;
+  buffer.use_ = use;
+  return buffer;
+}
+
+}  // namespace kvant
