@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstring>
 #include <string>
 
 #include "kvant/base/check.h"
@@ -57,6 +58,10 @@ void HostMemory::deallocate(void* pointer, int64_t bytes, MemoryUse use) {
 MemoryStats HostMemory::stats() const {
   const std::lock_guard lock(mutex_);
   return stats_;
+}
+
+void HostMemory::copy(void* target, const void* source, int64_t bytes) {
+  std::memcpy(target, source, static_cast<size_t>(bytes));
 }
 
 Result<Buffer> Buffer::create(MemoryResource& memory, int64_t bytes, MemoryUse use) {

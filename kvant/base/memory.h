@@ -37,6 +37,8 @@ class MemoryResource {
   virtual Result<void*> allocate(int64_t bytes, MemoryUse use) = 0;
   virtual void deallocate(void* pointer, int64_t bytes, MemoryUse use) = 0;
   virtual MemoryStats stats() const = 0;
+  // Copies within this memory, in order with the backend's other work.
+  virtual void copy(void* target, const void* source, int64_t bytes) = 0;
 };
 
 // Host memory with an optional limit in bytes (0: none). Pages are touched only when written, so a
@@ -48,6 +50,7 @@ class HostMemory final : public MemoryResource {
   Result<void*> allocate(int64_t bytes, MemoryUse use) override;
   void deallocate(void* pointer, int64_t bytes, MemoryUse use) override;
   MemoryStats stats() const override;
+  void copy(void* target, const void* source, int64_t bytes) override;
 
  private:
   const int64_t limit_bytes_;

@@ -1,0 +1,189 @@
+// What a model needs from the machine it runs on: memory, weights, dense operators, cache operators.
+//
+// model/ sees only this header; backend/{reference,cpu,cuda} implement it. Operators are enqueued in
+// order on the backend's one stream and are complete after synchronize(); on CPUs they are complete on
+// return. Pointers in argument structs are memory of memory() unless said otherwise. One thread at a
+// time (thread-compatible). Activations are rows of activation_type() values, row-major.
+//
+// Promise of every operator (ADR 0003): the bits of a row do not depend on which other rows are in the
+// call, on their number, or on the number of threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+
+#include "kvant/attention/problem.h"
+#include "kvant/base/memory.h"
+#include "kvant/base/result.h"
+#include "kvant/cache/view.h"
+#include "kvant/formats/weight_types.h"
+
+namespace kvant::backend {
+
+enum class ActivationType { kF32, kBf16 };
+
+struct BackendInfo {
+  std::string name;         // "cpu", "reference", "cuda"
+  std::string description;  // e.g. "AVX-512, 2 threads"
+  ActivationType activation_type = ActivationType::kF32;
+  cache::Layout page_layout = cache::Layout::kCpu;
+  int64_t memory_total = 0;  // bytes of the machine or device; 0 unknown
+  int64_t memory_free = 0;
+};
+
+// A matrix of a model file: `rows` outputs x `cols` inputs, row-major blocks of `type`. The bytes stay
+// valid while the model is loaded (a mapped file).
+struct MatrixSource {
+  std::string_view name;
+  formats::WeightType type = formats::WeightType::kF32;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  std::span<const std::byte> bytes;
+};
+
+// A loaded matrix in the backend's own layout.
+class Matrix {
+ public:
+  virtual ~Matrix() = default;
+  virtual int64_t rows() const = 0;
+  virtual int64_t cols() const = 0;
+  virtual int64_t memory_bytes() const = 0;  // of MemoryUse::kWeights; 0 if it reads the file in place
+};
+
+// y = x W^T (+ bias); several of them may share x, so that x is prepared once.
+struct LinearTarget {
+  const Matrix* matrix = nullptr;
+  const float* bias = nullptr;  // [rows of the matrix] or null
+  void* out = nullptr;          // [num_rows][rows of the matrix]
+  bool accumulate = false;      // out += instead of out =
+};
+
+struct RmsNormArgs {
+  const void* x = nullptr;        // [num_rows][dim]
+  const float* weight = nullptr;  // [dim]
+  void* out = nullptr;            // may be x
+  int64_t num_rows = 0;
+  int dim = 0;
+  float epsilon = 1e-6f;
+};
+
+// In place on q [num_rows][num_query_heads][head_dim] and k [num_rows][num_kv_heads][head_dim].
+struct RopeArgs {
+  void* q = nullptr;
+  void* k = nullptr;
+  const int64_t* positions = nullptr;  // host memory, [num_rows]
+  int64_t num_rows = 0;
+  int num_query_heads = 0;
+  int num_kv_heads = 0;
+  int head_dim = 0;
+  attention::RopeParams rope;
+};
+
+enum class GateKind { kSilu, kGeluTanh };
+
+// Mixture of experts: out = sum over the chosen experts of weight_e * down_e(act(gate_e x) * up_e x).
+struct MoeArgs {
+  const void* x = nullptr;       // [num_rows][dim]
+  void* out = nullptr;           // [num_rows][dim]
+  int64_t num_rows = 0;
+  int num_experts = 0;
+  int num_experts_used = 0;
+  bool normalize_weights = true;  // chosen weights are scaled to sum to 1
+  GateKind gate = GateKind::kSilu;
+  const Matrix* router = nullptr;             // [num_experts][dim]
+  std::span<const Matrix* const> gate_proj;   // [num_experts]
+  std::span<const Matrix* const> up_proj;
+  std::span<const Matrix* const> down_proj;
+};
+
+// Appends K and V of all new tokens of a group's sequences in one layer, then encodes the pages that
+// fill (view.closes). q, k and v have the activations' row order; k is after RoPE (before it with
+// +prerope). Counts what could not be encoded; the caller fails the step if non_finite > 0.
+struct AppendArgs {
+  const cache::GroupView* view = nullptr;
+  int group_layer = 0;      // index of the layer in its group
+  const void* k = nullptr;  // [num_rows][num_kv_heads][head_dim]
+  const void* v = nullptr;
+};
+
+struct AttentionArgs {
+  const cache::GroupView* view = nullptr;
+  int group_layer = 0;
+  attention::AttentionParams params;
+  const void* q = nullptr;  // [num_rows][num_query_heads][head_dim]
+  void* out = nullptr;      // like q
+};
+
+struct WorkspaceNeeds {
+  int64_t max_rows = 0;         // rows of one step
+  int64_t max_context = 0;      // longest sequence in tokens
+  int max_cols = 0;             // widest input of a linear operator
+  int num_query_heads = 0;
+  int num_kv_heads = 0;
+  int head_dim = 0;
+  int page_tokens = 0;
+  int max_sequences = 1;
+  int num_experts = 0;
+  int num_experts_used = 0;
+  int expert_dim = 0;
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+  virtual const BackendInfo& info() const = 0;
+  virtual MemoryResource& memory() = 0;
+
+  // kUnsupported names the first format, option or geometry that this backend cannot serve.
+  virtual Status supports(const formats::CacheFormat& format, int head_dim,
+                          int query_heads_per_kv_head) const = 0;
+
+  // Scratch memory for everything below, allocated once; the planner calls workspace_bytes.
+  virtual int64_t workspace_bytes(const WorkspaceNeeds& needs) const = 0;
+  virtual Status reserve_workspace(const WorkspaceNeeds& needs) = 0;
+
+  // Bytes of MemoryUse::kWeights that load_matrix would take.
+  virtual int64_t matrix_bytes(const MatrixSource& source) const = 0;
+  virtual Result<std::unique_ptr<Matrix>> load_matrix(const MatrixSource& source) = 0;
+
+  // ---- dense operators ----
+  // out[row] = scale * dequantised row ids[row] of the table, [num_rows][cols]. `ids` in host memory.
+  virtual Status embed(const MatrixSource& table, std::span<const int32_t> ids, float scale,
+                       void* out) = 0;
+  virtual Status rms_norm(const RmsNormArgs& args) = 0;
+  virtual Status linear(const void* x, int64_t num_rows, std::span<const LinearTarget> targets) = 0;
+  virtual Status rope(const RopeArgs& args) = 0;
+  virtual Status gate(GateKind kind, const void* gate, const void* up, void* out,
+                      int64_t num_values) = 0;  // out = act(gate) * up
+  virtual Status add(const void* x, void* y, int64_t num_values) = 0;  // y += x
+  virtual Status moe(const MoeArgs& args) = 0;
+  // out[i] = x[rows[i]], `dim` values each; `rows` in host memory.
+  virtual Status gather_rows(const void* x, std::span<const int64_t> rows, int dim, void* out) = 0;
+
+  // ---- cache operators ----
+  virtual Result<formats::EncodeStats> append(const AppendArgs& args) = 0;
+  virtual Status attention(const AttentionArgs& args) = 0;
+
+  // ---- host exchange ----
+  virtual Status download_f32(const void* activations, int64_t num_values, float* host) = 0;
+  virtual Status upload_f32(const float* host, int64_t num_values, void* activations) = 0;
+  virtual Status synchronize() = 0;
+};
+
+int64_t activation_bytes(ActivationType type, int64_t num_values);
+
+struct BackendOptions {
+  std::string name = "cpu";
+  int num_threads = 0;       // CPU: 0 = one per processor
+  int64_t memory_limit = 0;  // bytes; 0: none
+  bool deterministic = false;
+};
+
+// Explicit table of backends (registry.cc); kUnsupported names those that exist in this build.
+Result<std::unique_ptr<Backend>> create_backend(const BackendOptions& options);
+
+}  // namespace kvant::backend
