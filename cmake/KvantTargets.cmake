@@ -63,4 +63,7 @@ function(kvant_test)
   set_target_properties(${target} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/tests)
   # Whole programs, not single cases: start-up dominates thousands of small cases.
   add_test(NAME ${ARG_NAME} COMMAND ${target} --gtest_brief=1)
+  # scripts/count_tests.py sums the cases of these reports.
+  set_tests_properties(${ARG_NAME} PROPERTIES ENVIRONMENT
+                       GTEST_OUTPUT=xml:${CMAKE_BINARY_DIR}/test-results/${ARG_NAME}.xml)
 endfunction()

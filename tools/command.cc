@@ -10,7 +10,10 @@ namespace kvant::tools {
 // One declaration per command, in the order of the table.
 
 std::span<const Command* const> commands() {
-  static const std::vector<const Command*> table = {};
+  // clang-format off
+  static const std::vector<const Command*> table = {
+  };
+  // clang-format on
   return table;
 }
 
