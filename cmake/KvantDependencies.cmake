@@ -1,0 +1,15 @@
+# Every package that kvant uses, found once for all folders. docs/dependencies.md says what each is for;
+# cmake/kvantConfig.cmake.in repeats those that the installed libraries need at link time.
+include_guard()
+find_package(Threads REQUIRED)
+find_package(PkgConfig REQUIRED)
+find_package(fmt REQUIRED)
+find_package(nlohmann_json REQUIRED)
+find_package(CLI11 REQUIRED)
+find_package(OpenSSL REQUIRED COMPONENTS Crypto)
+pkg_check_modules(pcre2 REQUIRED IMPORTED_TARGET GLOBAL libpcre2-8)
+pkg_check_modules(utf8proc REQUIRED IMPORTED_TARGET GLOBAL libutf8proc)
+pkg_check_modules(xxhash REQUIRED IMPORTED_TARGET GLOBAL libxxhash)
+if(KVANT_DEV)
+  find_package(GTest REQUIRED)
+endif()
