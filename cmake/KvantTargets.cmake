@@ -15,7 +15,9 @@ if(KVANT_SANITIZE)
                          -fno-sanitize-recover=all)
   target_link_options(kvant_options INTERFACE -fsanitize=${KVANT_SANITIZE})
 endif()
-find_package(Threads REQUIRED)
+if(KVANT_FUZZ)
+  target_compile_options(kvant_options INTERFACE -fsanitize=fuzzer-no-link)  # coverage for libFuzzer
+endif()
 target_link_libraries(kvant_options INTERFACE Threads::Threads)
 
 set(KVANT_FLAGS_avx2 -mavx2 -mfma -mf16c -mbmi2)

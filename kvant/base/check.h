@@ -4,9 +4,10 @@
 // Never use a check for something a caller, a file or a request can get wrong: return an Error.
 #pragma once
 
-#include <source_location>
 #include <stdexcept>
 #include <string>
+
+#include "kvant/base/source_location.h"
 
 namespace kvant {
 
@@ -17,15 +18,15 @@ class InternalError : public std::logic_error {
 
 namespace internal {
 [[noreturn]] void check_failed(const char* condition, const char* message,
-                               std::source_location where = std::source_location::current());
+                               SourceLocation where = SourceLocation::current());
 }  // namespace internal
 }  // namespace kvant
 
 // Always on; keep it cheap. The message says which promise of the code does not hold.
-#define KVANT_CHECK(condition, message)                                              \
-  do {                                                                               \
-    if (!(condition)) [[unlikely]]                                                   \
-      ::kvant::internal::check_failed(#condition, message);                          \
+#define KVANT_CHECK(condition, message)                     \
+  do {                                                      \
+    if (!(condition)) [[unlikely]]                          \
+      ::kvant::internal::check_failed(#condition, message); \
   } while (false)
 
 // Only in debug builds: for inner loops.

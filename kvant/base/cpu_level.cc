@@ -3,6 +3,10 @@
 #include <cstdlib>
 #include <string>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace kvant {
 
 std::string_view cpu_level_name(CpuLevel level) {
@@ -14,16 +18,24 @@ std::string_view cpu_level_name(CpuLevel level) {
   return "scalar";
 }
 
+#if defined(__x86_64__)
+namespace {
+// clang 14 does not know "f16c" as a name for __builtin_cpu_supports.
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+}  // namespace
+#endif
+
 CpuLevel detect_cpu_level() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
-  const bool avx512 =
-      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
-      __builtin_cpu_supports("avx512bf16");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512vbmi") &&
+                      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
   if (avx2 && avx512) return CpuLevel::kAvx512;
   if (avx2) return CpuLevel::kAvx2;
 #endif
@@ -43,8 +55,8 @@ Result<CpuLevel> choose_cpu_level() {
     }
     return level;
   }
-  return Error(ErrorCode::kInvalidArgument, std::string("KVANT_CPU_LEVEL=") + wanted +
-                                                ": expected scalar, avx2 or avx512");
+  return Error(ErrorCode::kInvalidArgument,
+               std::string("KVANT_CPU_LEVEL=") + wanted + ": expected scalar, avx2 or avx512");
 }
 
 }  // namespace kvant

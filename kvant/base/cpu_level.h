@@ -1,5 +1,5 @@
-// Which SIMD level to use. Each level has its own translation units, compiled with the level's flags
-// and kept in a namespace of its own (codebases.md section 9, "SIMD").
+// Which SIMD level to use. Each level has its own translation units, compiled with the level's
+// flags and kept in a namespace of its own (codebases.md section 9, "SIMD").
 #pragma once
 
 #include <string_view>
@@ -11,7 +11,8 @@ namespace kvant {
 enum class CpuLevel {
   kScalar = 0,  // baseline x86-64 or any other processor
   kAvx2 = 1,    // AVX2, FMA, F16C
-  kAvx512 = 2,  // AVX-512 F, BW, DQ, VL, VBMI, VNNI, BF16 (Zen 4 and later, Sapphire Rapids and later)
+  kAvx512 =
+      2,  // AVX-512 F, BW, DQ, VL, VBMI, VNNI, BF16 (Zen 4 and later, Sapphire Rapids and later)
 };
 
 std::string_view cpu_level_name(CpuLevel level);  // "scalar", "avx2", "avx512"
@@ -20,8 +21,8 @@ std::string_view cpu_level_name(CpuLevel level);  // "scalar", "avx2", "avx512"
 CpuLevel detect_cpu_level();
 
 // detect_cpu_level(), or the level named by the environment variable KVANT_CPU_LEVEL (a diagnostic:
-// `scalar`, `avx2`, `avx512`). kInvalidArgument for an unknown name, kUnsupported for a level that the
-// processor lacks.
+// `scalar`, `avx2`, `avx512`). kInvalidArgument for an unknown name, kUnsupported for a level that
+// the processor lacks.
 Result<CpuLevel> choose_cpu_level();
 
 }  // namespace kvant

@@ -1,7 +1,8 @@
 // A file mapped read-only into memory. Used for weights, plans and page files.
 //
-// The mapping stays valid until the object is destroyed. Reading past the end of a file that someone
-// truncates meanwhile raises SIGBUS, as for every mapping: models must not be edited while in use.
+// The mapping stays valid until the object is destroyed. Reading past the end of a file that
+// someone truncates meanwhile raises SIGBUS, as for every mapping: models must not be edited while
+// in use.
 #pragma once
 
 #include <cstddef>

@@ -1,8 +1,8 @@
 // Where large buffers come from, and how many bytes each purpose holds now and held at most.
 //
 // Everything that scales with model, context or batch (weights that are repacked, pages, workspace)
-// is allocated through a MemoryResource, so that the memory plan can be compared with what happened.
-// A device backend implements the same interface for its own memory. Thread-safe.
+// is allocated through a MemoryResource, so that the memory plan can be compared with what
+// happened. A device backend implements the same interface for its own memory. Thread-safe.
 #pragma once
 
 #include <array>

@@ -7,11 +7,12 @@
 #pragma once
 
 #include <optional>
-#include <source_location>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <variant>
+
+#include "kvant/base/source_location.h"
 
 namespace kvant {
 
@@ -35,13 +36,12 @@ std::string_view error_code_name(ErrorCode code);
 // What went wrong, in words for people: what was expected, what was found, what to do.
 class Error {
  public:
-  Error(ErrorCode code, std::string message,
-        std::source_location where = std::source_location::current())
+  Error(ErrorCode code, std::string message, SourceLocation where = SourceLocation::current())
       : code_(code), message_(std::move(message)), where_(where) {}
 
   ErrorCode code() const { return code_; }
   const std::string& message() const { return message_; }
-  const std::source_location& where() const { return where_; }
+  const SourceLocation& where() const { return where_; }
 
   // The same error with "context: " in front, for adding a file or tensor name on the way up.
   Error with_context(std::string_view context) const {
@@ -51,7 +51,7 @@ class Error {
  private:
   ErrorCode code_;
   std::string message_;
-  std::source_location where_;
+  SourceLocation where_;
 };
 
 namespace internal {
@@ -66,7 +66,7 @@ class [[nodiscard]] Result {
   using value_type = T;
   using error_type = Error;
 
-  Result(T value) : state_(std::in_place_index<0>, std::move(value)) {}   // NOLINT: implicit
+  Result(T value) : state_(std::in_place_index<0>, std::move(value)) {}      // NOLINT: implicit
   Result(Error error) : state_(std::in_place_index<1>, std::move(error)) {}  // NOLINT: implicit
 
   bool has_value() const { return state_.index() == 0; }
@@ -135,15 +135,15 @@ using Status = Result<void>;
 #define KVANT_CONCAT(a, b) KVANT_CONCAT_INNER(a, b)
 
 // Returns the error of `expr` (a Status or Result) from the enclosing function, if it has one.
-#define KVANT_TRY(expr)                                                      \
-  do {                                                                       \
-    auto kvant_try_result = (expr);                                          \
-    if (!kvant_try_result) return std::move(kvant_try_result).error();       \
+#define KVANT_TRY(expr)                                                \
+  do {                                                                 \
+    auto kvant_try_result = (expr);                                    \
+    if (!kvant_try_result) return std::move(kvant_try_result).error(); \
   } while (false)
 
 // `KVANT_ASSIGN(auto x, make_x());` binds the value or returns the error.
 #define KVANT_ASSIGN(lhs, expr) KVANT_ASSIGN_INNER(KVANT_CONCAT(kvant_result_, __LINE__), lhs, expr)
-#define KVANT_ASSIGN_INNER(tmp, lhs, expr)      \
-  auto tmp = (expr);                            \
-  if (!tmp) return std::move(tmp).error();      \
+#define KVANT_ASSIGN_INNER(tmp, lhs, expr) \
+  auto tmp = (expr);                       \
+  if (!tmp) return std::move(tmp).error(); \
   lhs = std::move(tmp).value()

@@ -1,10 +1,10 @@
 // Storage types of 16, 8 and 4 bits and their exact conversions from and to fp32.
 //
 // Every conversion to a smaller type rounds to nearest, ties to even, keeps subnormals and the sign
-// of zero. `to_bf16` and `to_f16` follow IEEE (overflow gives Inf, NaN stays a quiet NaN); the others
-// saturate at the largest finite value, as codecs.md section 2 asks, and must not be given NaN.
-// Sources: IEEE 754-2019; OCP 8-bit Floating Point v1.0; OCP Microscaling Formats v1.0.
-// These scalar functions are the oracle for every SIMD and device version. Thread-safe (pure).
+// of zero. `to_bf16` and `to_f16` follow IEEE (overflow gives Inf, NaN stays a quiet NaN); the
+// others saturate at the largest finite value, as codecs.md section 2 asks, and must not be given
+// NaN. Sources: IEEE 754-2019; OCP 8-bit Floating Point v1.0; OCP Microscaling Formats v1.0. These
+// scalar functions are the oracle for every SIMD and device version. Thread-safe (pure).
 #pragma once
 
 #include <bit>
@@ -32,7 +32,8 @@ constexpr float from_f16(uint16_t bits) {
   const uint32_t exponent = (bits >> 10) & 0x1fu;
   const uint32_t mantissa = bits & 0x3ffu;
   if (exponent == 0x1fu) return std::bit_cast<float>(sign | 0x7f800000u | (mantissa << 13));
-  if (exponent != 0) return std::bit_cast<float>(sign | ((exponent + 112u) << 23) | (mantissa << 13));
+  if (exponent != 0)
+    return std::bit_cast<float>(sign | ((exponent + 112u) << 23) | (mantissa << 13));
   // Subnormal: mantissa * 2^-24, exact in fp32.
   const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
   return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(magnitude));
@@ -72,8 +73,8 @@ constexpr uint32_t encode_magnitude(float x, int mantissa_bits, int min_exponent
   const uint32_t min_normal = static_cast<uint32_t>(min_exponent + 127) << 23;
   uint32_t code = 0;
   if (u < min_normal) {
-    // Adding 1.5 * 2^(23 + log2 ulp) would do; an added power of two of which one fp32 ulp equals the
-    // target's subnormal ulp rounds the same way and leaves the code in the low mantissa bits.
+    // Adding 1.5 * 2^(23 + log2 ulp) would do; an added power of two of which one fp32 ulp equals
+    // the target's subnormal ulp rounds the same way and leaves the code in the low mantissa bits.
     const uint32_t magic = static_cast<uint32_t>(min_exponent - mantissa_bits + 23 + 127) << 23;
     code = std::bit_cast<uint32_t>(std::bit_cast<float>(u) + std::bit_cast<float>(magic)) - magic;
   } else {
@@ -97,7 +98,9 @@ constexpr float decode_magnitude(uint32_t code, int mantissa_bits, int min_expon
                               mantissa << (23 - mantissa_bits));
 }
 
-constexpr uint32_t sign_bit(float x) { return std::bit_cast<uint32_t>(x) >> 31; }
+constexpr uint32_t sign_bit(float x) {
+  return std::bit_cast<uint32_t>(x) >> 31;
+}
 
 }  // namespace internal
 

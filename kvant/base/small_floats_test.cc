@@ -35,10 +35,14 @@ TEST(SmallFloats, F16MatchesTheHardwareTypeOnAWalkOverFp32) {
 }
 
 TEST(SmallFloats, E2m1DecisionPoints) {
-  const struct { float x; uint8_t code; } cases[] = {
-      {0.25f, 0}, {0.2500001f, 1}, {0.75f, 2}, {1.25f, 2}, {1.2500001f, 3}, {1.75f, 4}, {2.5f, 4},
-      {2.5000002f, 5}, {3.5f, 6}, {5.0f, 6}, {5.0000005f, 7}, {1e30f, 7}, {-0.0f, 8}, {-3.0f, 13},
-      {std::numeric_limits<float>::infinity(), 7}};
+  const struct {
+    float x;
+    uint8_t code;
+  } cases[] = {{0.25f, 0}, {0.2500001f, 1}, {0.75f, 2},
+               {1.25f, 2}, {1.2500001f, 3}, {1.75f, 4},
+               {2.5f, 4},  {2.5000002f, 5}, {3.5f, 6},
+               {5.0f, 6},  {5.0000005f, 7}, {1e30f, 7},
+               {-0.0f, 8}, {-3.0f, 13},     {std::numeric_limits<float>::infinity(), 7}};
   for (const auto& c : cases) EXPECT_EQ(to_e2m1(c.x), c.code) << c.x;
 }
 
@@ -47,7 +51,7 @@ TEST(SmallFloats, E4m3SaturatesAndKeepsSubnormals) {
   EXPECT_EQ(to_e4m3(1e9f), 0x7e);
   EXPECT_EQ(to_e4m3(-1e9f), 0xfe);
   EXPECT_EQ(to_e4m3(0x1p-9f), 1);
-  EXPECT_EQ(to_e4m3(0x1p-10f), 0);          // half the smallest: ties to even
+  EXPECT_EQ(to_e4m3(0x1p-10f), 0);  // half the smallest: ties to even
   EXPECT_EQ(to_e4m3(0x1.000002p-10f), 1);
   for (int code = 0; code < 256; ++code) {
     if ((code & 0x7f) == 0x7f) continue;

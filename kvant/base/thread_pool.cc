@@ -12,7 +12,8 @@
 namespace kvant {
 namespace {
 
-// About 20 us: longer than the gaps between the operators of one token, short enough to cost nothing.
+// About 20 us: longer than the gaps between the operators of one token, short enough to cost
+// nothing.
 constexpr int kSpinRounds = 4000;
 
 void relax() {

@@ -1,8 +1,8 @@
 // A fixed set of threads that run the same loop together. The only threads of a kvant engine.
 //
-// One thread calls parallel_for at a time (thread-compatible); the caller works too. Waiting threads
-// spin briefly and then sleep; they never spin when the pool has more threads than the machine has
-// processors available to it.
+// One thread calls parallel_for at a time (thread-compatible); the caller works too. Waiting
+// threads spin briefly and then sleep; they never spin when the pool has more threads than the
+// machine has processors available to it.
 #pragma once
 
 #include <cstdint>
@@ -22,15 +22,18 @@ class ThreadPool {
   int num_threads() const { return num_threads_; }
   static int available_processors();
 
-  // Calls f(task, worker) once for each task in [0, num_tasks), worker in [0, num_threads). Tasks are
-  // handed out in order, one at a time; which worker gets which task varies, so results must not
-  // depend on it. The first exception is rethrown here after all workers have stopped.
+  // Calls f(task, worker) once for each task in [0, num_tasks), worker in [0, num_threads). Tasks
+  // are handed out in order, one at a time; which worker gets which task varies, so results must
+  // not depend on it. The first exception is rethrown here after all workers have stopped.
   template <typename F>
   void parallel_for(int64_t num_tasks, F&& f) {
     using Function = std::remove_reference_t<F>;
-    run(num_tasks, [](void* context, int64_t task, int worker) {
-      (*static_cast<Function*>(context))(task, worker);
-    }, const_cast<void*>(static_cast<const void*>(&f)));
+    run(
+        num_tasks,
+        [](void* context, int64_t task, int worker) {
+          (*static_cast<Function*>(context))(task, worker);
+        },
+        const_cast<void*>(static_cast<const void*>(&f)));
   }
 
  private:

@@ -1,0 +1,55 @@
+#!/usr/bin/env python3
+"""Writes small valid inputs that the fuzzers start from.
+
+Usage: make_corpus.py FOLDER     one folder below it for each fuzz target
+"""
+import pathlib
+import struct
+import sys
+
+
+def gguf_string(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def gguf(tensors: list[tuple[str, int, tuple[int, ...], int]], version: int = 3) -> bytes:
+    """A GGUF file with some metadata of each kind; a tensor is (name, type, dims, bytes)."""
+    metadata = [
+        ("general.architecture", 8, gguf_string("llama")),
+        ("general.alignment", 4, struct.pack("<I", 32)),
+        ("llama.block_count", 4, struct.pack("<I", 2)),
+        ("llama.rope.freq_base", 6, struct.pack("<f", 10000.0)),
+        ("tokenizer.ggml.add_bos_token", 7, b"\x01"),
+        ("tokenizer.ggml.tokens", 9, struct.pack("<IQ", 8, 3) + b"".join(map(gguf_string, ["a", "b", "ab"]))),
+        ("tokenizer.ggml.token_type", 9, struct.pack("<IQ3i", 5, 3, 1, 1, 1)),
+        ("tokenizer.ggml.scores", 9, struct.pack("<IQ3f", 6, 3, 0.0, -1.0, -2.0)),
+    ]
+    header = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(metadata))
+    for key, kind, value in metadata:
+        header += gguf_string(key) + struct.pack("<I", kind) + value
+    offset = 0
+    for name, kind, dims, size in tensors:
+        header += gguf_string(name) + struct.pack("<I", len(dims)) + struct.pack(f"<{len(dims)}Q", *dims)
+        header += struct.pack("<IQ", kind, offset)
+        offset += (size + 31) // 32 * 32
+    header += b"\0" * (-len(header) % 32)
+    return header + bytes(i * 37 % 256 for i in range(offset))
+
+
+def main() -> None:
+    root = pathlib.Path(sys.argv[1])
+    files = {
+        "gguf/f32": gguf([("token_embd.weight", 0, (8, 3), 96), ("norm.weight", 0, (8,), 32)]),
+        "gguf/q8_0": gguf([("blk.0.attn_q.weight", 8, (32, 2), 68)]),
+        "gguf/q4_k": gguf([("blk.0.ffn_up.weight", 12, (256, 1), 144)]),
+        "gguf/version2": gguf([("norm.weight", 0, (8,), 32)], version=2),
+    }
+    for name, data in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+if __name__ == "__main__":
+    main()
