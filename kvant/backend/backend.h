@@ -42,7 +42,7 @@ struct MatrixSource {
   formats::WeightType type = formats::WeightType::kF32;
   int64_t rows = 0;
   int64_t cols = 0;
-  std::span<const std::byte> bytes;
+  std::span<const std::byte> bytes = {};
   // Row r of the loaded matrix is row row_order[r] of the file; empty: the same order. Copied from.
   // (GGUF files of the llama architecture store Q and K rows in the order of adjacent RoPE pairs.)
   std::span<const int32_t> row_order = {};

@@ -37,7 +37,7 @@ class MemoryResource {
   virtual Result<void*> allocate(int64_t bytes, MemoryUse use) = 0;
   virtual void deallocate(void* pointer, int64_t bytes, MemoryUse use) = 0;
   virtual MemoryStats stats() const = 0;
-  // Copies within this memory, in order with the backend's other work.
+  // Copies within this memory or from host memory into it, in order with the backend's other work.
   virtual void copy(void* target, const void* source, int64_t bytes) = 0;
 };
 

@@ -1,0 +1,348 @@
+#include "kvant/model/model.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "kvant/base/check.h"
+#include "kvant/model/blocks.h"
+#include "kvant/model/identity.h"
+#include "kvant/model/weights.h"
+
+namespace kvant::model {
+namespace {
+
+Status check_runtime(const RuntimeOptions& runtime) {
+  const auto bad = [](std::string text) {
+    return Error(ErrorCode::kInvalidArgument, std::move(text));
+  };
+  if (runtime.context_tokens < 1 || runtime.context_tokens > (int64_t{1} << 30)) {
+    return bad(fmt::format("a context of {} tokens; expected 1 to 2^30", runtime.context_tokens));
+  }
+  if (runtime.max_sequences < 1 || runtime.max_step_tokens < 1 || runtime.max_logit_rows < 1 ||
+      runtime.total_tokens < 0) {
+    return bad("sequences, tokens and rows of logits of a step must be at least 1");
+  }
+  return {};
+}
+
+int step_tokens(const RuntimeOptions& runtime) {
+  // A step never holds more than the context of all sequences.
+  return static_cast<int>(
+      std::min<int64_t>(runtime.max_step_tokens, runtime.context_tokens * runtime.max_sequences));
+}
+
+backend::WorkspaceNeeds workspace_needs(const ModelConfig& config, const RuntimeOptions& runtime) {
+  backend::WorkspaceNeeds needs;
+  needs.max_rows = std::max(step_tokens(runtime), runtime.max_logit_rows);
+  needs.max_context = runtime.context_tokens;
+  needs.max_cols = std::max({config.dim, config.num_query_heads * config.head_dim,
+                             config.num_experts > 0 ? config.expert_dim : config.ffn_dim});
+  needs.num_query_heads = config.num_query_heads;
+  needs.num_kv_heads = config.num_kv_heads;
+  needs.head_dim = config.head_dim;
+  needs.page_tokens = runtime.page_tokens;
+  needs.max_sequences = runtime.max_sequences;
+  needs.num_experts = config.num_experts;
+  needs.num_experts_used = config.num_experts_used;
+  needs.expert_dim = config.expert_dim;
+  return needs;
+}
+
+cache::CacheConfig cache_config(const ModelConfig& config, const backend::Backend& backend,
+                                const RuntimeOptions& runtime) {
+  cache::CacheConfig cache;
+  cache.layers = config.layer_geometry();
+  cache.format = runtime.format;
+  cache.plan = runtime.plan;
+  cache.page_tokens = runtime.page_tokens;
+  cache.layout = backend.info().page_layout;
+  cache.max_tokens = runtime.total_tokens > 0 ? runtime.total_tokens
+                                              : runtime.context_tokens * runtime.max_sequences;
+  cache.max_sequences = runtime.max_sequences;
+  cache.max_step_tokens = step_tokens(runtime);
+  return cache;
+}
+
+}  // namespace
+
+int64_t MemoryPlan::total() const {
+  return weights.matrices + weights.parameters + cache.stored_pages_reserved +
+         cache.bf16_pages_reserved + cache.staging + cache.tables + activations + backend_workspace;
+}
+
+int64_t MemoryPlan::peak() const {
+  return std::max(total(), weights.loading_peak);
+}
+
+Result<MemoryPlan> plan_memory(const ModelSource& source, const backend::Backend& backend,
+                               const RuntimeOptions& runtime) {
+  KVANT_TRY(check_runtime(runtime));
+  const ModelConfig& config = source.config();
+  KVANT_TRY(backend.supports(runtime.format, config.head_dim, config.query_heads_per_kv_head()));
+  MemoryPlan plan;
+  KVANT_ASSIGN(plan.weights, plan_weights(source, backend));
+  KVANT_ASSIGN(plan.cache, cache::plan_cache_bytes(cache_config(config, backend, runtime)));
+  plan.activations =
+      layout_activations(config, backend.info().activation_type, step_tokens(runtime),
+                         runtime.max_logit_rows, nullptr, nullptr);
+  plan.backend_workspace = backend.workspace_bytes(workspace_needs(config, runtime));
+  return plan;
+}
+
+struct Model::State {
+  std::unique_ptr<ModelSource> source;
+  backend::Backend* backend = nullptr;
+  ModelWeights weights;  // may read the bytes of `source`
+
+  // Since reserve().
+  bool reserved = false;
+  RuntimeOptions runtime;
+  Buffer activation_buffer;
+  Activations activations;
+  // Filled per step, never grown.
+  std::vector<int64_t> positions;    // [max_step_tokens]
+  std::vector<int32_t> ids;          // [max_step_tokens]
+  std::vector<int64_t> wanted_rows;  // rows whose logits are wanted
+  std::vector<cache::StepSequence> step_sequences;
+  std::vector<float> logits;  // [vocab_size], on the host
+
+  const ModelConfig& config() const { return source->config(); }
+  Status collect(std::span<const ForwardSequence> sequences, const cache::KvCache& cache);
+  Status run_layers(const cache::KvCache& cache, const std::atomic<bool>* cancel, Activations& act);
+  Status run_head(const Activations& act, const LogitsSink& sink);
+  Status deliver(int64_t row, const void* activations_row, const LogitsSink& sink);
+  Status step(const cache::KvCache& cache, const LogitsSink& sink, const std::atomic<bool>* cancel);
+};
+
+Model::~Model() = default;
+
+Result<std::unique_ptr<Model>> Model::load(std::unique_ptr<ModelSource> source,
+                                           backend::Backend& backend, const LoadOptions& options) {
+  std::unique_ptr<Model> model(new Model());
+  model->state_ = std::make_unique<State>();
+  State& state = *model->state_;
+  state.source = std::move(source);
+  state.backend = &backend;
+  KVANT_ASSIGN(state.weights, load_weights(*state.source, backend, options.progress));
+  return model;
+}
+
+const ModelConfig& Model::config() const {
+  return state_->config();
+}
+const ModelSource& Model::source() const {
+  return *state_->source;
+}
+backend::Backend& Model::backend() const {
+  return *state_->backend;
+}
+int Model::max_step_tokens() const {
+  return step_tokens(state_->runtime);
+}
+int Model::max_sequences() const {
+  return state_->runtime.max_sequences;
+}
+int64_t Model::context_tokens() const {
+  return state_->runtime.context_tokens;
+}
+
+Status Model::reserve(const RuntimeOptions& runtime) {
+  KVANT_TRY(check_runtime(runtime));
+  State& state = *state_;
+  const ModelConfig& config = state.config();
+  backend::Backend& backend = *state.backend;
+  KVANT_TRY(backend.supports(runtime.format, config.head_dim, config.query_heads_per_kv_head()));
+  state.reserved = false;
+  state.activation_buffer = Buffer();  // first give back, then ask
+  const int rows = step_tokens(runtime);
+  const backend::ActivationType type = backend.info().activation_type;
+  KVANT_ASSIGN(state.activation_buffer,
+               Buffer::create(
+                   backend.memory(),
+                   layout_activations(config, type, rows, runtime.max_logit_rows, nullptr, nullptr),
+                   MemoryUse::kWorkspace));
+  layout_activations(config, type, rows, runtime.max_logit_rows, state.activation_buffer.data(),
+                     &state.activations);
+  KVANT_TRY(backend.reserve_workspace(workspace_needs(config, runtime)));
+  state.positions.reserve(rows);
+  state.ids.reserve(rows);
+  state.wanted_rows.reserve(rows);
+  state.step_sequences.reserve(runtime.max_sequences);
+  state.logits.resize(config.vocab_size);
+  state.runtime = runtime;
+  state.reserved = true;
+  return {};
+}
+
+Result<std::unique_ptr<cache::KvCache>> Model::create_cache(const RuntimeOptions& runtime,
+                                                            Identity identity) const {
+  const State& state = *state_;
+  const ModelConfig& config = state.config();
+  KVANT_TRY(
+      state.backend->supports(runtime.format, config.head_dim, config.query_heads_per_kv_head()));
+  cache::CacheConfig cache = cache_config(config, *state.backend, runtime);
+  std::string description = identity_json(config);
+  if (identity == Identity::kWithWeights) {
+    KVANT_ASSIGN(const Sha256 weights, weights_id(*state.source, default_cache_dir()));
+    description += to_hex(weights);
+  }
+  const Sha256 digest = sha256(description);
+  std::memcpy(cache.fingerprint_model, digest.data(), digest.size());
+  return cache::KvCache::create(cache, state.backend->memory());
+}
+
+// Checks the batch and lays it out in rows.
+Status Model::State::collect(std::span<const ForwardSequence> sequences,
+                             const cache::KvCache& cache) {
+  const auto bad = [](std::string text) {
+    return Error(ErrorCode::kInvalidArgument, std::move(text));
+  };
+  positions.clear();
+  ids.clear();
+  wanted_rows.clear();
+  step_sequences.clear();
+  if (sequences.empty() || static_cast<int>(sequences.size()) > runtime.max_sequences) {
+    return bad(fmt::format("a step of {} sequences; reserved for 1 to {}", sequences.size(),
+                           runtime.max_sequences));
+  }
+  for (const ForwardSequence& sequence : sequences) {
+    const int64_t count = static_cast<int64_t>(sequence.tokens.size());
+    if (count == 0 || sequence.num_logit_rows < 0 || sequence.num_logit_rows > count) {
+      return bad(fmt::format("{} rows of logits of {} new tokens", sequence.num_logit_rows, count));
+    }
+    if (count + static_cast<int64_t>(ids.size()) > step_tokens(runtime)) {
+      return bad(fmt::format("a step of more than {} tokens; give longer inputs in several steps",
+                             step_tokens(runtime)));
+    }
+    const int64_t first = cache.length(sequence.id);
+    if (first + count > runtime.context_tokens) {
+      return Error(
+          ErrorCode::kResourceExhausted,
+          fmt::format("the context is full: {} tokens are in it and {} are to come, it holds {}",
+                      first, count, runtime.context_tokens));
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const int32_t id = sequence.tokens[i];
+      if (id < 0 || id >= config().vocab_size) {
+        return bad(
+            fmt::format("token id {}; the vocabulary has {} tokens", id, config().vocab_size));
+      }
+      if (i >= count - sequence.num_logit_rows) {
+        wanted_rows.push_back(static_cast<int64_t>(ids.size()));
+      }
+      ids.push_back(id);
+      positions.push_back(first + i);
+    }
+    step_sequences.push_back({sequence.id, static_cast<int32_t>(count)});
+  }
+  return {};
+}
+
+// Leaves the wanted rows of the residual stream in act.x.
+Status Model::State::run_layers(const cache::KvCache& cache, const std::atomic<bool>* cancel,
+                                Activations& act) {
+  StepContext step{config(), *backend, act, static_cast<int64_t>(ids.size()), positions};
+  KVANT_TRY(backend->embed(weights.embedding, ids, config().embedding_scale, act.x));
+  for (int i = 0; i < config().num_layers; ++i) {
+    if (cancel != nullptr && cancel->load(std::memory_order_relaxed)) {
+      return Error(ErrorCode::kCancelled, "cancelled");
+    }
+    const LayerWeights& layer = weights.layers[i];
+    const bool windowed = config().layer_window[i] > 0;
+    const attention::RopeParams& rope = windowed ? weights.local_rope : weights.rope;
+    const bool is_last = i + 1 == config().num_layers;
+    if (is_last && wanted_rows.empty()) {  // nothing reads what the last layer would compute
+      return project_and_append(step, layer, rope, cache, i, Projections::kKeysAndValues);
+    }
+    KVANT_TRY(project_and_append(step, layer, rope, cache, i, Projections::kAll));
+    KVANT_TRY(attend(step, rope, cache, i));
+    if (is_last && wanted_rows.size() < ids.size()) {
+      const int q_width = config().num_query_heads * config().head_dim;
+      KVANT_TRY(backend->gather_rows(act.attended, wanted_rows, q_width, act.q));
+      KVANT_TRY(backend->gather_rows(act.x, wanted_rows, config().dim, act.branch));
+      std::swap(act.attended, act.q);
+      std::swap(act.x, act.branch);
+      step.num_rows = static_cast<int64_t>(wanted_rows.size());
+    }
+    KVANT_TRY(join_attention(step, layer));
+    KVANT_TRY(join_feed_forward(step, layer));
+  }
+  return {};
+}
+
+Status Model::State::deliver(int64_t row, const void* activations_row, const LogitsSink& sink) {
+  KVANT_TRY(backend->download_f32(activations_row, config().vocab_size, logits.data()));
+  float largest = 0;
+  const float cap = config().logit_softcap;
+  if (cap > 0) {
+    for (float& logit : logits) logit = cap * std::tanh(logit / cap);
+  }
+  // A sum is NaN or Inf if any of its terms is; no pair of finite logits overflows.
+  for (const float logit : logits) largest += logit * 0x1p-60f;
+  if (!std::isfinite(largest)) {
+    return Error(ErrorCode::kNumericError,
+                 "the model's output is infinite or not a number; its weights may be damaged");
+  }
+  return sink(row, logits);
+}
+
+// Logits of the rows in act.x, `max_logit_rows` at a time.
+Status Model::State::run_head(const Activations& act, const LogitsSink& sink) {
+  const int64_t num_rows = static_cast<int64_t>(wanted_rows.size());
+  const backend::ActivationType type = backend->info().activation_type;
+  const ModelConfig& model = config();
+  KVANT_TRY(backend->rms_norm({.x = act.x,
+                               .weight = weights.output_norm,
+                               .out = act.normed,
+                               .num_rows = num_rows,
+                               .dim = model.dim,
+                               .epsilon = model.norm_epsilon}));
+  for (int64_t first = 0; first < num_rows; first += runtime.max_logit_rows) {
+    const int64_t count = std::min<int64_t>(runtime.max_logit_rows, num_rows - first);
+    const std::byte* input = static_cast<const std::byte*>(act.normed) +
+                             backend::activation_bytes(type, first * model.dim);
+    const backend::LinearTarget target{.matrix = weights.head.get(), .out = act.logits};
+    KVANT_TRY(backend->linear(input, count, std::span(&target, 1)));
+    KVANT_TRY(backend->synchronize());
+    for (int64_t i = 0; i < count; ++i) {
+      const std::byte* row = static_cast<const std::byte*>(act.logits) +
+                             backend::activation_bytes(type, i * model.vocab_size);
+      KVANT_TRY(deliver(first + i, row, sink));
+    }
+  }
+  return {};
+}
+
+Status Model::State::step(const cache::KvCache& cache, const LogitsSink& sink,
+                          const std::atomic<bool>* cancel) {
+  Activations act = activations;
+  KVANT_TRY(run_layers(cache, cancel, act));
+  if (!wanted_rows.empty()) KVANT_TRY(run_head(act, sink));
+  return backend->synchronize();
+}
+
+Status Model::forward(std::span<const ForwardSequence> sequences, cache::KvCache& cache,
+                      const LogitsSink& sink, const std::atomic<bool>* cancel) {
+  KVANT_CHECK(state_->reserved, "reserve() comes before forward()");
+  KVANT_TRY(state_->collect(sequences, cache));
+  KVANT_TRY(cache.begin_step(state_->step_sequences));
+  Status done;
+  try {
+    done = state_->step(cache, sink, cancel);
+  } catch (...) {
+    cache.abort_step();
+    throw;
+  }
+  if (!done) {
+    cache.abort_step();
+    return done;
+  }
+  cache.commit_step();
+  return {};
+}
+
+}  // namespace kvant::model

@@ -1,0 +1,109 @@
+// A loaded model: ragged batches of tokens in, logits out, keys and values in a KvCache.
+//
+//   auto backend = create_backend({});
+//   auto source = ModelSource::open("model.gguf");
+//   auto model = Model::load(std::move(*source), **backend, {});
+//   RuntimeOptions runtime{.format = *parse_cache_format("4bit"), .context_tokens = 4096};
+//   (*model)->reserve(runtime);
+//   auto cache = (*model)->create_cache(runtime);
+//   auto id = (*cache)->add_sequence();
+//   (*model)->forward({{.id = *id, .tokens = ids, .num_logit_rows = 1}}, **cache, sink);
+//
+// Thread-compatible: one thread at a time, the backend's. Several caches (of several formats) may
+// be used in turn with one model.
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "kvant/backend/backend.h"
+#include "kvant/base/memory.h"
+#include "kvant/base/result.h"
+#include "kvant/cache/kv_cache.h"
+#include "kvant/formats/plan.h"
+#include "kvant/formats/spec.h"
+#include "kvant/model/config.h"
+#include "kvant/model/source.h"
+
+namespace kvant::model {
+
+// What buffers and caches are sized for.
+struct RuntimeOptions {
+  formats::CacheFormat format;
+  const formats::QuantPlan* plan = nullptr;  // may be null; read when the cache is created
+  int page_tokens = 64;
+  int64_t context_tokens = 4096;  // longest sequence
+  int max_sequences = 1;
+  int64_t total_tokens = 0;   // of all sequences; 0: context_tokens * max_sequences
+  int max_step_tokens = 512;  // new tokens of one step, all sequences together
+  int max_logit_rows = 16;    // rows of logits computed at once; more rows take several turns
+};
+
+// Every byte that a model and its cache take from the backend's memory, by purpose.
+struct MemoryPlan {
+  WeightBytes weights;
+  cache::CacheBytes cache;
+  int64_t activations = 0;
+  int64_t backend_workspace = 0;
+  int64_t total() const;
+  // Highest total at any time, loading included: what the allocator's high-water mark will show.
+  int64_t peak() const;
+};
+
+// For the model of `source`, without loading it.
+Result<MemoryPlan> plan_memory(const ModelSource& source, const backend::Backend& backend,
+                               const RuntimeOptions& runtime);
+
+// One sequence's part of a step.
+struct ForwardSequence {
+  cache::SequenceId id = 0;
+  std::span<const int32_t> tokens;  // new tokens, at least one
+  int num_logit_rows = 0;           // logits of the last so many tokens are wanted
+};
+
+// Called once per wanted row, in batch order: `row` counts them over the whole batch, `logits` is
+// [vocab_size] and valid during the call. An error ends the step and is returned.
+using LogitsSink = std::function<Status(int64_t row, std::span<const float> logits)>;
+
+class Model {
+ public:
+  struct LoadOptions {
+    LoadProgress progress;  // may be empty
+  };
+  // The backend must outlive the model.
+  static Result<std::unique_ptr<Model>> load(std::unique_ptr<ModelSource> source,
+                                             backend::Backend& backend, const LoadOptions& options);
+  ~Model();
+
+  const ModelConfig& config() const;
+  const ModelSource& source() const;
+  backend::Backend& backend() const;
+
+  // Allocates activations and the backend's workspace; again with other sizes, while no step runs.
+  Status reserve(const RuntimeOptions& runtime);
+  // A cache for this model. With Identity::kWithWeights its fingerprint includes the weights (their
+  // hash is computed, or read from the cache directory), which pages need that leave the process.
+  enum class Identity { kGeometryOnly, kWithWeights };
+  Result<std::unique_ptr<cache::KvCache>> create_cache(
+      const RuntimeOptions& runtime, Identity identity = Identity::kGeometryOnly) const;
+
+  // One step: appends the tokens to the cache, calls `sink` for the wanted logits, commits. On any
+  // error (kInvalidArgument, kResourceExhausted, kNumericError, kCancelled) the cache is unchanged.
+  // `cancel` may be null; it is looked at between layers.
+  Status forward(std::span<const ForwardSequence> sequences, cache::KvCache& cache,
+                 const LogitsSink& sink, const std::atomic<bool>* cancel = nullptr);
+  int max_step_tokens() const;
+  int max_sequences() const;
+  int64_t context_tokens() const;
+
+ private:
+  Model() = default;
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace kvant::model

@@ -1,0 +1,224 @@
+#include "kvant/model/source.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "kvant/base/check.h"
+#include "kvant/base/small_floats.h"
+
+namespace kvant::model {
+namespace {
+
+using backend::MatrixSource;
+using formats::WeightType;
+
+// SplitMix64 (Steele, Lea, Flood 2014): the state is a counter, so the bytes are the same
+// everywhere.
+struct SplitMix64 {
+  uint64_t state;
+  uint64_t next() {
+    uint64_t z = (state += 0x9e3779b97f4a7c15u);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+  }
+};
+
+uint64_t fnv1a(std::string_view text) {
+  uint64_t hash = 0xcbf29ce484222325u;
+  for (const char c : text) hash = (hash ^ static_cast<uint8_t>(c)) * 0x100000001b3u;
+  return hash;
+}
+
+constexpr WeightType kDummyTypes[] = {WeightType::kQ4_0, WeightType::kQ8_0, WeightType::kBF16};
+
+}  // namespace
+
+void make_random_weights(WeightType type, int64_t rows, int64_t cols, uint64_t seed,
+                         std::byte* out) {
+  SplitMix64 random{seed};
+  const float sigma = 1.0f / std::sqrt(static_cast<float>(cols));
+  if (type == WeightType::kBF16) {
+    const float scale =
+        sigma * std::sqrt(3.0f) * 0x1p-15f;  // uniform with standard deviation sigma
+    for (int64_t i = 0; i < rows * cols; i += 4) {
+      const uint64_t bits = random.next();
+      for (int64_t j = 0; j < 4 && i + j < rows * cols; ++j) {
+        const uint16_t value =
+            to_bf16(scale * static_cast<float>(static_cast<int16_t>(bits >> (16 * j))));
+        std::memcpy(out + 2 * (i + j), &value, 2);
+      }
+    }
+    return;
+  }
+  KVANT_CHECK(type == WeightType::kQ4_0 || type == WeightType::kQ8_0, "a type of kDummyTypes");
+  const int64_t code_bytes = type == WeightType::kQ4_0 ? 16 : 32;
+  // Codes are uniform over 16 or 256 levels; their standard deviation is levels / sqrt(12).
+  const uint16_t scale =
+      to_f16(sigma * std::sqrt(12.0f) / (type == WeightType::kQ4_0 ? 16.0f : 256.0f));
+  for (int64_t block = 0; block < rows * cols / 32; ++block) {
+    std::memcpy(out, &scale, 2);
+    out += 2;
+    for (int64_t i = 0; i < code_bytes; i += 8) {
+      const uint64_t bits = random.next();
+      std::memcpy(out + i, &bits, 8);
+    }
+    out += code_bytes;
+  }
+}
+
+Result<WeightType> parse_dummy_type(std::string_view name) {
+  std::vector<std::string_view> known;
+  for (const WeightType type : kDummyTypes) {
+    if (formats::weight_type_name(type) == name) return type;
+    known.push_back(formats::weight_type_name(type));
+  }
+  return Error(
+      ErrorCode::kInvalidArgument,
+      fmt::format("unknown type '{}' of random weights; one of {}", name, fmt::join(known, ", ")));
+}
+
+Result<std::unique_ptr<ModelSource>> ModelSource::open(const std::string& path) {
+  std::unique_ptr<ModelSource> source(new ModelSource());
+  KVANT_ASSIGN(source->gguf_, Gguf::open(path));
+  source->name_ = path;
+  KVANT_ASSIGN(source->config_, read_config(*source->gguf_));
+  return source;
+}
+
+Result<std::unique_ptr<ModelSource>> ModelSource::parse(std::span<const std::byte> bytes,
+                                                        std::string name) {
+  std::unique_ptr<ModelSource> source(new ModelSource());
+  KVANT_ASSIGN(source->gguf_, Gguf::parse(bytes, name));
+  source->name_ = std::move(name);
+  KVANT_ASSIGN(source->config_, read_config(*source->gguf_));
+  return source;
+}
+
+Result<std::unique_ptr<ModelSource>> ModelSource::dummy(ModelConfig config, WeightType type) {
+  KVANT_TRY(check_config(config));
+  std::unique_ptr<ModelSource> source(new ModelSource());
+  source->name_ = config.name + " (random weights)";
+  source->config_ = std::move(config);
+  source->dummy_type_ = type;
+  return source;
+}
+
+WeightType ModelSource::dummy_type(int64_t cols) const {
+  const int64_t block = formats::weight_type_info(dummy_type_).block_elements;
+  return cols % block == 0 ? dummy_type_ : WeightType::kBF16;
+}
+
+Result<GgufTensor> ModelSource::tensor(std::string_view name, std::span<const int64_t> dims) const {
+  const GgufTensor* found = gguf_->find_tensor(name);
+  if (found == nullptr) {
+    return Error(ErrorCode::kCorruptData,
+                 fmt::format("{}: there is no tensor {}, which a {} model needs", name_, name,
+                             config_.architecture));
+  }
+  std::vector<int64_t> wanted(dims.begin(), dims.end());
+  wanted.resize(4, 1);
+  if (!std::equal(wanted.begin(), wanted.end(), found->dims.begin())) {
+    return Error(ErrorCode::kCorruptData,
+                 fmt::format("{}: tensor {} has the shape [{}]; the model's settings ask for [{}]",
+                             name_, name, fmt::join(found->dims, ", "), fmt::join(wanted, ", ")));
+  }
+  return *found;
+}
+
+Result<MatrixSource> ModelSource::describe(std::string_view name, int64_t rows,
+                                           int64_t cols) const {
+  MatrixSource source{.name = name, .rows = rows, .cols = cols};
+  if (!gguf_) {
+    source.type = dummy_type(cols);
+    return source;
+  }
+  const int64_t dims[] = {cols, rows};
+  KVANT_ASSIGN(const GgufTensor found, tensor(name, dims));
+  source.name = found.name;
+  source.type = found.type;
+  source.bytes = found.bytes;
+  return source;
+}
+
+Status ModelSource::make(std::string_view name, MatrixSource& source, MemoryResource& memory) {
+  const int64_t bytes = formats::weight_bytes(source.type, source.rows * source.cols);
+  auto found = made_.find(name);
+  if (found == made_.end()) {
+    KVANT_ASSIGN(Buffer buffer, Buffer::create(memory, bytes, MemoryUse::kWeights));
+    make_random_weights(source.type, source.rows, source.cols, fnv1a(name), buffer.data());
+    found = made_.emplace(std::string(name), std::move(buffer)).first;
+  }
+  source.name = found->first;
+  source.bytes = {found->second.data(), static_cast<size_t>(bytes)};
+  return {};
+}
+
+Result<MatrixSource> ModelSource::matrix(std::string_view name, int64_t rows, int64_t cols,
+                                         MemoryResource& memory) {
+  KVANT_ASSIGN(MatrixSource source, describe(name, rows, cols));
+  if (!gguf_) KVANT_TRY(make(name, source, memory));
+  return source;
+}
+
+Result<std::vector<MatrixSource>> ModelSource::describe_experts(std::string_view name,
+                                                                int64_t num_experts, int64_t rows,
+                                                                int64_t cols) const {
+  MatrixSource one{.name = name, .rows = rows, .cols = cols};
+  if (!gguf_) {
+    one.type = dummy_type(cols);
+    return std::vector<MatrixSource>(num_experts, one);
+  }
+  const int64_t dims[] = {cols, rows, num_experts};
+  KVANT_ASSIGN(const GgufTensor stacked, tensor(name, dims));
+  one.name = stacked.name;
+  one.type = stacked.type;
+  const size_t bytes = static_cast<size_t>(formats::weight_bytes(stacked.type, rows * cols));
+  std::vector<MatrixSource> experts(num_experts, one);
+  for (int64_t i = 0; i < num_experts; ++i)
+    experts[i].bytes = stacked.bytes.subspan(i * bytes, bytes);
+  return experts;
+}
+
+Result<std::vector<MatrixSource>> ModelSource::experts(std::string_view name, int64_t num_experts,
+                                                       int64_t rows, int64_t cols,
+                                                       MemoryResource& memory) {
+  KVANT_ASSIGN(std::vector<MatrixSource> experts, describe_experts(name, num_experts, rows, cols));
+  if (!gguf_) {
+    MatrixSource stacked = experts.front();
+    stacked.rows = rows * num_experts;
+    KVANT_TRY(make(name, stacked, memory));
+    const size_t bytes = stacked.bytes.size() / num_experts;
+    for (int64_t i = 0; i < num_experts; ++i) {
+      experts[i].name = stacked.name;
+      experts[i].bytes = stacked.bytes.subspan(i * bytes, bytes);
+    }
+  }
+  return experts;
+}
+
+Result<std::vector<float>> ModelSource::vector(std::string_view name, int64_t size) const {
+  if (!gguf_) {
+    const bool is_bias = name.ends_with(".bias");
+    return std::vector<float>(size, is_bias ? 0.0f : 1.0f);
+  }
+  const int64_t dims[] = {size};
+  KVANT_ASSIGN(const GgufTensor found, tensor(name, dims));
+  std::vector<float> values(size);
+  formats::dequantize_row(found.type, found.bytes.data(), size, values.data());
+  return values;
+}
+
+void ModelSource::release(std::string_view name) {
+  const auto found = made_.find(name);
+  if (found != made_.end()) made_.erase(found);
+}
+
+int64_t ModelSource::made_bytes(const MatrixSource& described) const {
+  return gguf_ ? 0 : formats::weight_bytes(described.type, described.rows * described.cols);
+}
+
+}  // namespace kvant::model
