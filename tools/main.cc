@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <CLI/CLI.hpp>
 
+#include <algorithm>
 #include <cstdio>
 #include <new>
 #include <string>
@@ -55,9 +56,6 @@ struct ParsedCommand {
   explicit ParsedCommand(const Command& command)
       : app(std::string(command.summary) + ".", "kvant " + std::string(command.name)) {
     body = command.define(app);
-    app.fallthrough();  // --json and --quiet may also follow a nested subcommand
-    for (CLI::App* nested : app.get_subcommands([](CLI::App*) { return true; }))
-      nested->fallthrough();
     if (command.json == JsonOutput::kOffered) {
       app.add_flag("--json", options.json, "Print one JSON object on standard output");
     }
@@ -70,6 +68,11 @@ struct ParsedCommand {
       start = end + 1;
     }
     app.footer(examples);
+    app.fallthrough();  // --json and --quiet may also follow a nested subcommand
+    for (CLI::App* nested : app.get_subcommands([](CLI::App*) { return true; })) {
+      nested->fallthrough();
+      nested->footer(examples);
+    }
   }
 
   CLI::App app;
@@ -107,11 +110,12 @@ int report(Console& console, std::string_view name, const Error& error) {
   return exit_code(error.code());
 }
 
-// Runs the body; whatever it throws becomes an Error.
+// Runs the body; whatever it throws becomes an Error. What it printed is shown also if it failed.
 Status run_body(const CommandBody& body, Console& console) {
   try {
-    KVANT_TRY(body(console));
-    return console.flush();
+    Status status = body(console);
+    const Status flushed = console.flush();
+    return status ? flushed : status;
   } catch (const std::bad_alloc&) {
     return Error(ErrorCode::kResourceExhausted,
                  "out of memory; use a smaller context, fewer sequences or a smaller cache format");
@@ -129,6 +133,9 @@ int print_and_exit(std::string_view text) {
 
 int run_command(const Command& command, std::vector<std::string> arguments) {
   ParsedCommand parsed(command);
+  // CLI11 sets flags only when all arguments are right, but their errors follow --json as well.
+  parsed.options.json = command.json == JsonOutput::kOffered &&
+                        std::find(arguments.begin(), arguments.end(), "--json") != arguments.end();
   std::reverse(arguments.begin(), arguments.end());  // CLI11 takes them last first
   try {
     parsed.app.parse(std::move(arguments));
