@@ -8,24 +8,13 @@
 
 #include "kvant/base/check.h"
 #include "kvant/base/small_floats.h"
+#include "kvant/model/random.h"
 
 namespace kvant::model {
 namespace {
 
 using backend::MatrixSource;
 using formats::WeightType;
-
-// SplitMix64 (Steele, Lea, Flood 2014): the state is a counter, so the bytes are the same
-// everywhere.
-struct SplitMix64 {
-  uint64_t state;
-  uint64_t next() {
-    uint64_t z = (state += 0x9e3779b97f4a7c15u);
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
-  }
-};
 
 uint64_t fnv1a(std::string_view text) {
   uint64_t hash = 0xcbf29ce484222325u;
@@ -39,7 +28,7 @@ constexpr WeightType kDummyTypes[] = {WeightType::kQ4_0, WeightType::kQ8_0, Weig
 
 void make_random_weights(WeightType type, int64_t rows, int64_t cols, uint64_t seed,
                          std::byte* out) {
-  SplitMix64 random{seed};
+  SplitMix64 random(seed);
   const float sigma = 1.0f / std::sqrt(static_cast<float>(cols));
   if (type == WeightType::kBF16) {
     const float scale =
