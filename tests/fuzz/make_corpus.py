@@ -37,6 +37,14 @@ def gguf(tensors: list[tuple[str, int, tuple[int, ...], int]], version: int = 3)
     return header + bytes(i * 37 % 256 for i in range(offset))
 
 
+def logits(ctx: int, vocab: int, chunks: int) -> bytes:
+    """A logits file of llama.cpp's perplexity tool with plausible rows."""
+    tokens = struct.pack(f"<{ctx * chunks}i", *(i % vocab for i in range(ctx * chunks)))
+    codes = struct.pack(f"<{vocab + vocab % 2}H", *(i * 97 % 65536 for i in range(vocab + vocab % 2)))
+    row = struct.pack("<ff", 16 / 65535, -17.0) + codes
+    return b"_logits_" + struct.pack("<3i", ctx, vocab, chunks) + tokens + row * (ctx - 1 - ctx // 2) * chunks
+
+
 def main() -> None:
     root = pathlib.Path(sys.argv[1])
     files = {
@@ -44,6 +52,8 @@ def main() -> None:
         "gguf/q8_0": gguf([("blk.0.attn_q.weight", 8, (32, 2), 68)]),
         "gguf/q4_k": gguf([("blk.0.ffn_up.weight", 12, (256, 1), 144)]),
         "gguf/version2": gguf([("norm.weight", 0, (8,), 32)], version=2),
+        "logits_file/even": logits(8, 6, 2),
+        "logits_file/odd": logits(5, 7, 1),
     }
     for name, data in files.items():
         path = root / name

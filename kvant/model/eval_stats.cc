@@ -1,0 +1,139 @@
+#include "kvant/model/eval_stats.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "kvant/base/check.h"
+
+namespace kvant::model {
+
+RowSoftmax row_softmax(std::span<const float> logits) {
+  KVANT_CHECK(!logits.empty(), "a row of logits");
+  const auto top = std::max_element(logits.begin(), logits.end());
+  const float highest = *top;
+  // Partial sums in double: a vocabulary has up to 262,144 terms.
+  double sum = 0;
+  for (const float logit : logits) sum += static_cast<double>(std::exp(logit - highest));
+  return {highest + std::log(sum), static_cast<int32_t>(top - logits.begin())};
+}
+
+double row_kl(std::span<const float> base, double base_log_sum_exp, std::span<const float> logits,
+              double log_sum_exp, float floor) {
+  KVANT_CHECK(base.size() == logits.size(), "rows of one vocabulary");
+  const auto shift = static_cast<float>(base_log_sum_exp);
+  const double offset = log_sum_exp - base_log_sum_exp;
+  double sum = 0;
+  for (size_t i = 0; i < base.size(); ++i) {
+    const float log_p = base[i] - shift;
+    if (log_p <= floor) continue;
+    const double difference = static_cast<double>(base[i]) - static_cast<double>(logits[i]);
+    sum += static_cast<double>(std::exp(log_p)) * (difference + offset);
+  }
+  return sum;
+}
+
+namespace {
+
+template <typename T>
+double quantile_of(std::span<T> values, double fraction) {
+  KVANT_CHECK(!values.empty() && fraction >= 0 && fraction <= 1, "a quantile of something");
+  const double position = fraction * static_cast<double>(values.size() - 1);
+  const auto index = static_cast<size_t>(position);
+  const auto nth = values.begin() + static_cast<std::ptrdiff_t>(index);
+  std::nth_element(values.begin(), nth, values.end());
+  const double low = *nth;
+  if (index + 1 == values.size()) return low;
+  const double high = *std::min_element(nth + 1, values.end());
+  const double weight = position - static_cast<double>(index);
+  return low + weight * (high - low);
+}
+
+// Sum and count of the differences of one block of tokens that is resampled as a whole.
+struct Block {
+  double sum = 0;
+  double count = 0;
+};
+
+constexpr int64_t kMinChunksToResample = 30;
+constexpr int64_t kBlockTokens = 64;
+constexpr int kResamples = 2000;
+
+std::vector<Block> make_blocks(std::span<const double> differences, int64_t tokens_per_chunk) {
+  const auto total = static_cast<int64_t>(differences.size());
+  const int64_t chunks = total / tokens_per_chunk;
+  const int64_t block = chunks >= kMinChunksToResample ? tokens_per_chunk : kBlockTokens;
+  std::vector<Block> blocks;
+  for (int64_t chunk = 0; chunk < total; chunk += tokens_per_chunk) {
+    const int64_t chunk_end = std::min(chunk + tokens_per_chunk, total);
+    for (int64_t start = chunk; start < chunk_end; start += block) {
+      const int64_t end = std::min(start + block, chunk_end);
+      const auto part =
+          differences.subspan(static_cast<size_t>(start), static_cast<size_t>(end - start));
+      blocks.push_back(
+          {std::accumulate(part.begin(), part.end(), 0.0), static_cast<double>(part.size())});
+    }
+  }
+  return blocks;
+}
+
+// splitmix64 (Steele, Lea, Flood 2014): the same numbers on every platform, unlike std
+// distributions.
+uint64_t next_random(uint64_t& state) {
+  uint64_t z = (state += 0x9e3779b97f4a7c15u);
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return z ^ (z >> 31);
+}
+
+std::vector<double> bootstrap_means(const std::vector<Block>& blocks) {
+  uint64_t state = 20240607;  // any constant: results must not change from run to run
+  std::vector<double> means(kResamples);
+  for (double& mean : means) {
+    Block sum;
+    for (size_t i = 0; i < blocks.size(); ++i) {
+      const Block& drawn = blocks[next_random(state) % blocks.size()];
+      sum.sum += drawn.sum;
+      sum.count += drawn.count;
+    }
+    mean = sum.sum / sum.count;
+  }
+  return means;
+}
+
+}  // namespace
+
+double quantile(std::span<float> values, double fraction) {
+  return quantile_of(values, fraction);
+}
+double quantile(std::span<double> values, double fraction) {
+  return quantile_of(values, fraction);
+}
+
+EvalSummary summarize(const TokenScores& scores, std::span<const double> base_nll,
+                      int64_t tokens_per_chunk) {
+  const size_t n = scores.nll.size();
+  KVANT_CHECK(n > 0 && scores.kl.size() == n && scores.same_top.size() == n &&
+                  base_nll.size() == n && tokens_per_chunk > 0,
+              "scores of the same tokens");
+  const auto count = static_cast<double>(n);
+  EvalSummary summary;
+  summary.num_tokens = static_cast<int64_t>(n);
+  summary.nll = std::accumulate(scores.nll.begin(), scores.nll.end(), 0.0) / count;
+  summary.ppl = std::exp(summary.nll);
+  summary.kl_mean = std::accumulate(scores.kl.begin(), scores.kl.end(), 0.0) / count;
+  std::vector<float> sorted = scores.kl;
+  summary.kl_median = quantile(sorted, 0.5);
+  summary.kl_p99 = quantile(sorted, 0.99);
+  summary.top1 = std::accumulate(scores.same_top.begin(), scores.same_top.end(), 0.0) / count;
+
+  std::vector<double> differences(n);
+  for (size_t i = 0; i < n; ++i) differences[i] = scores.nll[i] - base_nll[i];
+  summary.delta_nll = std::accumulate(differences.begin(), differences.end(), 0.0) / count;
+  std::vector<double> means = bootstrap_means(make_blocks(differences, tokens_per_chunk));
+  summary.delta_nll_low = quantile(means, 0.025);
+  summary.delta_nll_high = quantile(means, 0.975);
+  return summary;
+}
+
+}  // namespace kvant::model

@@ -1,0 +1,113 @@
+#include "kvant/model/eval_stats.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <random>
+
+namespace kvant::model {
+namespace {
+
+constexpr float kNoFloor = -std::numeric_limits<float>::infinity();
+
+TEST(RowSoftmax, IsStableAndPicksTheFirstTop) {
+  const std::vector<float> logits = {1000.0f, 999.0f, 1000.0f, -1000.0f};
+  const RowSoftmax row = row_softmax(logits);
+  EXPECT_EQ(row.top, 0);
+  EXPECT_NEAR(row.log_sum_exp, 1000 + std::log(2 + std::exp(-1.0)), 1e-6);
+}
+
+TEST(RowKl, MatchesTheDefinitionInDouble) {
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal(0, 3);
+  std::vector<float> p(1000);
+  std::vector<float> q(1000);
+  for (size_t i = 0; i < p.size(); ++i) {
+    p[i] = normal(random);
+    q[i] = p[i] + 0.1f * normal(random) + 7;  // a shift changes nothing
+  }
+  double sum_p = 0;
+  double sum_q = 0;
+  for (size_t i = 0; i < p.size(); ++i) {
+    sum_p += std::exp(static_cast<double>(p[i]));
+    sum_q += std::exp(static_cast<double>(q[i]));
+  }
+  double expected = 0;
+  for (size_t i = 0; i < p.size(); ++i) {
+    const double log_p = static_cast<double>(p[i]) - std::log(sum_p);
+    expected += std::exp(log_p) * (log_p - (static_cast<double>(q[i]) - std::log(sum_q)));
+  }
+  const double kl = row_kl(p, row_softmax(p).log_sum_exp, q, row_softmax(q).log_sum_exp, kNoFloor);
+  EXPECT_NEAR(kl, expected, 1e-6);
+  EXPECT_GT(kl, 0.01);
+  EXPECT_NEAR(row_kl(p, row_softmax(p).log_sum_exp, p, row_softmax(p).log_sum_exp, kNoFloor), 0,
+              1e-12);
+}
+
+TEST(RowKl, LeavesOutWhatIsBelowTheFloor) {
+  const std::vector<float> p = {0.0f, -20.0f};
+  const std::vector<float> q = {0.0f, -60.0f};
+  const double all = row_kl(p, 0, q, 0, kNoFloor);
+  EXPECT_NEAR(all, std::exp(-20.0) * 40, 1e-10);
+  EXPECT_EQ(row_kl(p, 0, q, 0, -16.0f), 0);
+}
+
+TEST(Quantile, InterpolatesBetweenOrderStatistics) {
+  std::vector<double> values = {4, 1, 3, 2};
+  EXPECT_DOUBLE_EQ(quantile(values, 0.5), 2.5);
+  EXPECT_DOUBLE_EQ(quantile(values, 0.0), 1);
+  EXPECT_DOUBLE_EQ(quantile(values, 1.0), 4);
+  EXPECT_DOUBLE_EQ(quantile(values, 0.9), 3.7);
+}
+
+TokenScores scores_with(const std::vector<double>& nll) {
+  TokenScores scores;
+  scores.nll = nll;
+  scores.kl.assign(nll.size(), 0.5f);
+  scores.same_top.assign(nll.size(), 1);
+  scores.same_top[0] = 0;
+  return scores;
+}
+
+TEST(Summarize, MeansAndShares) {
+  const std::vector<double> nll = {1, 2, 3, 2};
+  const EvalSummary summary = summarize(scores_with(nll), nll, 4);
+  EXPECT_EQ(summary.num_tokens, 4);
+  EXPECT_DOUBLE_EQ(summary.nll, 2);
+  EXPECT_DOUBLE_EQ(summary.ppl, std::exp(2.0));
+  EXPECT_DOUBLE_EQ(summary.kl_mean, 0.5);
+  EXPECT_DOUBLE_EQ(summary.top1, 0.75);
+  EXPECT_EQ(summary.delta_nll, 0);
+  EXPECT_EQ(summary.delta_nll_low, 0);
+  EXPECT_EQ(summary.delta_nll_high, 0);
+}
+
+// Of differences that are independent noise, the interval has the width that theory gives, and it
+// is the paired one: the large variation that both sides share does not widen it.
+TEST(Summarize, IntervalIsPairedAndOfTheRightWidth) {
+  std::mt19937 random(7);
+  std::normal_distribution<double> shared(3, 2);
+  std::normal_distribution<double> noise(0.02, 0.1);
+  for (const int64_t chunks : {4, 40}) {
+    const int64_t per_chunk = 16000 / chunks;
+    std::vector<double> base(16000);
+    std::vector<double> own(16000);
+    for (size_t i = 0; i < base.size(); ++i) {
+      base[i] = shared(random);
+      own[i] = base[i] + noise(random);
+    }
+    const EvalSummary summary = summarize(scores_with(own), base, per_chunk);
+    const double half = 1.96 * 0.1 / std::sqrt(16000.0);
+    EXPECT_NEAR(summary.delta_nll, 0.02, 3 * half);
+    EXPECT_NEAR(summary.delta_nll_high - summary.delta_nll_low, 2 * half, 0.35 * 2 * half)
+        << chunks;
+    EXPECT_LT(summary.delta_nll_low, summary.delta_nll);
+    EXPECT_GT(summary.delta_nll_high, summary.delta_nll);
+    const EvalSummary again = summarize(scores_with(own), base, per_chunk);
+    EXPECT_EQ(again.delta_nll_low, summary.delta_nll_low);
+  }
+}
+
+}  // namespace
+}  // namespace kvant::model
