@@ -1,7 +1,9 @@
 // What the bytes of a KV-cache format mean: one row of facts per format.
 //
 // Everything else that needs to know a format (codecs, pages, kernels, planner, CLI) reads its row;
-// nothing derived is typed in twice. codecs.md section 2 is the definition. Thread-safe (constants).
+// nothing derived is typed in twice. codecs.md section 2 is the definition. Thread-safe
+// (constants). Adding a format: one header with what format_concept.h asks for, one line in
+// formats.def.
 #pragma once
 
 #include <cstdint>
@@ -12,22 +14,12 @@
 
 namespace kvant::formats {
 
-// One value per base format. The numeric values are part of the stored-page fingerprint: only add.
+// One value per base format: k<Type> for each line of formats.def. The numbers are part of the
+// stored-page fingerprint.
 enum class FormatId : uint8_t {
-  kBf16 = 0,
-  kF16 = 1,
-  kFp8 = 2,
-  kFp8Head = 3,
-  kFp8Token = 4,
-  kFp8E5m2 = 5,
-  kMxfp8 = 6,
-  kInt8 = 7,
-  kInt4 = 8,
-  kInt4Channel = 9,
-  kInt3Channel = 10,
-  kInt2Channel = 11,
-  kNvfp4 = 12,
-  kMxfp4 = 13,
+#define KVANT_FORMAT(number, Type, header) k##Type = number,
+#include "kvant/formats/formats.def"
+#undef KVANT_FORMAT
 };
 
 // The number system of one stored element.
@@ -55,11 +47,11 @@ enum class GlobalScale : uint8_t { kNone, kPerTensor, kPerHead };
 
 struct FormatInfo {
   FormatId id;
-  std::string_view name;   // as in format strings, e.g. "int4:channel"
+  std::string_view name;  // as in format strings, e.g. "int4:channel"
   Element element;
-  int code_bits;           // stored bits per element, side data not counted
+  int code_bits;  // stored bits per element, side data not counted
   BlockAxis axis;
-  int block_size;          // elements per block; 0: the whole row (kHeadDim) or page column (kToken)
+  int block_size;  // elements per block; 0: the whole row (kHeadDim) or page column (kToken)
   Scale scale;
   GlobalScale global_scale;
   bool for_keys;
@@ -86,6 +78,8 @@ constexpr int scale_bytes(Scale scale) {
 }
 
 // Number of levels minus one of an asymmetric integer format (15, 7, 3).
-constexpr int unsigned_steps(int code_bits) { return (1 << code_bits) - 1; }
+constexpr int unsigned_steps(int code_bits) {
+  return (1 << code_bits) - 1;
+}
 
 }  // namespace kvant::formats

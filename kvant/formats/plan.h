@@ -1,7 +1,7 @@
 // Quantisation plan: which format each layer's K and V use, with scales, biases and factors.
 //
-// The output of calibration; a safetensors file (codecs.md section 6). Without a plan every layer uses
-// the format asked for with g = 1. Plain data.
+// The output of calibration; a safetensors file (codecs.md section 6). Without a plan every layer
+// uses the format asked for with g = 1. Plain data.
 #pragma once
 
 #include <map>
@@ -28,8 +28,8 @@ struct LayerPlan {
 
 struct QuantPlan {
   int version = 1;
-  std::string geometry_id;    // of the model it was made for; another geometry is an error
-  std::string weights_id;     // other weights of the same geometry: a warning for the caller to show
+  std::string geometry_id;  // of the model it was made for; another geometry is an error
+  std::string weights_id;   // other weights of the same geometry: a warning for the caller to show
   std::string corpus_sha256;  // what it was calibrated on
   std::string kv;             // cache format string it was made for
   std::vector<LayerPlan> layers;
@@ -42,8 +42,9 @@ struct QuantPlan {
   SideParams side_params(int layer, bool keys, int kv_head, int head_dim) const;
 };
 
-// Every term that `format` declares (+bias, +smooth) must be in the plan for every layer and plausible
-// (finite, positive where it must be); kInvalidArgument names the first that is missing or implausible.
+// Every term that `format` declares (+bias, +smooth) must be in the plan for every layer and
+// plausible (finite, positive where it must be); kInvalidArgument names the first that is missing
+// or implausible.
 Status check_plan(const QuantPlan& plan, const CacheFormat& format, int num_layers,
                   int num_kv_heads, int head_dim);
 

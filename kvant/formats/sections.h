@@ -1,8 +1,8 @@
 // How many bytes one head's part of a page takes, and where its five sections start.
 //
 // A unit is the part of a page that belongs to one layer and one KV head (codecs.md section 5):
-// [K codes | K scales | K mean | V codes | V scales], each zero-padded to 128 bytes. The sizes do not
-// depend on the layout (planar, cpu, sm90): layouts only permute bytes inside a section.
+// [K codes | K scales | K mean | V codes | V scales], each zero-padded to 128 bytes. The sizes do
+// not depend on the layout (planar, cpu, sm90): layouts only permute bytes inside a section.
 #pragma once
 
 #include <cstdint>
