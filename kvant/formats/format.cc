@@ -55,7 +55,7 @@ Result<FormatId> find_format(std::string_view name) {
     list += list.empty() ? "" : ", ";
     list += format.name;
   }
-  return Error(ErrorCode::kInvalidArgument, "unknown cache format " + quoted(name) +
+  return Error(ErrorCode::kInvalidArgument, "unknown cache format " + quote_name(name) +
                                                 did_you_mean(closest_name(name, names)) +
                                                 "; formats: " + list);
 }

@@ -4,8 +4,10 @@
 // uses the format asked for with g = 1. Plain data.
 #pragma once
 
-#include <map>
+#include <cstddef>
+#include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "kvant/base/result.h"
@@ -14,7 +16,8 @@
 
 namespace kvant::formats {
 
-// One side of one layer. Empty vectors mean "absent".
+// One side of one layer. Empty vectors mean "absent". head_dim is in the order of Hugging Face
+// checkpoints.
 struct SidePlan {
   std::vector<float> global_scale;  // [1] or [num_kv_heads]
   std::vector<float> bias;          // [num_kv_heads * head_dim]
@@ -24,6 +27,9 @@ struct SidePlan {
 struct LayerPlan {
   SidePlan k;
   SidePlan v;
+  // Extents of bias and smooth of both sides; 0 where the layer has neither.
+  int num_kv_heads = 0;
+  int head_dim = 0;
 };
 
 struct QuantPlan {
@@ -34,8 +40,11 @@ struct QuantPlan {
   std::string kv;             // cache format string it was made for
   std::vector<LayerPlan> layers;
 
+  // kNotFound, kIoError, kCorruptData, or kUnsupported for a plan of a later version; each names
+  // the file, and the tensor where there is one.
   static Result<QuantPlan> load(const std::string& path);
-  // Atomic: written beside and renamed.
+  static Result<QuantPlan> parse(std::span<const std::byte> bytes, std::string_view file_name);
+  // Atomic: written beside and renamed, so that a failure leaves an old file as it was.
   Status save(const std::string& path) const;
 
   // What the codec of one layer, side and head reads. Absent terms are null; g defaults to 1.

@@ -128,7 +128,7 @@ struct Parser {
         tokens > kMostRecentTokens) {
       return invalid("+recentN takes a number of tokens from 1 to " +
                      std::to_string(kMostRecentTokens) + ", as in +recent128; found " +
-                     quoted(plus(option)));
+                     quote_name(plus(option)));
     }
     if (format.recent_tokens != 0) return duplicate("recentN");
     format.recent_tokens = tokens;
@@ -169,7 +169,7 @@ struct Parser {
       names.push_back(row.name);
     }
     const std::string_view closest = closest_name(name, names);
-    return invalid("unknown option " + quoted(plus(name)) +
+    return invalid("unknown option " + quote_name(plus(name)) +
                    (closest.empty() ? "" : did_you_mean(plus(closest))) +
                    "; options: " + std::string(kOptionNames));
   }
@@ -222,7 +222,7 @@ Error unknown_base(std::string_view base) {
     presets += presets.empty() ? "" : ", ";
     presets += row.name;
   }
-  return invalid("unknown format or preset " + quoted(base) +
+  return invalid("unknown format or preset " + quote_name(base) +
                  did_you_mean(closest_name(base, names)) + "; formats: " + formats +
                  "; presets: " + presets);
 }
@@ -307,7 +307,7 @@ Result<CacheFormat> parse_cache_format(std::string_view spec) {
                    " characters is longer than " + std::to_string(kLongestSpec));
   }
   Result<CacheFormat> format = parse_spec(spec);
-  if (!format) return format.error().with_context("cache format " + quoted(spec));
+  if (!format) return format.error().with_context("cache format " + quote_name(spec));
   return format;
 }
 

@@ -33,7 +33,7 @@ size_t edit_distance(std::string_view a, std::string_view b) {
 
 }  // namespace
 
-std::string quoted(std::string_view text) {
+std::string quote_name(std::string_view text) {
   std::string out = "'";
   for (const char c : text.substr(0, kLongestQuote)) out += c >= 0x20 && c < 0x7f ? c : '?';
   if (text.size() > kLongestQuote) out += "...";

@@ -8,7 +8,7 @@
 namespace kvant::formats {
 
 // 'text' with unprintable bytes as '?', cut to a length that fits a message.
-std::string quoted(std::string_view text);
+std::string quote_name(std::string_view text);
 
 // The name that `given` is probably a misspelling of; empty if none is close.
 std::string_view closest_name(std::string_view given, std::span<const std::string_view> names);

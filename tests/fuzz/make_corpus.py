@@ -3,6 +3,8 @@
 
 Usage: make_corpus.py FOLDER     one folder below it for each fuzz target
 """
+import json
+import math
 import pathlib
 import struct
 import sys
@@ -45,6 +47,19 @@ def logits(ctx: int, vocab: int, chunks: int) -> bytes:
     return b"_logits_" + struct.pack("<3i", ctx, vocab, chunks) + tokens + row * (ctx - 1 - ctx // 2) * chunks
 
 
+def plan(tensors: dict[str, list[int]]) -> bytes:
+    """A plan file with the given tensors, all values 0.5."""
+    header: dict = {"__metadata__": {"kvant_plan_version": "1", "geometry_id": "g", "weights_id": "w",
+                                     "corpus_sha256": "c", "kv": "nvfp4+bias"}}
+    end = 0
+    for name, shape in tensors.items():
+        size = 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + struct.pack("<f", 0.5) * (end // 4)
+
+
 def main() -> None:
     root = pathlib.Path(sys.argv[1])
     files = {
@@ -54,6 +69,12 @@ def main() -> None:
         "gguf/version2": gguf([("norm.weight", 0, (8,), 32)], version=2),
         "logits_file/even": logits(8, 6, 2),
         "logits_file/odd": logits(5, 7, 1),
+        "plan/empty": plan({}),
+        "plan/scales": plan({"layers.0.k.global_scale": [1], "layers.0.v.global_scale": [2]}),
+        "plan/all": plan({"layers.0.k.bias": [2, 16], "layers.0.k.smooth": [2, 16], "layers.0.v.bias": [2, 16]}),
+        "spec/preset": b"4bit,8bit+recent128",
+        "spec/sides": b"bf16,k=int4:channel+mean,v=nvfp4+46+sink",
+        "spec/options": b"fp8:head+mean+rot+smooth+prerope,k=int8+bias,v=fp8e5m2+rot+strict",
     }
     for name, data in files.items():
         path = root / name
