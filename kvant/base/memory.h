@@ -16,7 +16,8 @@
 
 namespace kvant {
 
-// What a buffer is for; the lines of the memory plan.
+// What a buffer is for; the lines of the memory plan. kTables is memory that the host reads and
+// writes directly, for every backend.
 enum class MemoryUse { kWeights, kPages, kTables, kWorkspace, kOther };
 inline constexpr int kNumMemoryUses = 5;
 std::string_view memory_use_name(MemoryUse use);  // "weights", "pages", ...

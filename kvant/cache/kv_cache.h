@@ -1,8 +1,9 @@
 // The paged KV cache of one engine: sequences, their pages, steps.
 //
 // Who calls it: the engine thread only (single-thread). It owns every page; kernels see it through
-// GroupView (view.h) for the length of one step. A step is a transaction: begin_step reserves all it
-// needs or fails and changes nothing; commit publishes closed pages; abort gives everything back.
+// GroupView (view.h) for the length of one step. A step is a transaction: begin_step reserves all
+// it needs or fails and changes nothing; commit publishes closed pages; abort gives everything
+// back.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +29,8 @@ struct LayerGeometry {
   bool operator==(const LayerGeometry&) const = default;
 };
 
-// A set of layers with equal window and geometry: one page table per sequence (codecs.md section 5).
+// A set of layers with equal window and geometry: one page table per sequence (codecs.md section
+// 5).
 struct LayerGroup {
   LayerGeometry geometry;
   std::vector<int> layers;  // model layer indices, ascending
@@ -44,10 +46,11 @@ struct CacheConfig {
   const formats::QuantPlan* plan = nullptr;         // copied from; may be null
   int page_tokens = 64;                             // 16, 32, 64 or 128
   Layout layout = Layout::kCpu;
-  int64_t max_tokens = 0;        // tokens of context that all sequences together may hold
+  int64_t max_tokens = 0;  // tokens of context that all sequences together may hold
   int max_sequences = 1;
-  int max_step_tokens = 512;     // new tokens of one step, all sequences together
-  uint8_t fingerprint_model[32] = {};  // weights_id and what else of the model enters the fingerprint
+  int max_step_tokens = 512;  // new tokens of one step, all sequences together
+  uint8_t fingerprint_model[32] =
+      {};  // weights_id and what else of the model enters the fingerprint
 };
 
 using SequenceId = int32_t;
@@ -57,17 +60,21 @@ struct StepSequence {
   int32_t num_new_tokens = 0;
 };
 
-// Bytes by purpose; `*_now` counts pages in use, the rest what is reserved. Sums are exact: they are
-// the plan that the allocator's high-water mark is compared with.
+// Bytes by purpose; `*_now` counts pages in use, the rest what is reserved. Sums are exact: they
+// are the plan that the allocator's high-water mark is compared with.
 struct CacheBytes {
   int64_t stored_pages_reserved = 0, stored_pages_now = 0;
   int64_t bf16_pages_reserved = 0, bf16_pages_now = 0;  // open, sink and recent pages
   int64_t staging = 0;
-  int64_t tables = 0;
+  int64_t tables = 0;      // page tables, counts and lists of the pool, vectors of the plan
   int64_t tokens_now = 0;  // sum of sequence lengths
-  // Values stored: every K and V element of every token that is still held.
+  // Values stored: every K and V element of every token that is still held, per sequence.
   int64_t values_now = 0;
-  double bits_per_value() const;  // of what is in use now, everything counted
+  // Pages in use now over values_now: closed, open and sink pages with their side data and padding.
+  double bits_per_value() const;
+  // Of MemoryUse::kPages and of all uses.
+  int64_t pages_reserved() const { return stored_pages_reserved + bf16_pages_reserved + staging; }
+  int64_t total_reserved() const { return pages_reserved() + tables; }
 };
 
 // What create() would reserve, without reserving it: the planner's source.
@@ -85,10 +92,13 @@ class KvCache {
   void remove_sequence(SequenceId id);
   int64_t length(SequenceId id) const;
   // Shortens to at most `length` tokens and returns how many remain: truncation into a closed page
-  // drops that page (its tokens must be recomputed: codecs.md section 1).
+  // drops that page (its tokens must be recomputed: codecs.md section 1). Where pages that the rest
+  // needs have left a window, or are encoded and +recentN would read them in BF16, fewer remain,
+  // down to none. Within the open page truncation is always exact.
   Result<int64_t> truncate(SequenceId id, int64_t length);
 
-  // Reserves what the new tokens need. Between begin and commit/abort no other call changes the cache.
+  // Reserves what the new tokens need. Between begin and commit/abort no other call changes the
+  // cache.
   Status begin_step(std::span<const StepSequence> sequences);
   int num_groups() const;
   const LayerGroup& group(int index) const;
@@ -105,15 +115,16 @@ class KvCache {
 
   CacheBytes bytes() const;
   const CacheConfig& config() const;
-  // Every page is referenced as often as tables say, free lists are disjoint, lengths fit: kInternal
-  // names the first violation.
+  // Every page is referenced as often as tables say, free lists are disjoint, lengths fit:
+  // kInternal names the first violation.
   Status check_integrity() const;
 
   // First 16 bytes of SHA-256 over canonical JSON (codecs.md section 5).
   std::span<const uint8_t, 16> fingerprint() const;
 
-  // A closed page as a stored page object (planar layout), and back: the page file of disk, remote and
-  // `kvant inspect`. import_page appends the page to a sequence whose length is at its first position.
+  // A closed page as a stored page object (planar layout), and back: the page file of disk, remote
+  // and `kvant inspect`. import_page appends the page to a sequence whose length is at its first
+  // position.
   struct PageIdentity {
     uint8_t key[32];
     uint8_t parent_key[32];
@@ -121,7 +132,9 @@ class KvCache {
   };
   Result<std::vector<std::byte>> export_page(SequenceId id, int group, int64_t page,
                                              const PageIdentity& identity) const;
-  // All groups' objects of one page index. kCorruptData or kInvalidArgument if one does not match.
+  // All groups' objects of one page index; a window group's may be empty where no later query reads
+  // it (begin_step fails if one does). kCorruptData or kInvalidArgument if one does not match,
+  // kUnsupported with +recentN, kResourceExhausted without free pages; the cache is unchanged then.
   Status import_page(SequenceId id, std::span<const std::span<const std::byte>> objects);
 
  private:
