@@ -1,0 +1,18 @@
+#include "kvant/backend/cpu/kernels.h"
+
+namespace kvant::backend::cpu {
+
+const Kernels& kernels(CpuLevel level) {
+#if defined(__x86_64__)
+  switch (level) {
+    case CpuLevel::kScalar: break;
+    case CpuLevel::kAvx2: return avx2::kKernels;
+    case CpuLevel::kAvx512: return avx512::kKernels;
+  }
+#else
+  (void)level;
+#endif
+  return scalar::kKernels;
+}
+
+}  // namespace kvant::backend::cpu

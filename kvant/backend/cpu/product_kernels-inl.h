@@ -1,0 +1,389 @@
+// Matrix products of one panel of activation rows with tiles of 16 output rows; layouts in
+// matrix_layout.h. Compiled once per SIMD level: include it inside the level's namespace, after its
+// Simd and vector_kernels-inl.h.
+//
+// Integer kinds, per block of 32 inputs and output row: the dot product of unsigned codes u with
+// the activations' 15-bit codes q is exact in int32 (255 * 16256 * 32 < 2^31), then
+//   acc = fma(float(dot - offset * sum q), a * s, acc), and for types with a minimum b: fma(b, s *
+//   sum q, acc)
+// where w = a * (u - offset) (+ b). One chain per output, inputs in order, whatever the panel's
+// size.
+
+#define KVANT_INLINE inline __attribute__((always_inline))
+
+template <int... kIndex, typename Use>
+KVANT_INLINE void repeat_each(std::integer_sequence<int, kIndex...>, Use&& use) {
+  (use(std::integral_constant<int, kIndex>{}), ...);
+}
+// use(0), ..., use(kCount - 1) with constant arguments, unrolled.
+template <int kCount, typename Use>
+KVANT_INLINE void repeat(Use&& use) {
+  repeat_each(std::make_integer_sequence<int, kCount>{}, static_cast<Use&&>(use));
+}
+
+inline constexpr int kChunks = kTileRows / Simd::kLanes;  // vectors per tile
+
+// ---- codes ----
+
+// Moves the kWidth bits at bit kFrom of each 16-bit half to bit 4.
+template <int kFrom>
+KVANT_INLINE Simd::I move_to_bit_4(Simd::I v) {
+  if constexpr (kFrom < 4) return Simd::shift_left_16<4 - kFrom>(v);
+  if constexpr (kFrom > 4) return Simd::shift_right_16<kFrom - 4>(v);
+  return v;
+}
+
+// Pair kPair of a block's codes as 16-bit numbers. `codes` is the block's first vector, at this
+// chunk.
+template <int kBits, int kPair>
+KVANT_INLINE Simd::I unpack_pair(const uint8_t* codes) {
+  constexpr int kVectorBytes = 4 * kTileRows;
+  if constexpr (kBits == 8) {
+    const Simd::I raw = Simd::load_i(codes + kPair / 2 * kVectorBytes);
+    return kPair % 2 == 0 ? Simd::bit_and(raw, Simd::set1_i(0x00ff00ffu))
+                          : Simd::shift_right_16<8>(raw);
+  } else {
+    constexpr int kShift = 4 * (kPair % 4);
+    Simd::I code = Simd::load_i(codes + kPair / 4 * kVectorBytes);
+    if constexpr (kShift != 0) code = Simd::shift_right_16<kShift>(code);
+    if constexpr (kShift != 12) code = Simd::bit_and(code, Simd::set1_i(0x000f000fu));
+    if constexpr (kBits == 5) {
+      const Simd::I high = Simd::load_i(codes + 4 * kVectorBytes);
+      code = Simd::or_masked(code, move_to_bit_4<kPair>(high), Simd::set1_i(0x00100010u));
+    }
+    if constexpr (kBits == 6) {
+      const Simd::I high = Simd::load_i(codes + (4 + kPair / 8) * kVectorBytes);
+      code = Simd::or_masked(code, move_to_bit_4<2 * (kPair % 8)>(high), Simd::set1_i(0x00300030u));
+    }
+    return code;
+  }
+}
+
+// ---- scales ----
+
+struct Scale {
+  Simd::F a;
+  Simd::F b;  // the minimum; only if the kind has one
+};
+
+// f16 a for each block: [block][16].
+struct BlockScales {
+  static constexpr bool kHasMin = false;
+  static constexpr int kSubBlocks = 1;
+  template <int>
+  KVANT_INLINE static Scale load(const uint8_t* scales, int64_t block, int lane) {
+    return {Simd::load_f16(scales + 2 * kTileRows * block + 2 * lane), Simd::zero()};
+  }
+};
+
+// f16 a and b for each block: [block][a, b][16].
+struct BlockScalesAndMins {
+  static constexpr bool kHasMin = true;
+  static constexpr int kSubBlocks = 1;
+  template <int>
+  KVANT_INLINE static Scale load(const uint8_t* scales, int64_t block, int lane) {
+    const uint8_t* p = scales + 4 * kTileRows * block + 2 * lane;
+    return {Simd::load_f16(p), Simd::load_f16(p + 2 * kTileRows)};
+  }
+};
+
+// Q4_K, Q5_K: [super-block]: f16 d [16], f16 d_min [16], then for each block u8 scale [16], min
+// [16].
+struct SuperScalesAndMins {
+  static constexpr bool kHasMin = true;
+  static constexpr int kSubBlocks = 1;
+  template <int>
+  KVANT_INLINE static Scale load(const uint8_t* scales, int64_t block, int lane) {
+    const uint8_t* p = scales + 20 * kTileRows * (block / 8);
+    const uint8_t* fine = p + 4 * kTileRows + 2 * kTileRows * (block % 8) + lane;
+    const Simd::F d_min = Simd::load_f16(p + 2 * kTileRows + 2 * lane);
+    return {Simd::mul(Simd::load_f16(p + 2 * lane), Simd::load_u8(fine)),
+            Simd::sub(Simd::zero(), Simd::mul(d_min, Simd::load_u8(fine + kTileRows)))};
+  }
+};
+
+// Q6_K: [super-block]: f16 d [16], then for each half block i8 scale [16].
+struct SuperScalesOfHalves {
+  static constexpr bool kHasMin = false;
+  static constexpr int kSubBlocks = 2;
+  template <int kSub>
+  KVANT_INLINE static Scale load(const uint8_t* scales, int64_t block, int lane) {
+    const uint8_t* p = scales + 18 * kTileRows * (block / 8);
+    const uint8_t* fine = p + 2 * kTileRows + kTileRows * (2 * (block % 8) + kSub) + lane;
+    return {Simd::mul(Simd::load_f16(p + 2 * lane), Simd::load_i8(fine)), Simd::zero()};
+  }
+};
+
+// w = a * (u - 2^kLogOffset) or, with a minimum, a * u + b.
+template <int kBitsOfCode, int kLogOffsetOfCode, typename ScalesOfKind>
+struct IntegerKind {
+  static constexpr int kBits = kBitsOfCode;
+  static constexpr int kLogOffset = kLogOffsetOfCode;
+  static constexpr int kBlockBytes = kBlock * kTileRows * kBits / 8;
+  using Scales = ScalesOfKind;
+};
+using KindQ4_0 = IntegerKind<4, 3, BlockScales>;
+using KindQ4_1 = IntegerKind<4, 0, BlockScalesAndMins>;
+using KindQ5_0 = IntegerKind<5, 4, BlockScales>;
+using KindQ5_1 = IntegerKind<5, 0, BlockScalesAndMins>;
+using KindQ8_0 = IntegerKind<8, 7, BlockScales>;
+using KindQ4_K = IntegerKind<4, 0, SuperScalesAndMins>;
+using KindQ5_K = IntegerKind<5, 0, SuperScalesAndMins>;
+using KindQ6_K = IntegerKind<6, 5, SuperScalesOfHalves>;
+
+// ---- integer product ----
+
+// Writes the results of kRows activation rows for one chunk of a tile: (out +) (acc + bias).
+template <int kRows>
+KVANT_INLINE void store_chunk(const ProductArgs& args, int64_t first_row,
+                              const Simd::F (&acc)[kRows]) {
+  const int64_t valid = args.num_rows - first_row;
+  if (valid >= Simd::kLanes) {
+    repeat<kRows>([&](auto r) __attribute__((always_inline)) {
+      float* out = args.out + r * args.out_stride + first_row;
+      Simd::F v = acc[r];
+      if (args.bias != nullptr) v = Simd::add(v, Simd::load(args.bias + first_row));
+      if (args.accumulate) v = Simd::add(Simd::load(out), v);
+      Simd::store(out, v);
+    });
+    return;
+  }
+  for (int r = 0; r < kRows; ++r) {
+    float values[Simd::kLanes];
+    Simd::store(values, acc[r]);
+    float* out = args.out + r * args.out_stride + first_row;
+    for (int64_t i = 0; i < valid; ++i) {
+      float v = values[i];
+      if (args.bias != nullptr) v = v + args.bias[first_row + i];
+      out[i] = args.accumulate ? out[i] + v : v;
+    }
+  }
+}
+
+// Adds one sub-block's terms to the sums. `record` is the panel's record of the block.
+template <typename Kind, int kRows, int kSub>
+KVANT_INLINE void add_sub_block(const uint8_t* codes, const uint8_t* record, const Scale& scale,
+                                Simd::F (&acc)[kRows]) {
+  constexpr int kPairs = kBlock / 2 / Kind::Scales::kSubBlocks;
+  const uint8_t* row_scales = record + 2 * kBlock * kRows;
+  const uint8_t* row_min_terms = row_scales + 4 * kRows;
+  const uint8_t* row_sums = row_scales + 8 * kRows;
+  Simd::I dot[kRows];
+  repeat<kRows>([&](auto r) __attribute__((always_inline)) {
+    if constexpr (Kind::kLogOffset == 0) {
+      dot[r] = Simd::set1_i(0);
+    } else {  // -offset * sum q
+      Simd::I sum = Simd::broadcast_i(row_sums + 4 * (r + kSub * kRows));
+      if constexpr (Kind::Scales::kSubBlocks == 1) {
+        sum = Simd::add_i(sum, Simd::broadcast_i(row_sums + 4 * (r + kRows)));
+      }
+      dot[r] = Simd::shift_left<Kind::kLogOffset>(sum);
+    }
+  });
+  repeat<kPairs>([&](auto p) __attribute__((always_inline)) {
+    constexpr int kPair = kSub * kPairs + decltype(p)::value;
+    const Simd::I w = unpack_pair<Kind::kBits, kPair>(codes);
+    repeat<kRows>([&](auto r) __attribute__((always_inline)) {
+      dot[r] = Simd::dot_pairs(dot[r], w, Simd::broadcast_i(record + 2 * kBlock * r + 4 * kPair));
+    });
+  });
+  repeat<kRows>([&](auto r) __attribute__((always_inline)) {
+    const Simd::F s = Simd::as_float(Simd::broadcast_i(row_scales + 4 * r));
+    acc[r] = Simd::fma(Simd::to_float(dot[r]), Simd::mul(scale.a, s), acc[r]);
+    if constexpr (Kind::Scales::kHasMin) {
+      acc[r] = Simd::fma(scale.b, Simd::as_float(Simd::broadcast_i(row_min_terms + 4 * r)), acc[r]);
+    }
+  });
+}
+
+template <typename Kind, int kRows>
+void integer_product(const ProductArgs& args) {
+  const int64_t num_blocks = args.cols / kBlock;
+  const uint8_t* tile = args.tiles;
+  for (int64_t row = 0; row < args.num_rows; row += kTileRows, tile += args.tile_bytes) {
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      const int lane = chunk * Simd::kLanes;
+      if (row + lane >= args.num_rows) break;
+      const uint8_t* codes = tile + 4 * lane;
+      const uint8_t* record = args.panel;
+      Simd::F acc[kRows];
+      repeat<kRows>([&](auto r) __attribute__((always_inline)) { acc[r] = Simd::zero(); });
+      for (int64_t block = 0; block < num_blocks; ++block) {
+        repeat<Kind::Scales::kSubBlocks>([&](auto sub) __attribute__((always_inline)) {
+          constexpr int kSub = decltype(sub)::value;
+          const Scale scale =
+              Kind::Scales::template load<kSub>(tile + args.scale_offset, block, lane);
+          add_sub_block<Kind, kRows, kSub>(codes, record, scale, acc);
+        });
+        codes += Kind::kBlockBytes;
+        record += kQuantisedBlockBytes * kRows;
+      }
+      store_chunk<kRows>(args, row + lane, acc);
+    }
+  }
+}
+
+// ---- float product ----
+
+struct KindF32 {
+  static constexpr int kBytes = 4;
+  KVANT_INLINE static Simd::F load(const uint8_t* p) { return Simd::load_unaligned_f32(p); }
+};
+struct KindF16 {
+  static constexpr int kBytes = 2;
+  KVANT_INLINE static Simd::F load(const uint8_t* p) { return Simd::load_f16(p); }
+};
+struct KindBF16 {
+  static constexpr int kBytes = 2;
+  KVANT_INLINE static Simd::F load(const uint8_t* p) { return Simd::load_bf16(p); }
+};
+
+// kTiles tiles at once, so that few activation rows still give enough independent chains.
+template <typename Kind, int kRows, int kTiles>
+KVANT_INLINE void float_chunk(const ProductArgs& args, int64_t row, int lane) {
+  const uint8_t* tile = args.tiles + row / kTileRows * args.tile_bytes + Kind::kBytes * lane;
+  const uint8_t* record = args.panel;
+  Simd::F acc[kTiles][kRows];
+  repeat<kTiles * kRows>([&](auto i) __attribute__((always_inline)) {
+    acc[i / kRows][i % kRows] = Simd::zero();
+  });
+  for (int64_t first = 0; first < args.cols; first += kBlock) {
+    const int64_t inputs = args.cols - first < kBlock ? args.cols - first : kBlock;
+    for (int64_t i = 0; i < inputs; ++i) {
+      repeat<kTiles>([&](auto t) __attribute__((always_inline)) {
+        const Simd::F w = Kind::load(tile + t * args.tile_bytes);
+        repeat<kRows>([&](auto r) __attribute__((always_inline)) {
+          const Simd::F x =
+              Simd::as_float(Simd::broadcast_i(record + kFloatBlockBytes * r + 4 * i));
+          acc[t][r] = Simd::fma(w, x, acc[t][r]);
+        });
+      });
+      tile += Kind::kBytes * kTileRows;
+    }
+    record += kFloatBlockBytes * kRows;
+  }
+  repeat<kTiles>([&](auto t) __attribute__((always_inline)) {
+    store_chunk<kRows>(args, row + t * kTileRows + lane, acc[t]);
+  });
+}
+
+template <typename Kind, int kRows>
+void float_product(const ProductArgs& args) {
+  constexpr int kTiles = kRows <= 2 ? 4 : 1;
+  int64_t row = 0;
+  for (; row + kTiles * kTileRows <= args.num_rows; row += kTiles * kTileRows) {
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      float_chunk<Kind, kRows, kTiles>(args, row, chunk * Simd::kLanes);
+    }
+  }
+  for (; row < args.num_rows; row += kTileRows) {
+    for (int chunk = 0; chunk < kChunks && row + chunk * Simd::kLanes < args.num_rows; ++chunk) {
+      float_chunk<Kind, kRows, 1>(args, row, chunk * Simd::kLanes);
+    }
+  }
+}
+
+// ---- panels ----
+
+void quantise_block(const float* x, int n, int row, uint8_t* record) {
+  Simd::I magnitude = Simd::set1_i(0);
+  for (int i = 0; i < kBlock; i += Simd::kLanes) {
+    // As integers: finite magnitudes in order, Inf and NaN above them, so that NaN is not lost.
+    magnitude =
+        Simd::max_signed(magnitude, Simd::bit_and(Simd::load_i(x + i), Simd::set1_i(0x7fffffffu)));
+  }
+  int32_t lanes[Simd::kLanes];
+  Simd::store_i(lanes, magnitude);
+  int32_t bits = 0;
+  for (int32_t lane : lanes) bits = lane > bits ? lane : bits;
+  float amax;
+  std::memcpy(&amax, &bits, 4);
+  float scale = 0.0f;
+  float inverse = 0.0f;
+  if (!(amax < kMinActivation)) {
+    scale = amax / kMaxActivationCode;
+    inverse = kMaxActivationCode / amax;
+  }
+  int32_t codes[kBlock];
+  for (int i = 0; i < kBlock; i += Simd::kLanes) {
+    Simd::store_i(codes + i, Simd::round_to_int(Simd::mul(Simd::load(x + i), Simd::set1(inverse))));
+  }
+  int16_t short_codes[kBlock];
+  int32_t sums[2] = {0, 0};
+  for (int i = 0; i < kBlock; ++i) short_codes[i] = static_cast<int16_t>(codes[i]);
+  for (int i = 0; i < kBlock / 2; ++i) sums[0] += short_codes[i];
+  for (int i = kBlock / 2; i < kBlock; ++i) sums[1] += short_codes[i];
+  const float min_term = scale * static_cast<float>(sums[0] + sums[1]);
+  std::memcpy(record + 2 * kBlock * row, short_codes, sizeof(short_codes));
+  uint8_t* tail = record + 2 * kBlock * n + 4 * row;
+  std::memcpy(tail, &scale, 4);
+  std::memcpy(tail + 4 * n, &min_term, 4);
+  for (int half = 0; half < 2; ++half) {
+    const int32_t negative = -sums[half];
+    std::memcpy(tail + (8 + 4 * half) * n, &negative, 4);
+  }
+}
+
+void quantise_panel(const float* const* rows, int n, int64_t cols, uint8_t* panel) {
+  for (int row = 0; row < n; ++row) {
+    for (int64_t block = 0; block < cols / kBlock; ++block) {
+      quantise_block(rows[row] + block * kBlock, n, row, panel + block * kQuantisedBlockBytes * n);
+    }
+  }
+}
+
+void float_panel(const float* const* rows, int n, int64_t cols, uint8_t* panel) {
+  for (int64_t first = 0; first < cols; first += kBlock) {
+    const int64_t inputs = cols - first < kBlock ? cols - first : kBlock;
+    for (int row = 0; row < n; ++row, panel += kFloatBlockBytes) {
+      std::memcpy(panel, rows[row] + first, static_cast<size_t>(4 * inputs));
+      std::memset(panel + 4 * inputs, 0, static_cast<size_t>(4 * (kBlock - inputs)));
+    }
+  }
+}
+
+// ---- table ----
+
+template <template <typename, int> class Product, typename Kind>
+constexpr void fill_kind(ProductFunction (&row)[kMaxPanelRows + 1]) {
+  row[1] = Product<Kind, 1>::run;
+  row[2] = Product<Kind, 2>::run;
+  row[4] = Product<Kind, 4>::run;
+  if constexpr (Simd::kMaxPanel >= 8) row[8] = Product<Kind, 8>::run;
+  if constexpr (Simd::kMaxPanel >= 12) row[12] = Product<Kind, 12>::run;
+}
+template <typename Kind, int kRows>
+struct Integer {
+  static void run(const ProductArgs& args) { integer_product<Kind, kRows>(args); }
+};
+template <typename Kind, int kRows>
+struct Float {
+  static void run(const ProductArgs& args) { float_product<Kind, kRows>(args); }
+};
+
+constexpr Kernels make_kernels() {
+  Kernels k{};
+  fill_kind<Integer, KindQ4_0>(k.product[static_cast<int>(WeightKind::kQ4_0)]);
+  fill_kind<Integer, KindQ4_1>(k.product[static_cast<int>(WeightKind::kQ4_1)]);
+  fill_kind<Integer, KindQ5_0>(k.product[static_cast<int>(WeightKind::kQ5_0)]);
+  fill_kind<Integer, KindQ5_1>(k.product[static_cast<int>(WeightKind::kQ5_1)]);
+  fill_kind<Integer, KindQ8_0>(k.product[static_cast<int>(WeightKind::kQ8_0)]);
+  fill_kind<Integer, KindQ4_K>(k.product[static_cast<int>(WeightKind::kQ4_K)]);
+  fill_kind<Integer, KindQ5_K>(k.product[static_cast<int>(WeightKind::kQ5_K)]);
+  fill_kind<Integer, KindQ6_K>(k.product[static_cast<int>(WeightKind::kQ6_K)]);
+  fill_kind<Float, KindF32>(k.product[static_cast<int>(WeightKind::kF32)]);
+  fill_kind<Float, KindF16>(k.product[static_cast<int>(WeightKind::kF16)]);
+  fill_kind<Float, KindBF16>(k.product[static_cast<int>(WeightKind::kBF16)]);
+  k.quantise_panel = quantise_panel;
+  k.float_panel = float_panel;
+  k.rms_norm = rms_norm;
+  k.silu_gate = silu_gate;
+  k.gelu_gate = gelu_gate;
+  k.add = add;
+  k.add_scaled = add_scaled;
+  k.scale = scale;
+  k.rope = rope;
+  return k;
+}
+
+#undef KVANT_INLINE

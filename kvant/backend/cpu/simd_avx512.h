@@ -1,0 +1,81 @@
+// The vector operations of the kernels with sixteen lanes (AVX-512 with VNNI); simd_scalar.h
+// defines them.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace kvant::backend::cpu::avx512 {
+
+struct Simd {
+  static constexpr int kLanes = 16;
+  static constexpr int kMaxPanel = 12;
+  using F = __m512;
+  using I = __m512i;
+
+  static I load_i(const void* p) { return _mm512_loadu_si512(p); }
+  static void store_i(int32_t* p, I v) { _mm512_storeu_si512(p, v); }
+  static I broadcast_i(const void* p) {
+    int32_t v;
+    std::memcpy(&v, p, 4);
+    return _mm512_set1_epi32(v);
+  }
+  static I set1_i(uint32_t v) { return _mm512_set1_epi32(static_cast<int32_t>(v)); }
+  static I bit_and(I a, I b) { return _mm512_and_si512(a, b); }
+  static I or_masked(I a, I b, I mask) {
+    return _mm512_ternarylogic_epi32(a, b, mask, 0xf8);  // a | (b & mask)
+  }
+  static I max_signed(I a, I b) { return _mm512_max_epi32(a, b); }
+  static I add_i(I a, I b) { return _mm512_add_epi32(a, b); }
+  template <int kBits>
+  static I shift_left(I v) {
+    return _mm512_slli_epi32(v, kBits);
+  }
+  template <int kBits>
+  static I shift_left_16(I v) {
+    return _mm512_slli_epi16(v, kBits);
+  }
+  template <int kBits>
+  static I shift_right_16(I v) {
+    return _mm512_srli_epi16(v, kBits);
+  }
+  static I dot_pairs(I acc, I a, I b) { return _mm512_dpwssd_epi32(acc, a, b); }
+
+  static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
+  static I round_to_int(F v) { return _mm512_cvtps_epi32(v); }
+  static F as_float(I v) { return _mm512_castsi512_ps(v); }
+  static F zero() { return _mm512_setzero_ps(); }
+  static F set1(float v) { return _mm512_set1_ps(v); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static F load_unaligned_f32(const void* p) { return _mm512_castsi512_ps(load_i(p)); }
+  static F load_f16(const void* p) { return _mm512_cvtph_ps(load_half(p)); }
+  static F load_bf16(const void* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_half(p)), 16));
+  }
+  static F load_u8(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(
+        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static F load_i8(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(
+        _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F negated_fma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+
+ private:
+  static __m256i load_half(const void* p) {
+    return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+  }
+};
+
+}  // namespace kvant::backend::cpu::avx512

@@ -1,0 +1,63 @@
+#include <array>
+#include <memory>
+#include <string>
+#include <string_view>
+
+#include "kvant/backend/backend.h"
+#include "kvant/backend/cpu/cpu_backend.h"
+#include "kvant/backend/reference/reference_backend.h"
+#include "kvant/base/cpu_level.h"
+
+namespace kvant::backend {
+namespace {
+
+struct BackendEntry {
+  std::string_view name;
+  Result<std::unique_ptr<Backend>> (*create)(const BackendOptions& options);
+};
+
+Result<std::unique_ptr<Backend>> create_cpu(const BackendOptions& options) {
+  cpu::CpuOptions cpu_options;
+  cpu_options.num_threads = options.num_threads;
+  cpu_options.memory_limit = options.memory_limit;
+  KVANT_ASSIGN(cpu_options.level, choose_cpu_level());
+  return std::unique_ptr<Backend>(std::make_unique<cpu::CpuBackend>(cpu_options));
+}
+
+Result<std::unique_ptr<Backend>> create_reference(const BackendOptions& options) {
+  return std::unique_ptr<Backend>(
+      std::make_unique<reference::ReferenceBackend>(options.num_threads, options.memory_limit));
+}
+
+// Adding a backend: one row.
+constexpr std::array kBackends = {
+    BackendEntry{"cpu", create_cpu},
+    BackendEntry{"reference", create_reference},
+};
+
+}  // namespace
+
+int64_t activation_bytes(ActivationType type, int64_t num_values) {
+  return num_values * (type == ActivationType::kF32 ? 4 : 2);
+}
+
+Result<std::unique_ptr<Backend>> create_backend(const BackendOptions& options) {
+  if (options.num_threads < 0) {
+    return Error(ErrorCode::kInvalidArgument,
+                 "number of threads: expected 0 (one per processor) or more, found " +
+                     std::to_string(options.num_threads));
+  }
+  if (options.memory_limit < 0) {
+    return Error(ErrorCode::kInvalidArgument, "memory limit: expected 0 (none) or more, found " +
+                                                  std::to_string(options.memory_limit));
+  }
+  std::string names;
+  for (const BackendEntry& entry : kBackends) {
+    if (entry.name == options.name) return entry.create(options);
+    names += (names.empty() ? "" : ", ") + std::string(entry.name);
+  }
+  return Error(ErrorCode::kUnsupported,
+               "backend '" + options.name + "' is not in this build; it has: " + names);
+}
+
+}  // namespace kvant::backend
