@@ -7,11 +7,10 @@
 
 namespace kvant::tools {
 
-// One declaration per command, in the order of the table.
-
 std::span<const Command* const> commands() {
   // clang-format off
   static const std::vector<const Command*> table = {
+      &tokenize_command,
   };
   // clang-format on
   return table;

@@ -36,6 +36,9 @@ struct Command {
   CommandBody (*define)(CLI::App& app);
 };
 
+// One declaration per command, in the order of the table.
+extern const Command tokenize_command;
+
 // All commands, in the order of the help page.
 std::span<const Command* const> commands();
 
