@@ -24,7 +24,7 @@ set(KVANT_FLAGS_avx2 -mavx2 -mfma -mf16c -mbmi2)
 set(KVANT_FLAGS_avx512 -mavx2 -mfma -mf16c -mbmi2 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi
     -mavx512vnni -mavx512bf16 -mprefer-vector-width=512
     # GCC 12 takes the deliberately undefined operands in its own AVX-512 headers for a mistake.
-    $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>)
+    $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized;-Wno-uninitialized>)
 
 function(kvant_library)
   cmake_parse_arguments(ARG "" "NAME" "HEADERS;SOURCES;AVX2;AVX512;DEPS;LINK;TESTS;TEST_DEPS" ${ARGN})
