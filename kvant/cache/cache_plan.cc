@@ -152,6 +152,11 @@ int64_t filled_pages(int64_t step_tokens, int64_t sequences, int page_tokens) {
   return sequences + (step_tokens - sequences) / page_tokens;
 }
 
+// Full pages before its own that a query can reach.
+int64_t window_pages(int64_t window, int page_tokens) {
+  return (window - 1 + page_tokens - 1) / page_tokens;
+}
+
 void count_slots(GroupPlan& plan, const CacheConfig& config) {
   const int t = config.page_tokens;
   const int64_t s = config.max_sequences;
@@ -159,12 +164,11 @@ void count_slots(GroupPlan& plan, const CacheConfig& config) {
   const int64_t step = std::min<int64_t>(config.max_step_tokens, config.max_tokens);
   const int64_t full_pages = config.max_tokens / t;
   const int64_t all_pages = (config.max_tokens + s * (t - 1)) / t;  // partly filled ones included
-  const int64_t window_pages = window == 0 ? 0 : (window - 1 + t - 1) / t;  // full ones at rest
   if (plan.plain) {
     plan.bf16_slots = all_pages;
     if (window > 0) {
       const int64_t extra = extra_open_pages(step, s, step, t);
-      plan.bf16_slots = std::min(all_pages, s * (window_pages + 1) + extra);
+      plan.bf16_slots = std::min(all_pages, s * (window_pages(window, t) + 1) + extra);
     }
     return;
   }
@@ -173,7 +177,8 @@ void count_slots(GroupPlan& plan, const CacheConfig& config) {
   plan.bf16_slots = std::min(all_pages, s * (r + 1 + sink) + extra_open_pages(step, s, r, t));
   plan.stored_slots = std::max<int64_t>(0, full_pages - r - sink);
   if (window > 0) {
-    plan.stored_slots = std::min(plan.stored_slots, s * window_pages + filled_pages(step, s, t));
+    plan.stored_slots =
+        std::min(plan.stored_slots, s * window_pages(window, t) + filled_pages(step, s, t));
   }
   plan.staging_slots = step / t;
 }
@@ -204,11 +209,13 @@ Result<GroupPlan> plan_group(const CacheConfig& config, LayerGroup group) {
     plan.v.push_back(format.v);
     if (!format.is_bf16()) plan.plain = false;
   }
-  plan.sink = !plan.plain && config.format.sink && plan.group.geometry.window == 0;
-  plan.recent_pages =
-      plan.plain ? 0
-                 : (static_cast<int64_t>(config.format.recent_tokens) + config.page_tokens - 1) /
-                       config.page_tokens;
+  const int t = config.page_tokens;
+  const int window = plan.group.geometry.window;
+  plan.recent_pages = (static_cast<int64_t>(config.format.recent_tokens) + t - 1) / t;
+  // Where the recent pages cover the window nothing is ever read as stored, so nothing is encoded.
+  if (window > 0 && plan.recent_pages >= window_pages(window, t)) plan.plain = true;
+  if (plan.plain) plan.recent_pages = 0;
+  plan.sink = !plan.plain && config.format.sink && window == 0;
   lay_out_pages(plan, config.page_tokens);
   count_slots(plan, config);
   return plan;

@@ -21,7 +21,7 @@ struct GroupPlan {
   std::vector<formats::UnitSections> stored_units, bf16_units;
   std::vector<int64_t> stored_offset, bf16_offset, staging_offset;
   int64_t stored_page_bytes = 0, bf16_page_bytes = 0, staging_page_bytes = 0;
-  bool plain = false;        // closed pages are BF16: nothing is ever encoded
+  bool plain = false;        // full pages stay BF16: nothing is ever encoded
   bool sink = false;         // page 0 stays BF16
   int64_t recent_pages = 0;  // R of view.h
   int64_t stored_slots = 0, bf16_slots = 0, staging_slots = 0;

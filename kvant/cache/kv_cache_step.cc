@@ -163,7 +163,7 @@ void KvCache::State::build_view(int group) {
                 .num_kv_heads = planned.group.geometry.num_kv_heads,
                 .head_dim = planned.group.geometry.head_dim,
                 .window = planned.group.geometry.window,
-                .strict = config.format.strict && !planned.plain,
+                .strict = config.format.strict,
                 .kinds = state.kinds,
                 .sequences = state.sequences,
                 .closes = state.closes,

@@ -1,0 +1,207 @@
+// Random operation sequences against the model of cache_harness.h: after every operation the
+// cache's integrity holds, in every step every page that a query may read holds what it must, and
+// steps within the configured limits never fail.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kvant/cache/kv_cache.h"
+#include "kvant/cache/testing/cache_harness.h"
+
+namespace kvant::cache {
+namespace {
+
+using testing::CacheHarness;
+using testing::NewTokens;
+using testing::next_random;
+using testing::random_tokens;
+using testing::StepEnd;
+
+struct Scenario {
+  const char* name;
+  const char* spec;
+  int window;
+  int page_tokens;
+  int64_t max_tokens;
+  int max_sequences;
+  int max_step_tokens;
+};
+
+constexpr Scenario kScenarios[] = {
+    {"four_bit", "4bit", 0, 16, 260, 4, 90},
+    {"four_bit_window", "4bit", 40, 16, 260, 4, 90},
+    {"mean_window_large_pages", "k=fp8+mean,v=nvfp4+46+sink", 20, 32, 400, 3, 150},
+    {"recent", "k=int8,v=int4+recent20", 0, 16, 260, 4, 90},
+    {"recent_sink_window", "k=nvfp4+mean,v=nvfp4+sink+recent40", 33, 16, 300, 3, 100},
+    {"plain", "bf16", 0, 16, 200, 4, 60},
+    {"plain_window", "bf16", 24, 16, 200, 4, 60},
+    {"strict", "k=fp8:token,v=mxfp4+strict", 40, 16, 260, 3, 90},
+    {"one_sequence", "k=int3:channel,v=nvfp4+sink", 17, 16, 250, 1, 200},
+    {"tiny_steps", "4bit", 40, 16, 120, 6, 5},
+    {"planned", "k=fp8:head+bias+smooth,v=fp8+bias", 40, 16, 200, 3, 64},
+};
+
+void PrintTo(const Scenario& setup, std::ostream* out) {
+  *out << setup.name;
+}
+
+class KvCacheProperty : public ::testing::TestWithParam<Scenario> {
+ protected:
+  void SetUp() override {
+    const Scenario& setup = GetParam();
+    CacheConfig config;
+    config.layers = {{.num_kv_heads = 1, .head_dim = 32},
+                     {.num_kv_heads = 2, .head_dim = 16, .window = setup.window},
+                     {.num_kv_heads = 1, .head_dim = 32}};
+    plan_ = testing::make_test_plan(config.layers);
+    config.plan = &plan_;
+    auto format = formats::parse_cache_format(setup.spec);
+    ASSERT_TRUE(format.has_value());
+    config.format = *format;
+    config.page_tokens = setup.page_tokens;
+    config.max_tokens = setup.max_tokens;
+    config.max_sequences = setup.max_sequences;
+    config.max_step_tokens = setup.max_step_tokens;
+    auto harness = CacheHarness::create(config);
+    ASSERT_TRUE(harness.has_value()) << harness.error().message();
+    harness_ = std::move(*harness);
+  }
+
+  uint64_t below(uint64_t n) { return next_random(seed_) % n; }
+
+  SequenceId any_sequence() {
+    auto it = harness_->sequences().begin();
+    std::advance(it, static_cast<int64_t>(below(harness_->sequences().size())));
+    return it->first;
+  }
+
+  int64_t total_tokens() const { return harness_->cache().bytes().tokens_now; }
+
+  void do_step();
+  void do_truncate();
+  void do_import();
+
+  formats::QuantPlan plan_;
+  std::unique_ptr<CacheHarness> harness_;
+  uint64_t seed_ = 20;
+  int committed_ = 0, refused_ = 0, imported_ = 0;
+};
+
+void KvCacheProperty::do_step() {
+  std::vector<NewTokens> batch;
+  int64_t room = GetParam().max_step_tokens;
+  int64_t new_tokens = 0;
+  bool fits = true;
+  for (const auto& [id, tokens] : harness_->sequences()) {
+    if (below(3) == 0 || room == 0) continue;
+    // Single tokens, small and large chunks.
+    const uint64_t kind = below(3);
+    int64_t n = kind == 0 ? 1 : 1 + static_cast<int64_t>(below(kind == 1 ? 10 : 100));
+    n = std::min(n, room);
+    room -= n;
+    new_tokens += n;
+    if (static_cast<int64_t>(tokens.size()) + n > GetParam().max_tokens) fits = false;
+    batch.push_back({id, random_tokens(seed_, n)});
+  }
+  if (batch.empty()) return;
+  const CacheBytes before = harness_->cache().bytes();
+  const Status status = harness_->step(batch, below(5) == 0 ? StepEnd::kAbort : StepEnd::kCommit);
+  if (status) {
+    EXPECT_TRUE(fits);
+    ++committed_;
+    return;
+  }
+  ASSERT_EQ(status.error().code(), ErrorCode::kResourceExhausted) << status.error().message();
+  EXPECT_TRUE(!fits || before.tokens_now + new_tokens > GetParam().max_tokens)
+      << "a step within the limits failed: " << status.error().message();
+  const CacheBytes after = harness_->cache().bytes();
+  EXPECT_EQ(before.stored_pages_now, after.stored_pages_now);
+  EXPECT_EQ(before.bf16_pages_now, after.bf16_pages_now);
+  ++refused_;
+}
+
+void KvCacheProperty::do_truncate() {
+  const SequenceId id = any_sequence();
+  const int64_t length = static_cast<int64_t>(harness_->tokens(id).size());
+  const int64_t t = GetParam().page_tokens;
+  // Mostly a few tokens, as speculative decoding does.
+  const int64_t target = below(4) == 0 ? static_cast<int64_t>(below(length + 1))
+                                       : std::max<int64_t>(0, length - 1 - below(8));
+  const auto remain = harness_->truncate(id, target);
+  ASSERT_TRUE(remain.has_value());
+  EXPECT_LE(*remain, std::min(target, length));
+  if (length % t != 0 && target >= length / t * t) {
+    EXPECT_EQ(*remain, std::min(target, length)) << "truncation within the open page is exact";
+  }
+}
+
+// Exports every page of a sequence and imports them as a new one.
+void KvCacheProperty::do_import() {
+  const SequenceId source = any_sequence();
+  const std::vector<uint32_t> tokens = harness_->tokens(source);
+  const int64_t t = GetParam().page_tokens;
+  const int64_t pages = static_cast<int64_t>(tokens.size()) / t;
+  const auto copy = harness_->add();
+  if (!copy) return;
+  const bool recent = harness_->config().format.recent_tokens > 0;
+  for (int64_t page = 0; page < pages; ++page) {
+    const auto objects = harness_->export_page(source, page);
+    if (!objects) {
+      EXPECT_TRUE(recent) << objects.error().message();
+      break;
+    }
+    const Status status =
+        harness_->import_page(*copy, *objects, std::span(tokens).subspan(page * t, t));
+    if (!status && status.error().code() == ErrorCode::kResourceExhausted) break;
+    if (recent) {
+      ASSERT_FALSE(status.has_value());
+      EXPECT_EQ(status.error().code(), ErrorCode::kUnsupported);
+      break;
+    }
+    ASSERT_TRUE(status.has_value()) << status.error().message();
+    ++imported_;
+  }
+  // A sequence whose import stopped early may lack pages of its window; it is given up like that.
+  if (static_cast<int64_t>(harness_->tokens(*copy).size()) < pages * t) harness_->remove(*copy);
+}
+
+TEST_P(KvCacheProperty, RandomOperationsKeepContentAndIntegrity) {
+  constexpr int kOperations = 2000;
+  for (int i = 0; i < kOperations; ++i) {
+    SCOPED_TRACE("operation " + std::to_string(i));
+    const uint64_t choice = below(100);
+    if (harness_->sequences().empty() || choice < 10) {
+      (void)harness_->add();
+    } else if (choice < 70) {
+      do_step();
+    } else if (choice < 80) {
+      do_truncate();
+    } else if (choice < 88) {
+      (void)harness_->fork(any_sequence());
+    } else if (choice < 91) {
+      do_import();
+    } else {
+      harness_->remove(any_sequence());
+    }
+    ASSERT_EQ(harness_->check(), "");
+    if (HasFatalFailure() || HasNonfatalFailure()) return;
+  }
+  EXPECT_GT(committed_, kOperations / 5);
+  EXPECT_GT(refused_, 0);
+  if (GetParam().max_sequences > 1 && harness_->config().format.recent_tokens == 0) {
+    EXPECT_GT(imported_, 0);
+  }
+  while (!harness_->sequences().empty()) harness_->remove(any_sequence());
+  EXPECT_EQ(harness_->cache().bytes().stored_pages_now, 0);
+  EXPECT_EQ(harness_->cache().bytes().bf16_pages_now, 0);
+  EXPECT_EQ(harness_->check(), "");
+}
+
+INSTANTIATE_TEST_SUITE_P(Scenarios, KvCacheProperty, ::testing::ValuesIn(kScenarios),
+                         [](const auto& scenario) { return std::string(scenario.param.name); });
+
+}  // namespace
+}  // namespace kvant::cache
