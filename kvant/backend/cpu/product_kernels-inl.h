@@ -196,9 +196,19 @@ KVANT_INLINE void add_sub_block(const uint8_t* codes, const uint8_t* record, con
   });
 }
 
+// With few rows the weights come from memory and are used once: ask for those of the blocks to
+// come. A matrix is read from end to end, so they lie at a fixed distance.
+inline constexpr int kPrefetchRows = 4;
+inline constexpr int64_t kPrefetchBytes = 8192;
+
+KVANT_INLINE void prefetch_lines(const uint8_t* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+}
+
 template <typename Kind, int kRows>
 void integer_product(const ProductArgs& args) {
   const int64_t num_blocks = args.cols / kBlock;
+  const int64_t step = args.tile_bytes / num_blocks;
   const uint8_t* tile = args.tiles;
   for (int64_t row = 0; row < args.num_rows; row += kTileRows, tile += args.tile_bytes) {
     for (int chunk = 0; chunk < kChunks; ++chunk) {
@@ -209,6 +219,10 @@ void integer_product(const ProductArgs& args) {
       Simd::F acc[kRows];
       repeat<kRows>([&](auto r) __attribute__((always_inline)) { acc[r] = Simd::zero(); });
       for (int64_t block = 0; block < num_blocks; ++block) {
+        if constexpr (kRows <= kPrefetchRows) {
+          if (chunk == 0)
+            prefetch_lines(tile + block * step + kPrefetchBytes, Kind::kBlockBytes + 64);
+        }
         repeat<Kind::Scales::kSubBlocks>([&](auto sub) __attribute__((always_inline)) {
           constexpr int kSub = decltype(sub)::value;
           const Scale scale =
