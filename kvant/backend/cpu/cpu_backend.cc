@@ -4,6 +4,8 @@
 #include <cstring>
 #include <string>
 
+#include "kvant/backend/cpu/append.h"
+#include "kvant/backend/cpu/attention.h"
 #include "kvant/backend/cpu/matrix.h"
 #include "kvant/backend/host.h"
 #include "kvant/base/check.h"
@@ -19,14 +21,16 @@ int64_t rows_per_task(int64_t values_per_row) {
 }
 
 struct WorkspaceParts {
+  int64_t attention;
   int64_t linear;
   int64_t rope;
   int64_t moe;
-  int64_t total() const { return linear + rope + moe; }
+  int64_t total() const { return attention + linear + rope + moe; }
 };
 
-WorkspaceParts workspace_parts(const WorkspaceNeeds& needs) {
-  return {Linear::workspace_bytes(needs.max_rows, needs.max_cols),
+WorkspaceParts workspace_parts(const WorkspaceNeeds& needs, int num_threads) {
+  return {attention_workspace_bytes(needs, num_threads),
+          Linear::workspace_bytes(needs.max_rows, needs.max_cols),
           RopeTables::workspace_bytes(needs.max_rows, needs.head_dim),
           MoeRunner::workspace_bytes(needs)};
 }
@@ -62,23 +66,27 @@ void CpuBackend::for_range(int64_t n, int64_t grain, F&& f) {
                      [&](int64_t task, int) { f(task * step, std::min(step, n - task * step)); });
 }
 
-Status CpuBackend::supports(const formats::CacheFormat&, int, int) const {
-  return Error(ErrorCode::kUnsupported, "the cpu backend has no attention yet");
+Status CpuBackend::supports(const formats::CacheFormat& format, int head_dim,
+                            int query_heads_per_kv_head) const {
+  return attention_supports(format, head_dim, query_heads_per_kv_head);
 }
 
 // ---- memory ----
 
 int64_t CpuBackend::workspace_bytes(const WorkspaceNeeds& needs) const {
-  return workspace_parts(needs).total();
+  return workspace_parts(needs, pool_.num_threads()).total();
 }
 
 Status CpuBackend::reserve_workspace(const WorkspaceNeeds& needs) {
-  const WorkspaceParts parts = workspace_parts(needs);
+  const WorkspaceParts parts = workspace_parts(needs, pool_.num_threads());
   workspace_ = Buffer();  // given back first, so that the peak is the larger of the two
   linear_.set_workspace(nullptr, 0, 0);
+  attention_workspace_ = AttentionWorkspace();
   if (parts.total() == 0) return {};
   KVANT_ASSIGN(workspace_, Buffer::create(memory_, parts.total(), MemoryUse::kWorkspace));
-  uint8_t* at = workspace_.as<uint8_t>();
+  attention_workspace_.data = workspace_.data();
+  attention_workspace_.bytes = parts.attention;
+  uint8_t* at = workspace_.as<uint8_t>() + parts.attention;
   linear_.set_workspace(at, needs.max_rows, needs.max_cols);
   rope_tables_.set_workspace(at + parts.linear, needs.max_rows, needs.head_dim);
   moe_.set_workspace(at + parts.linear + parts.rope, needs);
@@ -182,12 +190,12 @@ Status CpuBackend::gather_rows(const void* x, std::span<const int64_t> rows, int
 
 // ---- cache operators ----
 
-Result<formats::EncodeStats> CpuBackend::append(const AppendArgs&) {
-  return Error(ErrorCode::kUnsupported, "the cpu backend has no cache operators yet");
+Result<formats::EncodeStats> CpuBackend::append(const AppendArgs& args) {
+  return cpu::append(args, pool_, level_, attention_workspace_);
 }
 
-Status CpuBackend::attention(const AttentionArgs&) {
-  return Error(ErrorCode::kUnsupported, "the cpu backend has no cache operators yet");
+Status CpuBackend::attention(const AttentionArgs& args) {
+  return cpu::attention(args, pool_, level_, attention_workspace_);
 }
 
 // ---- host exchange ----

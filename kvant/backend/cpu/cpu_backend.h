@@ -6,6 +6,7 @@
 #include <span>
 
 #include "kvant/backend/backend.h"
+#include "kvant/backend/cpu/attention_workspace.h"
 #include "kvant/backend/cpu/kernels.h"
 #include "kvant/backend/cpu/linear.h"
 #include "kvant/backend/cpu/moe.h"
@@ -68,6 +69,7 @@ class CpuBackend final : public Backend {
   MoeRunner moe_;
   RopeTables rope_tables_;
   Buffer workspace_;
+  AttentionWorkspace attention_workspace_;  // part of workspace_
   BackendInfo info_;
 };
 

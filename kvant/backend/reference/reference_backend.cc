@@ -6,8 +6,10 @@
 #include <string>
 #include <vector>
 
+#include "kvant/attention/reference.h"
 #include "kvant/backend/host.h"
 #include "kvant/base/check.h"
+#include "kvant/cache/scalar_append.h"
 
 namespace kvant::backend::reference {
 namespace {
@@ -131,7 +133,7 @@ ReferenceBackend::ReferenceBackend(int num_threads, int64_t memory_limit)
 }
 
 Status ReferenceBackend::supports(const formats::CacheFormat&, int, int) const {
-  return Error(ErrorCode::kUnsupported, "the reference backend has no attention yet");
+  return {};
 }
 
 int64_t ReferenceBackend::matrix_bytes(const MatrixSource& source) const {
@@ -251,12 +253,36 @@ Status ReferenceBackend::gather_rows(const void* x, std::span<const int64_t> row
 
 // ---- cache operators ----
 
-Result<formats::EncodeStats> ReferenceBackend::append(const AppendArgs&) {
-  return Error(ErrorCode::kUnsupported, "the reference backend has no cache operators yet");
+Result<formats::EncodeStats> ReferenceBackend::append(const AppendArgs& args) {
+  return cache::scalar_append(*args.view, args.group_layer, static_cast<const float*>(args.k),
+                              static_cast<const float*>(args.v));
 }
 
-Status ReferenceBackend::attention(const AttentionArgs&) {
-  return Error(ErrorCode::kUnsupported, "the reference backend has no cache operators yet");
+Status ReferenceBackend::attention(const AttentionArgs& args) {
+  const int num_kv_heads = args.view->num_kv_heads;
+  int64_t num_rows = 0;
+  for (const cache::SequenceView& sequence : args.view->sequences) {
+    num_rows = std::max<int64_t>(num_rows, sequence.first_row + sequence.num_new_tokens);
+  }
+  const int64_t num_values = num_rows * args.params.num_query_heads * args.view->head_dim;
+  std::vector<double> exact(static_cast<size_t>(num_values));
+  std::vector<Status> statuses(static_cast<size_t>(num_kv_heads));
+  pool_.parallel_for(num_kv_heads, [&](int64_t head, int) {
+    attention::ReferenceArgs reference;
+    reference.view = args.view;
+    reference.group_layer = args.group_layer;
+    reference.params = args.params;
+    reference.q = static_cast<const float*>(args.q);
+    reference.out = exact.data();
+    reference.kv_head = static_cast<int>(head);
+    statuses[static_cast<size_t>(head)] = attention::reference_attention(reference);
+  });
+  for (Status& status : statuses) KVANT_TRY(std::move(status));
+  float* out = static_cast<float*>(args.out);
+  for (int64_t i = 0; i < num_values; ++i) {
+    out[i] = static_cast<float>(exact[static_cast<size_t>(i)]);
+  }
+  return {};
 }
 
 // ---- host exchange ----

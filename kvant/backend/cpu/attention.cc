@@ -1,0 +1,205 @@
+#include "kvant/backend/cpu/attention.h"
+
+#include <algorithm>
+#include <string>
+
+#include "kvant/backend/cpu/attention_kernels.h"
+#include "kvant/backend/cpu/attention_task.h"
+
+namespace kvant::backend::cpu {
+
+using cache::GroupView;
+using cache::PageKind;
+using cache::SequenceView;
+
+namespace {
+
+constexpr int kMaxHeadDim = 256;
+constexpr int kMaxGroup = 16;
+
+const AttentionKernels& kernels_of(CpuLevel level) {
+#if defined(__x86_64__)
+  if (level == CpuLevel::kAvx512) return avx512::kAttentionKernels;
+  if (level == CpuLevel::kAvx2) return avx2::kAttentionKernels;
+#endif
+  static_cast<void>(level);
+  return scalar::kAttentionKernels;
+}
+
+int64_t count_items(const GroupView& view, int block_tokens) {
+  int64_t count = 0;
+  for (const SequenceView& seq : view.sequences) {
+    count += (seq.num_new_tokens + block_tokens - 1) / block_tokens;
+  }
+  return count * view.num_kv_heads;
+}
+
+void list_items(const Call& call, int block_tokens, std::vector<AttentionItem>& items) {
+  items.clear();
+  const GroupView& view = call.view;
+  int64_t tasks = 0, partials = 0;
+  for (size_t s = 0; s < view.sequences.size(); ++s) {
+    const SequenceView& seq = view.sequences[s];
+    const int blocks = (seq.num_new_tokens + block_tokens - 1) / block_tokens;
+    for (int b = blocks - 1; b >= 0; --b) {  // the last rows read most: start with them
+      for (int head = 0; head < view.num_kv_heads; ++head) {
+        AttentionItem item;
+        item.sequence = static_cast<int32_t>(s);
+        item.kv_head = head;
+        item.token_begin = b * block_tokens;
+        item.num_tokens = std::min(block_tokens, seq.num_new_tokens - item.token_begin);
+        const int64_t first = seq.first_position + item.token_begin;
+        if (view.window > 0 && call.args.params.sink_tokens == 0) {
+          item.first_split =
+              std::max<int64_t>(0, first - view.window + 1) / attention::kSplitTokens;
+        }
+        item.num_splits =
+            (first + item.num_tokens - 1) / attention::kSplitTokens + 1 - item.first_split;
+        item.first_task = tasks;
+        item.first_partial = partials;
+        tasks += item.num_splits;
+        partials += item.num_splits * item.num_tokens * call.group;
+        items.push_back(item);
+      }
+    }
+  }
+}
+
+Status check_view(const GroupView& view, int layer) {
+  const PageKind& stored = view.kinds[cache::kKindStored];
+  for (const PageKind& kind : view.kinds) {
+    if (kind.layout != cache::Layout::kCpu) {
+      return Error(ErrorCode::kInvalidArgument,
+                   "CPU attention reads pages in the `cpu` layout; this cache has another one");
+    }
+    if (kind.v_format[layer].bias && stored.v_format[layer].bias &&
+        kind.v_format[layer].rotate != stored.v_format[layer].rotate) {
+      return Error(
+          ErrorCode::kUnsupported,
+          "CPU attention needs +rot on the values of all or none of a layer's page formats "
+          "when they have +bias");
+    }
+  }
+  return {};
+}
+
+void run_items(const Call& call, ThreadPool& pool, AttentionWorkspace& workspace,
+               const WorkspaceLayout& layout) {
+  pool.parallel_for(static_cast<int64_t>(workspace.items.size()), [&](int64_t i, int worker) {
+    Cutter own(workspace.data + layout.workers_at + worker * layout.worker_bytes);
+    const WorkerMemory memory = take_worker(own, call.head_dim, call.view.page_tokens);
+    const AttentionItem& item = workspace.items[i];
+    Task task(call, item, memory);
+    task.clear_total(memory.total);
+    for (int64_t n = 0; n < item.num_splits; ++n) {
+      task.run_split(item.first_split + n, memory.split);
+      task.merge_split(memory.total, memory.split);
+    }
+    task.write_rows(memory.total);
+  });
+}
+
+// The same operations with the splits of an item on different threads.
+void run_splits(const Call& call, ThreadPool& pool, AttentionWorkspace& workspace,
+                const WorkspaceLayout& layout, int64_t num_tasks, int64_t num_partials) {
+  Cutter partial_cutter(workspace.data + layout.partials_at);
+  const PartialRows partials = take_partials(partial_cutter, num_partials, call.width());
+  const auto partial_of = [&](const AttentionItem& item, int64_t n) {
+    return rows_from(partials, item.first_partial + n * item.num_tokens * call.group);
+  };
+  const auto memory_of = [&](int worker) {
+    Cutter own(workspace.data + layout.workers_at + worker * layout.worker_bytes);
+    return take_worker(own, call.head_dim, call.view.page_tokens);
+  };
+  workspace.task_item.clear();
+  for (size_t i = 0; i < workspace.items.size(); ++i) {
+    workspace.task_item.insert(workspace.task_item.end(),
+                               static_cast<size_t>(workspace.items[i].num_splits),
+                               static_cast<int32_t>(i));
+  }
+  pool.parallel_for(num_tasks, [&](int64_t t, int worker) {
+    const AttentionItem& item = workspace.items[workspace.task_item[t]];
+    Task task(call, item, memory_of(worker));
+    const int64_t n = t - item.first_task;
+    task.run_split(item.first_split + n, partial_of(item, n));
+  });
+  pool.parallel_for(static_cast<int64_t>(workspace.items.size()), [&](int64_t i, int worker) {
+    const AttentionItem& item = workspace.items[i];
+    const WorkerMemory memory = memory_of(worker);
+    const Task task(call, item, memory);
+    task.clear_total(memory.total);
+    for (int64_t n = 0; n < item.num_splits; ++n) {
+      task.merge_split(memory.total, partial_of(item, n));
+    }
+    task.write_rows(memory.total);
+  });
+}
+
+}  // namespace
+
+Status attention_supports(const formats::CacheFormat& format, int head_dim,
+                          int query_heads_per_kv_head) {
+  static_cast<void>(format);  // every K format with every V format
+  if (head_dim < 16 || head_dim > kMaxHeadDim || head_dim % 16 != 0) {
+    return Error(ErrorCode::kUnsupported, "head_dim " + std::to_string(head_dim) +
+                                              ": CPU attention supports multiples of 16 up to " +
+                                              std::to_string(kMaxHeadDim));
+  }
+  if (query_heads_per_kv_head < 1 || query_heads_per_kv_head > kMaxGroup) {
+    return Error(ErrorCode::kUnsupported,
+                 std::to_string(query_heads_per_kv_head) +
+                     " query heads per KV head: CPU attention supports 1 to " +
+                     std::to_string(kMaxGroup));
+  }
+  return {};
+}
+
+Status attention(const AttentionArgs& args, ThreadPool& pool, CpuLevel level,
+                 AttentionWorkspace& workspace) {
+  const GroupView& view = *args.view;
+  KVANT_TRY(check_view(view, args.group_layer));
+  const WorkspaceLayout layout =
+      workspace_layout(view.head_dim, view.page_tokens, pool.num_threads());
+  if (workspace.data == nullptr || layout.partials_at > workspace.bytes) {
+    return Error(ErrorCode::kInvalidArgument,
+                 "attention needs " + std::to_string(layout.partials_at) +
+                     " bytes of workspace and has " + std::to_string(workspace.bytes) +
+                     ": reserve it for this geometry");
+  }
+
+  Call call{args, view, kernels_of(level), nullptr, nullptr, 1, 0, false, false, {}};
+  call.k_params = view.layers[args.group_layer].k.data();
+  call.v_params = view.layers[args.group_layer].v.data();
+  call.group = args.params.num_query_heads / view.num_kv_heads;
+  call.head_dim = view.head_dim;
+  call.pre_rope = view.kinds[cache::kKindStored].k_format[args.group_layer].pre_rope;
+  for (const PageKind& kind : view.kinds) {
+    call.rotated_v = call.rotated_v || kind.v_format[args.group_layer].rotate;
+  }
+  Cutter shared(workspace.data);
+  call.rope = take_pre_rope_tables(shared, view.head_dim, view.page_tokens);
+  if (call.pre_rope) fill_pre_rope_tables(args.params.rope, view.page_tokens, call.rope);
+
+  const int64_t enough = enough_items(pool.num_threads());
+  int block_tokens = std::max(1, kMaxQueryRows / call.group);
+  while (block_tokens * call.group > 32 && count_items(view, block_tokens) < enough) {
+    block_tokens = (block_tokens + 1) / 2;
+  }
+  list_items(call, block_tokens, workspace.items);
+  if (workspace.items.empty()) return {};
+  const AttentionItem& last = workspace.items.back();
+  const int64_t num_items = static_cast<int64_t>(workspace.items.size());
+  const int64_t num_tasks = last.first_task + last.num_splits;
+  const int64_t num_partials = last.first_partial + last.num_splits * last.num_tokens * call.group;
+  const bool split_keys =
+      pool.num_threads() > 1 && num_items < enough && num_tasks > num_items &&
+      layout.partials_at + partial_bytes(num_partials, call.width()) <= workspace.bytes;
+  if (split_keys) {
+    run_splits(call, pool, workspace, layout, num_tasks, num_partials);
+  } else {
+    run_items(call, pool, workspace, layout);
+  }
+  return {};
+}
+
+}  // namespace kvant::backend::cpu

@@ -1,0 +1,2 @@
+#define KVANT_LEVEL avx2
+#include "kvant/backend/cpu/attention_kernels.inc"

@@ -1,0 +1,2 @@
+#define KVANT_LEVEL avx512
+#include "kvant/backend/cpu/attention_kernels.inc"

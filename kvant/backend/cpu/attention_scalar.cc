@@ -1,0 +1,2 @@
+#define KVANT_LEVEL scalar
+#include "kvant/backend/cpu/attention_kernels.inc"

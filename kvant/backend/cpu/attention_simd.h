@@ -1,0 +1,483 @@
+// Sixteen lanes of fp32 or 32-bit integers on every SIMD level: one register (AVX-512), two (AVX2)
+// or an array (any processor). The attention kernels are written once over these types.
+//
+// Included only by the three level sources, inside their namespace and an anonymous one, so that no
+// inline function of one level can be linked into another. No containers, nothing that allocates.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define KVANT_INLINE inline __attribute__((always_inline))
+
+namespace kvant::backend::cpu::KVANT_LEVEL {
+namespace {
+
+inline constexpr int kLanes = 16;
+
+#if defined(__AVX512F__)
+
+struct F {
+  __m512 v;
+};
+struct I {
+  __m512i v;
+};
+struct Table {
+  __m512 v;
+};
+
+KVANT_INLINE F load(const float* p) {
+  return {_mm512_loadu_ps(p)};
+}
+KVANT_INLINE void store(float* p, F a) {
+  _mm512_storeu_ps(p, a.v);
+}
+KVANT_INLINE F bcast(float x) {
+  return {_mm512_set1_ps(x)};
+}
+KVANT_INLINE F zero() {
+  return {_mm512_setzero_ps()};
+}
+KVANT_INLINE F add(F a, F b) {
+  return {_mm512_add_ps(a.v, b.v)};
+}
+KVANT_INLINE F sub(F a, F b) {
+  return {_mm512_sub_ps(a.v, b.v)};
+}
+KVANT_INLINE F mul(F a, F b) {
+  return {_mm512_mul_ps(a.v, b.v)};
+}
+KVANT_INLINE F div(F a, F b) {
+  return {_mm512_div_ps(a.v, b.v)};
+}
+KVANT_INLINE F fma(F a, F b, F c) {
+  return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+}
+KVANT_INLINE F max(F a, F b) {
+  return {_mm512_max_ps(a.v, b.v)};
+}
+KVANT_INLINE F min(F a, F b) {
+  return {_mm512_min_ps(a.v, b.v)};
+}
+// Lanes whose bit in `mask` is set from b, others from a.
+KVANT_INLINE F select(uint16_t mask, F a, F b) {
+  return {_mm512_mask_blend_ps(mask, a.v, b.v)};
+}
+KVANT_INLINE F zero_below(F x, F limit, F value) {  // x < limit ? 0 : value
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, limit.v, _CMP_NLT_UQ), value.v)};
+}
+
+KVANT_INLINE I load_i(const void* p) {
+  return {_mm512_loadu_si512(p)};
+}
+KVANT_INLINE I load_u8(const uint8_t* p) {
+  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+KVANT_INLINE I load_u16(const void* p) {
+  return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)))};
+}
+KVANT_INLINE I bcast_i(uint32_t x) {
+  return {_mm512_set1_epi32(static_cast<int>(x))};
+}
+KVANT_INLINE I shl(I a, int n) {
+  return {_mm512_slli_epi32(a.v, static_cast<unsigned>(n))};
+}
+KVANT_INLINE I shr(I a, int n) {
+  return {_mm512_srli_epi32(a.v, static_cast<unsigned>(n))};
+}
+KVANT_INLINE I sra(I a, int n) {
+  return {_mm512_srai_epi32(a.v, static_cast<unsigned>(n))};
+}
+KVANT_INLINE I and_(I a, I b) {
+  return {_mm512_and_si512(a.v, b.v)};
+}
+KVANT_INLINE I or_(I a, I b) {
+  return {_mm512_or_si512(a.v, b.v)};
+}
+KVANT_INLINE I add_i(I a, I b) {
+  return {_mm512_add_epi32(a.v, b.v)};
+}
+KVANT_INLINE F to_float(I a) {
+  return {_mm512_cvtepi32_ps(a.v)};
+}
+KVANT_INLINE F as_float(I a) {
+  return {_mm512_castsi512_ps(a.v)};
+}
+KVANT_INLINE I as_int(F a) {
+  return {_mm512_castps_si512(a.v)};
+}
+// fp32 of the f16 in the low half of each lane; the upper half must be zero.
+KVANT_INLINE F from_half(I a) {
+  return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(a.v))};
+}
+// (a & mask) | (b & ~mask)
+KVANT_INLINE I merge_bits(I mask, I a, I b) {
+  return {_mm512_ternarylogic_epi32(mask.v, a.v, b.v, 0xca)};
+}
+
+KVANT_INLINE Table load_table(const float* p) {
+  return {_mm512_loadu_ps(p)};
+}
+KVANT_INLINE Table table(F a) {
+  return {a.v};
+}
+// Entry of the low four bits of each lane; other bits are ignored.
+KVANT_INLINE F lookup(Table t, I index) {
+  return {_mm512_permutexvar_ps(index.v, t.v)};
+}
+
+#elif defined(__AVX2__)
+
+struct F {
+  __m256 lo, hi;
+};
+struct I {
+  __m256i lo, hi;
+};
+struct Table {
+  __m256 lo, hi;
+};
+
+KVANT_INLINE F load(const float* p) {
+  return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
+}
+KVANT_INLINE void store(float* p, F a) {
+  _mm256_storeu_ps(p, a.lo);
+  _mm256_storeu_ps(p + 8, a.hi);
+}
+KVANT_INLINE F bcast(float x) {
+  const __m256 v = _mm256_set1_ps(x);
+  return {v, v};
+}
+KVANT_INLINE F zero() {
+  return {_mm256_setzero_ps(), _mm256_setzero_ps()};
+}
+KVANT_INLINE F add(F a, F b) {
+  return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
+}
+KVANT_INLINE F sub(F a, F b) {
+  return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)};
+}
+KVANT_INLINE F mul(F a, F b) {
+  return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)};
+}
+KVANT_INLINE F div(F a, F b) {
+  return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)};
+}
+KVANT_INLINE F fma(F a, F b, F c) {
+  return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+KVANT_INLINE F max(F a, F b) {
+  return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)};
+}
+KVANT_INLINE F min(F a, F b) {
+  return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)};
+}
+KVANT_INLINE __m256 lane_mask(int bits) {
+  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i set = _mm256_and_si256(_mm256_set1_epi32(bits), bit);
+  return _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, bit));
+}
+KVANT_INLINE F select(uint16_t mask, F a, F b) {
+  return {_mm256_blendv_ps(a.lo, b.lo, lane_mask(mask & 0xff)),
+          _mm256_blendv_ps(a.hi, b.hi, lane_mask(mask >> 8))};
+}
+KVANT_INLINE F zero_below(F x, F limit, F value) {
+  return {_mm256_and_ps(_mm256_cmp_ps(x.lo, limit.lo, _CMP_NLT_UQ), value.lo),
+          _mm256_and_ps(_mm256_cmp_ps(x.hi, limit.hi, _CMP_NLT_UQ), value.hi)};
+}
+
+KVANT_INLINE I load_i(const void* p) {
+  const __m256i* q = static_cast<const __m256i*>(p);
+  return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
+}
+KVANT_INLINE I load_u8(const uint8_t* p) {
+  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))),
+          _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)))};
+}
+KVANT_INLINE I load_u16(const void* p) {
+  const __m128i* q = static_cast<const __m128i*>(p);
+  return {_mm256_cvtepu16_epi32(_mm_loadu_si128(q)), _mm256_cvtepu16_epi32(_mm_loadu_si128(q + 1))};
+}
+KVANT_INLINE I bcast_i(uint32_t x) {
+  const __m256i v = _mm256_set1_epi32(static_cast<int>(x));
+  return {v, v};
+}
+KVANT_INLINE I shl(I a, int n) {
+  return {_mm256_slli_epi32(a.lo, n), _mm256_slli_epi32(a.hi, n)};
+}
+KVANT_INLINE I shr(I a, int n) {
+  return {_mm256_srli_epi32(a.lo, n), _mm256_srli_epi32(a.hi, n)};
+}
+KVANT_INLINE I sra(I a, int n) {
+  return {_mm256_srai_epi32(a.lo, n), _mm256_srai_epi32(a.hi, n)};
+}
+KVANT_INLINE I and_(I a, I b) {
+  return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)};
+}
+KVANT_INLINE I or_(I a, I b) {
+  return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)};
+}
+KVANT_INLINE I add_i(I a, I b) {
+  return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
+}
+KVANT_INLINE F to_float(I a) {
+  return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)};
+}
+KVANT_INLINE F as_float(I a) {
+  return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)};
+}
+KVANT_INLINE I as_int(F a) {
+  return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)};
+}
+KVANT_INLINE __m256 half8(__m256i a) {
+  const __m128i packed =
+      _mm_packus_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  return _mm256_cvtph_ps(packed);
+}
+KVANT_INLINE F from_half(I a) {
+  return {half8(a.lo), half8(a.hi)};
+}
+KVANT_INLINE I merge_bits(I mask, I a, I b) {
+  return {_mm256_or_si256(_mm256_and_si256(mask.lo, a.lo), _mm256_andnot_si256(mask.lo, b.lo)),
+          _mm256_or_si256(_mm256_and_si256(mask.hi, a.hi), _mm256_andnot_si256(mask.hi, b.hi))};
+}
+
+KVANT_INLINE Table load_table(const float* p) {
+  return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
+}
+KVANT_INLINE Table table(F a) {
+  return {a.lo, a.hi};
+}
+KVANT_INLINE __m256 lookup8(Table t, __m256i index) {
+  const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // bit 3 as the sign
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.lo, index),
+                          _mm256_permutevar8x32_ps(t.hi, index), upper);
+}
+KVANT_INLINE F lookup(Table t, I index) {
+  return {lookup8(t, index.lo), lookup8(t, index.hi)};
+}
+
+#else  // any processor
+
+struct F {
+  float v[kLanes];
+};
+struct I {
+  uint32_t v[kLanes];
+};
+struct Table {
+  float v[kLanes];
+};
+
+#define KVANT_LANES(expression)      \
+  for (int i = 0; i < kLanes; ++i) { \
+    r.v[i] = (expression);           \
+  }                                  \
+  return r
+
+KVANT_INLINE float bits_float(uint32_t x) {
+  return __builtin_bit_cast(float, x);
+}
+KVANT_INLINE uint32_t float_bits(float x) {
+  return __builtin_bit_cast(uint32_t, x);
+}
+
+KVANT_INLINE F load(const float* p) {
+  F r;
+  KVANT_LANES(p[i]);
+}
+KVANT_INLINE void store(float* p, F a) {
+  for (int i = 0; i < kLanes; ++i) p[i] = a.v[i];
+}
+KVANT_INLINE F bcast(float x) {
+  F r;
+  KVANT_LANES(x);
+}
+KVANT_INLINE F zero() {
+  return bcast(0.0f);
+}
+KVANT_INLINE F add(F a, F b) {
+  F r;
+  KVANT_LANES(a.v[i] + b.v[i]);
+}
+KVANT_INLINE F sub(F a, F b) {
+  F r;
+  KVANT_LANES(a.v[i] - b.v[i]);
+}
+KVANT_INLINE F mul(F a, F b) {
+  F r;
+  KVANT_LANES(a.v[i] * b.v[i]);
+}
+KVANT_INLINE F div(F a, F b) {
+  F r;
+  KVANT_LANES(a.v[i] / b.v[i]);
+}
+KVANT_INLINE F fma(F a, F b, F c) {
+  F r;
+  KVANT_LANES(a.v[i] * b.v[i] + c.v[i]);
+}
+KVANT_INLINE F max(F a, F b) {
+  F r;
+  KVANT_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]);
+}
+KVANT_INLINE F min(F a, F b) {
+  F r;
+  KVANT_LANES(a.v[i] < b.v[i] ? a.v[i] : b.v[i]);
+}
+KVANT_INLINE F select(uint16_t mask, F a, F b) {
+  F r;
+  KVANT_LANES((mask >> i & 1) ? b.v[i] : a.v[i]);
+}
+KVANT_INLINE F zero_below(F x, F limit, F value) {
+  F r;
+  KVANT_LANES(x.v[i] < limit.v[i] ? 0.0f : value.v[i]);
+}
+
+KVANT_INLINE I load_i(const void* p) {
+  I r;
+  __builtin_memcpy(r.v, p, sizeof(r.v));
+  return r;
+}
+KVANT_INLINE I load_u8(const uint8_t* p) {
+  I r;
+  KVANT_LANES(p[i]);
+}
+KVANT_INLINE I load_u16(const void* p) {
+  uint16_t half[kLanes];
+  __builtin_memcpy(half, p, sizeof(half));
+  I r;
+  KVANT_LANES(half[i]);
+}
+KVANT_INLINE I bcast_i(uint32_t x) {
+  I r;
+  KVANT_LANES(x);
+}
+KVANT_INLINE I shl(I a, int n) {
+  I r;
+  KVANT_LANES(a.v[i] << n);
+}
+KVANT_INLINE I shr(I a, int n) {
+  I r;
+  KVANT_LANES(a.v[i] >> n);
+}
+KVANT_INLINE I sra(I a, int n) {
+  I r;
+  KVANT_LANES(static_cast<uint32_t>(static_cast<int32_t>(a.v[i]) >> n));
+}
+KVANT_INLINE I and_(I a, I b) {
+  I r;
+  KVANT_LANES(a.v[i] & b.v[i]);
+}
+KVANT_INLINE I or_(I a, I b) {
+  I r;
+  KVANT_LANES(a.v[i] | b.v[i]);
+}
+KVANT_INLINE I add_i(I a, I b) {
+  I r;
+  KVANT_LANES(a.v[i] + b.v[i]);
+}
+KVANT_INLINE F to_float(I a) {
+  F r;
+  KVANT_LANES(static_cast<float>(static_cast<int32_t>(a.v[i])));
+}
+KVANT_INLINE F as_float(I a) {
+  F r;
+  KVANT_LANES(bits_float(a.v[i]));
+}
+KVANT_INLINE I as_int(F a) {
+  I r;
+  KVANT_LANES(float_bits(a.v[i]));
+}
+KVANT_INLINE F from_half(I a) {
+  // Magnitude as fp32 bits, exponent rebased by a multiply that is exact for normal and subnormal
+  // f16 (baseline arithmetic keeps subnormals).
+  F r;
+  KVANT_LANES(bits_float((a.v[i] & 0x8000u) << 16 |
+                         float_bits(bits_float((a.v[i] & 0x7fffu) << 13) * 0x1p112f)));
+}
+KVANT_INLINE I merge_bits(I mask, I a, I b) {
+  I r;
+  KVANT_LANES((mask.v[i] & a.v[i]) | (~mask.v[i] & b.v[i]));
+}
+KVANT_INLINE Table load_table(const float* p) {
+  Table r;
+  KVANT_LANES(p[i]);
+}
+KVANT_INLINE Table table(F a) {
+  Table r;
+  KVANT_LANES(a.v[i]);
+}
+KVANT_INLINE F lookup(Table t, I index) {
+  F r;
+  KVANT_LANES(t.v[index.v[i] & 15u]);
+}
+
+#undef KVANT_LANES
+
+#endif
+
+// ---- on every level ----
+
+// Sum of the lanes as a binary tree: lanes i and i + 8, then + 4, + 2, + 1.
+KVANT_INLINE float sum_lanes(F a) {
+  float v[kLanes];
+  store(v, a);
+  for (int n = 8; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) v[i] += v[i + n];
+  }
+  return v[0];
+}
+
+KVANT_INLINE float max_lanes(F a) {
+  float v[kLanes];
+  store(v, a);
+  for (int n = 8; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) v[i] = v[i] > v[i + n] ? v[i] : v[i + n];
+  }
+  return v[0];
+}
+
+// Bits of the lanes in [begin, end), clipped to the sixteen.
+KVANT_INLINE uint16_t lane_range(int begin, int end) {
+  const uint32_t below_end = end >= kLanes ? 0xffffu : end <= 0 ? 0u : (1u << end) - 1u;
+  const uint32_t below_begin = begin >= kLanes ? 0xffffu : begin <= 0 ? 0u : (1u << begin) - 1u;
+  return static_cast<uint16_t>(below_end & ~below_begin);
+}
+
+// e^x for x <= 88, relative error below 2e-7 (for |x| < 20; 6e-8 |x| more without FMA); 0 below
+// -87.
+KVANT_INLINE F exp_lanes(F x) {
+  const F lowest = bcast(-87.0f);
+  const F clipped = max(x, lowest);
+  const F magic = bcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const F biased = fma(clipped, bcast(1.44269504f), magic);
+  const F n = sub(biased, magic);
+  // r = x - n ln 2, with ln 2 in two parts, the first with few enough bits that n * it is exact.
+  F r = fma(n, bcast(-0.693359375f), clipped);
+  r = fma(n, bcast(2.12194440e-4f), r);
+  F p = bcast(1.0f / 5040.0f);
+  p = fma(p, r, bcast(1.0f / 720.0f));
+  p = fma(p, r, bcast(1.0f / 120.0f));
+  p = fma(p, r, bcast(1.0f / 24.0f));
+  p = fma(p, r, bcast(1.0f / 6.0f));
+  p = fma(p, r, bcast(0.5f));
+  p = fma(p, r, bcast(1.0f));
+  p = fma(p, r, bcast(1.0f));
+  const F scaled = as_float(add_i(as_int(p), shl(as_int(biased), 23)));
+  return zero_below(x, lowest, scaled);
+}
+
+// tanh through exp; absolute error below 2e-7.
+KVANT_INLINE F tanh_lanes(F x) {
+  const F limited = max(min(x, bcast(15.0f)), bcast(-15.0f));
+  const F e = exp_lanes(add(limited, limited));
+  return sub(bcast(1.0f), div(bcast(2.0f), add(e, bcast(1.0f))));
+}
+
+}  // namespace
+}  // namespace kvant::backend::cpu::KVANT_LEVEL

@@ -1,0 +1,441 @@
+#include "kvant/backend/cpu/attention_task.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+
+#include "kvant/base/check.h"
+#include "kvant/formats/codec.h"
+#include "kvant/formats/format.h"
+
+namespace kvant::backend::cpu {
+
+using cache::GroupView;
+using cache::PageEntry;
+using cache::PageKind;
+using formats::SideFormat;
+using formats::SideParams;
+
+namespace {
+
+constexpr float kMinusInfinity = -__builtin_huge_valf();
+
+// How one side of one kind of page is decoded.
+struct SideDecoder {
+  Code code = Code::kBf16;
+  PageScale scale = PageScale::kNone;
+  int block = 0;
+  float factor =
+      1.0f;  // decoded values times this are the stored ones: g, and what kE4m3 leaves out
+};
+
+Code code_of(const formats::FormatInfo& info) {
+  switch (info.element) {
+    case formats::Element::kBf16: return Code::kBf16;
+    case formats::Element::kF16: return Code::kF16;
+    case formats::Element::kE4m3: return Code::kE4m3;
+    case formats::Element::kE5m2: return Code::kE5m2;
+    case formats::Element::kE2m1: return Code::kE2m1;
+    case formats::Element::kSigned: return Code::kS8;
+    case formats::Element::kUnsigned:
+      return info.code_bits == 2 ? Code::kU2 : info.code_bits == 3 ? Code::kU3 : Code::kU4;
+  }
+  return Code::kBf16;
+}
+
+PageScale scale_of(const formats::FormatInfo& info) {
+  switch (info.scale) {
+    case formats::Scale::kNone: return PageScale::kNone;
+    case formats::Scale::kE4m3: return PageScale::kE4m3;
+    case formats::Scale::kE8m0: return PageScale::kE8m0;
+    case formats::Scale::kF16: return PageScale::kF16;
+    case formats::Scale::kF16Pair:
+      return info.axis == formats::BlockAxis::kToken ? PageScale::kChannelPair
+                                                     : PageScale::kF16Pair;
+    case formats::Scale::kF32: return PageScale::kF32;
+  }
+  return PageScale::kNone;
+}
+
+SideDecoder side_decoder(const SideFormat& side, const SideParams& params, int head_dim) {
+  const formats::FormatInfo& info = formats::format_info(side.base);
+  SideDecoder decoder;
+  decoder.code = code_of(info);
+  decoder.scale = scale_of(info);
+  decoder.block = info.block_size == 0 ? head_dim : info.block_size;
+  if (info.global_scale != formats::GlobalScale::kNone) decoder.factor = params.global_scale;
+  if (decoder.code == Code::kE4m3 && decoder.scale == PageScale::kNone)
+    decoder.factor *= kE4m3Factor;
+  return decoder;
+}
+
+// Open, sink, recent and staging pages hold plain values.
+bool is_plain(uint32_t kind) {
+  return kind == cache::kKindBf16 || kind == cache::kKindStaging;
+}
+
+bool is_untouched(const PartialRows& p, int row) {
+  return p.max[row] == kMinusInfinity && p.sum[row] == 0.0f;
+}
+
+}  // namespace
+
+// Rows [begin, end) of the item read one page in one way.
+struct Task::Pass {
+  PageEntry entry;
+  int64_t page = 0;
+  int row_begin = 0;
+  int row_end = 0;
+  int token_begin = 0;  // tokens of the page that some of the rows read
+  int token_end = 0;
+
+  int rows() const { return row_end - row_begin; }
+  int num_tiles() const { return (token_end + 15) / 16; }
+};
+
+// What completes the products of queries and decoded keys.
+struct Task::ScoreTerms {
+  float multiplier = 1.0f;
+  const float* offset = nullptr;
+};
+
+Task::Task(const Call& call, const AttentionItem& item, const WorkerMemory& memory)
+    : call_(call), item_(item), sequence_(call.view.sequences[item.sequence]), memory_(memory) {
+  const auto* q = static_cast<const float*>(call.args.q);
+  const int64_t row_values = static_cast<int64_t>(call.group) * call.head_dim;
+  const int64_t token_values =
+      static_cast<int64_t>(call.args.params.num_query_heads) * call.head_dim;
+  const int64_t first_row = sequence_.first_row + item.token_begin;
+  for (int t = 0; t < item.num_tokens; ++t) {
+    std::memcpy(memory_.q_plain + t * row_values,
+                q + (first_row + t) * token_values + item.kv_head * row_values,
+                static_cast<size_t>(row_values) * sizeof(float));
+  }
+}
+
+// Queries in the frame of stored keys: multiplied by the smoothing factors, rotated.
+void Task::prepare_frame(const SideFormat& k_format, const SideParams& params) {
+  const QueryFrame wanted{k_format.rotate, k_format.smooth, k_format.bias};
+  if (frame_ready_ && frame_ == wanted) return;
+  frame_ = wanted;
+  frame_ready_ = true;
+  const int d = call_.head_dim;
+  std::memcpy(memory_.q_stored, memory_.q_plain,
+              static_cast<size_t>(rows()) * static_cast<size_t>(d) * sizeof(float));
+  for (int r = 0; r < rows(); ++r) {
+    float* q = memory_.q_stored + static_cast<int64_t>(r) * d;
+    if (wanted.smooth && params.smooth != nullptr) {
+      for (int c = 0; c < d; ++c) q[c] *= params.smooth[c];
+    }
+    if (wanted.rotate) formats::rotate_row(q, d);
+  }
+  if (wanted.bias && params.bias != nullptr) {
+    call_.kernels.dot_rows(memory_.q_stored, rows(), d, params.bias, memory_.bias_dot);
+  } else {
+    std::fill_n(memory_.bias_dot, rows(), 0.0f);
+  }
+}
+
+namespace {
+
+DecodeArgs decode_args(const Call& call, const WorkerMemory& memory, int token_end,
+                       const SideDecoder& decoder, const std::byte* codes,
+                       const std::byte* scales) {
+  DecodeArgs a;
+  a.codes = reinterpret_cast<const uint8_t*>(codes);
+  a.scales = reinterpret_cast<const uint8_t*>(scales);
+  a.code = decoder.code;
+  a.scale = decoder.scale;
+  a.block = decoder.block;
+  a.page_tokens = call.view.page_tokens;
+  a.head_dim = call.head_dim;
+  a.token_end = token_end;
+  a.out = memory.page;
+  a.scratch = memory.scratch;
+  return a;
+}
+
+}  // namespace
+
+// Decoded keys to plain keys after RoPE.
+void Task::finish_pre_rope(const Pass& pass, const SideFormat& format, const SideParams& params,
+                           const uint16_t* mean, float factor) {
+  const int half = call_.args.params.rope.rotary_dim / 2;
+  const int64_t split_pages = attention::kSplitTokens / call_.view.page_tokens;
+  if (factor != 1.0f) {  // terms are added to keys, which must have their magnitude
+    const int64_t values = static_cast<int64_t>(call_.head_dim) * call_.view.page_tokens;
+    for (int64_t i = 0; i < values; ++i) memory_.page[i] *= factor;
+  }
+  PreRopeArgs a;
+  a.k = memory_.page;
+  a.head_dim = call_.head_dim;
+  a.page_tokens = call_.view.page_tokens;
+  a.num_tiles = pass.num_tiles();
+  if (!is_plain(pass.entry.kind)) {
+    a.mean = mean;
+    a.bias = format.bias ? params.bias : nullptr;
+    a.rotated = format.rotate;
+    a.smooth = format.smooth ? params.smooth : nullptr;
+  }
+  a.rotary_dim = 2 * half;
+  a.page_cos = memory_.page_cos + pass.page % split_pages * half;
+  a.page_sin = memory_.page_sin + pass.page % split_pages * half;
+  a.token_cos = call_.rope.token_cos;
+  a.token_sin = call_.rope.token_sin;
+  call_.kernels.pre_rope(a);
+}
+
+// scale * q . (mean + bias) for the pass's rows.
+const float* Task::add_terms(const Pass& pass, const float* q, const uint16_t* mean) {
+  float* offset = memory_.offset;
+  std::fill_n(offset, pass.rows(), 0.0f);
+  if (mean != nullptr) {
+    for (int c = 0; c < call_.head_dim; ++c) {
+      memory_.row[c] = std::bit_cast<float>(static_cast<uint32_t>(mean[c]) << 16);
+    }
+    call_.kernels.dot_rows(q, pass.rows(), call_.head_dim, memory_.row, offset);
+  }
+  for (int r = 0; r < pass.rows(); ++r) {
+    offset[r] = (offset[r] + memory_.bias_dot[pass.row_begin + r]) * call_.args.params.scale;
+  }
+  return offset;
+}
+
+Task::ScoreTerms Task::score_page(const Pass& pass, const PageKind& kind, const std::byte* unit) {
+  const int layer = call_.args.group_layer;
+  const int d = call_.head_dim;
+  const auto& sections = kind.units[layer];
+  const SideFormat& format = kind.k_format[layer];
+  const SideParams& params = call_.k_params[item_.kv_head];
+  const bool plain_page = is_plain(pass.entry.kind);
+  const SideDecoder decoder = plain_page ? SideDecoder{} : side_decoder(format, params, d);
+  const auto* mean = plain_page || !format.mean
+                         ? nullptr
+                         : reinterpret_cast<const uint16_t*>(unit + sections.k_mean);
+
+  call_.kernels.decode_k(decode_args(call_, memory_, pass.token_end, decoder,
+                                     unit + sections.k_codes, unit + sections.k_scales));
+  const bool plain_query = plain_page || call_.pre_rope;
+  ScoreTerms terms;
+  terms.multiplier = call_.args.params.scale;
+  if (call_.pre_rope) {
+    finish_pre_rope(pass, format, params, mean, decoder.factor);
+  } else {
+    terms.multiplier *= decoder.factor;
+  }
+  if (!plain_query) prepare_frame(format, params);
+
+  ScoreArgs a;
+  a.q =
+      (plain_query ? memory_.q_plain : memory_.q_stored) + static_cast<int64_t>(pass.row_begin) * d;
+  a.k = memory_.page;
+  a.s = memory_.s;
+  a.rows = pass.rows();
+  a.head_dim = d;
+  a.page_tokens = call_.view.page_tokens;
+  a.num_tiles = pass.num_tiles();
+  call_.kernels.scores(a);
+  if (!plain_query && (mean != nullptr || format.bias)) terms.offset = add_terms(pass, a.q, mean);
+  return terms;
+}
+
+void Task::run_pass(const Pass& pass, const PartialRows& out) {
+  const GroupView& view = call_.view;
+  const int layer = call_.args.group_layer;
+  const int d = call_.head_dim;
+  const PageKind& kind = view.kinds[pass.entry.kind];
+  const std::byte* unit = kind.unit(pass.entry, layer, item_.kv_head);
+  const auto& sections = kind.units[layer];
+  const SideFormat& v_format = kind.v_format[layer];
+  const bool plain_page = is_plain(pass.entry.kind);
+  const SideDecoder decoder =
+      plain_page ? SideDecoder{} : side_decoder(v_format, call_.v_params[item_.kv_head], d);
+  const ScoreTerms terms = score_page(pass, kind, unit);
+
+  const PartialRows rows_out = rows_from(out, pass.row_begin);
+  SoftmaxArgs softmax;
+  softmax.s = memory_.s;
+  softmax.rows = pass.rows();
+  softmax.page_tokens = view.page_tokens;
+  softmax.num_tiles = pass.num_tiles();
+  softmax.group = call_.group;
+  softmax.first_position = first_position() + pass.row_begin / call_.group;
+  softmax.page_begin = pass.page * view.page_tokens;
+  softmax.window = view.window;
+  softmax.sink_tokens = call_.args.params.sink_tokens;
+  softmax.multiplier = terms.multiplier;
+  softmax.offset = terms.offset;
+  softmax.softcap = call_.args.params.softcap;
+  softmax.weight_scale = decoder.factor;
+  softmax.max = rows_out.max;
+  softmax.sum = rows_out.sum;
+  softmax.share = rows_out.share;
+  softmax.add_to_share = !plain_page && v_format.bias;
+  softmax.factor = memory_.factor;
+  call_.kernels.softmax(softmax);
+
+  call_.kernels.decode_v(decode_args(call_, memory_, pass.token_end, decoder,
+                                     unit + sections.v_codes, unit + sections.v_scales));
+  const bool rotated = call_.rotated_v && !plain_page && v_format.rotate;
+  ValueArgs values;
+  values.p = memory_.s;
+  values.v = memory_.page;
+  values.factor = memory_.factor;
+  values.acc = rows_out.acc + (rotated ? d : 0);
+  values.acc_stride = rows_out.stride;
+  values.rows = pass.rows();
+  values.head_dim = d;
+  values.page_tokens = view.page_tokens;
+  values.token_begin = pass.token_begin;
+  values.token_end = pass.token_end;
+  call_.kernels.values(values);
+  if (call_.rotated_v) {  // the other accumulator follows the new maximum too
+    call_.kernels.scale_rows(rows_out.acc + (rotated ? 0 : d), rows_out.stride, pass.rows(), d,
+                             memory_.factor);
+  }
+}
+
+PageEntry Task::entry_of(int64_t page, bool bf16) const {
+  const PageEntry entry =
+      bf16 ? sequence_.bf16[page - sequence_.bf16_first_page] : sequence_.stored[page];
+  KVANT_CHECK(entry.valid(), "a page that a query reads has a slot");
+  return entry;
+}
+
+// The rows at positions [first, end) that read something of `page`: none if rows() is 0.
+Task::Pass Task::visible_part(int64_t page, int64_t first, int64_t end) const {
+  const GroupView& view = call_.view;
+  const int64_t page_begin = page * view.page_tokens;
+  const bool has_sinks = page_begin < call_.args.params.sink_tokens;
+  first = std::max(first, page_begin);
+  if (view.window > 0 && !has_sinks) {
+    end = std::min(end, page_begin + view.page_tokens - 1 + view.window);
+  }
+  Pass pass;
+  pass.page = page;
+  if (end <= first) return pass;
+  pass.row_begin = static_cast<int>(first - first_position()) * call_.group;
+  pass.row_end = static_cast<int>(end - first_position()) * call_.group;
+  pass.token_end = static_cast<int>(std::min<int64_t>(view.page_tokens, end - page_begin));
+  if (view.window > 0 && !has_sinks) {
+    pass.token_begin = static_cast<int>(std::max<int64_t>(0, first - view.window + 1 - page_begin));
+  }
+  return pass;
+}
+
+bool Task::sees_split(int64_t split) const {
+  const int64_t begin = split * attention::kSplitTokens;
+  return call_.view.window == 0 || begin < call_.args.params.sink_tokens ||
+         begin + attention::kSplitTokens > first_position() - call_.view.window + 1;
+}
+
+void Task::split_rope(int64_t split) {
+  const attention::RopeParams& rope = call_.args.params.rope;
+  const int half = rope.rotary_dim / 2;
+  const int64_t pages = attention::kSplitTokens / call_.view.page_tokens;
+  for (int i = 0; i < half; ++i) {
+    const double angle = static_cast<double>(split * attention::kSplitTokens) * call_.rope.angle[i];
+    double c = std::cos(angle), s = std::sin(angle);
+    const double step_c = call_.rope.page_step[2 * i], step_s = call_.rope.page_step[2 * i + 1];
+    for (int64_t p = 0; p < pages; ++p) {
+      memory_.page_cos[p * half + i] = static_cast<float>(c * rope.attention_factor);
+      memory_.page_sin[p * half + i] = static_cast<float>(s * rope.attention_factor);
+      const double next_c = c * step_c - s * step_s;
+      s = s * step_c + c * step_s;
+      c = next_c;
+    }
+  }
+}
+
+// The page after this one lies anywhere: fetch it while this one is worked on.
+void Task::prefetch_page(int64_t page) const {
+  const PageEntry entry = sequence_.stored[page];
+  if (!entry.valid()) return;
+  const PageKind& kind = call_.view.kinds[entry.kind];
+  const int layer = call_.args.group_layer;
+  const std::byte* unit = kind.unit(entry, layer, item_.kv_head);
+  for (int64_t i = 0; i < kind.units[layer].bytes; i += 64) __builtin_prefetch(unit + i, 0, 2);
+}
+
+void Task::run_split(int64_t split, const PartialRows& out) {
+  const GroupView& view = call_.view;
+  std::fill_n(out.max, rows(), kMinusInfinity);
+  std::fill_n(out.sum, rows(), 0.0f);
+  std::fill_n(out.share, rows(), 0.0f);
+  if (!sees_split(split)) return;
+  for (int r = 0; r < rows(); ++r) std::fill_n(out.acc + r * out.stride, call_.width(), 0.0f);
+  if (call_.pre_rope) split_rope(split);
+  const int64_t first = first_position();
+  const int64_t end = first + item_.num_tokens;
+  const int64_t page_begin = split * attention::kSplitTokens / view.page_tokens;
+  const int64_t page_end = std::min((split + 1) * attention::kSplitTokens / view.page_tokens,
+                                    (end - 1) / view.page_tokens + 1);
+  for (int64_t page = page_begin; page < page_end; ++page) {
+    // Positions before the boundary read the page in BF16, the others as stored.
+    const int64_t boundary = (page + sequence_.recent_pages + 1) * view.page_tokens;
+    for (const bool bf16 : {true, false}) {
+      Pass pass = bf16 ? visible_part(page, first, std::min(end, boundary))
+                       : visible_part(page, std::max(first, boundary), end);
+      if (pass.rows() <= 0) continue;
+      pass.entry = entry_of(page, bf16);
+      if (!bf16 && page + 1 < page_end && boundary + view.page_tokens <= first) {
+        prefetch_page(page + 1);
+      }
+      run_pass(pass, out);
+    }
+  }
+}
+
+void Task::clear_total(const PartialRows& total) const {
+  for (int r = 0; r < rows(); ++r) std::fill_n(total.acc + r * total.stride, call_.width(), 0.0f);
+  std::fill_n(total.max, rows(), kMinusInfinity);
+  std::fill_n(total.sum, rows(), 0.0f);
+  std::fill_n(total.share, rows(), 0.0f);
+}
+
+void Task::merge_split(const PartialRows& total, const PartialRows& split) const {
+  for (int r = 0; r < rows();) {
+    if (is_untouched(split, r)) {
+      ++r;
+      continue;
+    }
+    int end = r + 1;
+    while (end < rows() && !is_untouched(split, end)) ++end;
+    call_.kernels.merge(rows_from(total, r), rows_from(split, r), end - r, call_.width());
+    r = end;
+  }
+}
+
+void Task::write_rows(const PartialRows& total) const {
+  const AttentionArgs& args = call_.args;
+  const int d = call_.head_dim;
+  const float* bias = call_.v_params[item_.kv_head].bias;
+  const int64_t first_row = sequence_.first_row + item_.token_begin;
+  for (int r = 0; r < rows(); ++r) {
+    const int head = item_.kv_head * call_.group + r % call_.group;
+    const int64_t row = first_row + r / call_.group;
+    float* out = static_cast<float*>(args.out) + (row * args.params.num_query_heads + head) * d;
+    float* acc = total.acc + r * total.stride;
+    float sum = total.sum[r];
+    float scale = 1.0f;
+    if (args.params.sink_logits != nullptr) {
+      const float sink = args.params.sink_logits[head];
+      const float max = std::max(total.max[r], sink);
+      scale = std::exp(total.max[r] - max);
+      sum = sum * scale + std::exp(sink - max);
+    }
+    float* terms = call_.rotated_v ? acc + d : acc;
+    if (total.share[r] != 0.0f && bias != nullptr) {
+      for (int c = 0; c < d; ++c) terms[c] += bias[c] * total.share[r];
+    }
+    if (call_.rotated_v) {
+      formats::rotate_row(terms, d);
+      for (int c = 0; c < d; ++c) acc[c] += terms[c];
+    }
+    const float inverse = scale / sum;
+    for (int c = 0; c < d; ++c) out[c] = acc[c] * inverse;
+  }
+}
+
+}  // namespace kvant::backend::cpu

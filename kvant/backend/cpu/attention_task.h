@@ -1,0 +1,131 @@
+// The inside of a task of CPU attention: some query rows of one sequence and one KV head, page by
+// page.
+//
+// Private to kvant/backend/cpu; attention.cc shares the tasks out.
+#pragma once
+
+#include "kvant/backend/backend.h"
+#include "kvant/backend/cpu/attention_kernels.h"
+#include "kvant/backend/cpu/attention_workspace.h"
+
+namespace kvant::backend::cpu {
+
+// Cuts a block of memory into arrays that start on cache lines; with no block it only counts.
+class Cutter {
+ public:
+  explicit Cutter(std::byte* data) : data_(data) {}
+  template <typename T>
+  T* take(int64_t count) {
+    T* result = data_ == nullptr ? nullptr : reinterpret_cast<T*>(data_ + used_);
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return result;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  std::byte* data_;
+  int64_t used_ = 0;
+};
+
+PartialRows take_partials(Cutter& cutter, int64_t rows, int64_t stride);
+
+inline PartialRows rows_from(const PartialRows& p, int64_t row) {
+  return {p.acc + row * p.stride, p.stride, p.max + row, p.sum + row, p.share + row};
+}
+
+// RoPE of keys stored before it: what all tasks of a call share.
+struct PreRopeTables {
+  double* angle = nullptr;      // [half] per position
+  double* page_step = nullptr;  // [half][2]: cos and sin of page_tokens positions
+  float* token_cos = nullptr;   // [half][page_tokens]
+  float* token_sin = nullptr;
+};
+
+PreRopeTables take_pre_rope_tables(Cutter& cutter, int head_dim, int page_tokens);
+void fill_pre_rope_tables(const attention::RopeParams& rope, int page_tokens,
+                          const PreRopeTables& tables);
+
+struct WorkerMemory {
+  float* q_plain = nullptr;   // [kMaxQueryRows][head_dim]
+  float* q_stored = nullptr;  // the same in the frame of stored keys
+  float* page = nullptr;      // one decoded side of a page
+  float* scratch = nullptr;
+  float* s = nullptr;       // [kMaxQueryRows][page_tokens]: scores, then weights
+  float* offset = nullptr;  // [kMaxQueryRows]
+  float* bias_dot = nullptr;
+  float* factor = nullptr;
+  float* row = nullptr;       // [head_dim]
+  float* page_cos = nullptr;  // [pages of a split][head_dim / 2]
+  float* page_sin = nullptr;
+  PartialRows split;
+  PartialRows total;
+};
+
+WorkerMemory take_worker(Cutter& cutter, int head_dim, int page_tokens);
+
+// What all tasks of one call have in common.
+struct Call {
+  const AttentionArgs& args;
+  const cache::GroupView& view;
+  const AttentionKernels& kernels;
+  const formats::SideParams* k_params = nullptr;  // [num_kv_heads]
+  const formats::SideParams* v_params = nullptr;
+  int group = 1;  // G
+  int head_dim = 0;
+  bool rotated_v = false;  // accumulators are [head_dim plain][head_dim rotated]
+  bool pre_rope = false;
+  PreRopeTables rope;
+
+  int width() const { return rotated_v ? 2 * head_dim : head_dim; }
+};
+
+// Terms that move from stored keys to the query; equal for all pages of one kind.
+struct QueryFrame {
+  bool rotate = false;
+  bool smooth = false;
+  bool bias = false;
+
+  bool operator==(const QueryFrame&) const = default;
+};
+
+class Task {
+ public:
+  // Loads the item's queries.
+  Task(const Call& call, const AttentionItem& item, const WorkerMemory& memory);
+
+  int rows() const { return item_.num_tokens * call_.group; }
+
+  // Partial results of all rows over the keys of one split; rows that read none of them keep
+  // sum = 0 and max = -inf.
+  void run_split(int64_t split, const PartialRows& out);
+  void clear_total(const PartialRows& total) const;
+  void merge_split(const PartialRows& total, const PartialRows& split) const;
+  // Divides by the sum of weights, undoes V's terms and writes the output rows. Uses up `total`.
+  void write_rows(const PartialRows& total) const;
+
+ private:
+  struct Pass;
+  struct ScoreTerms;
+
+  int64_t first_position() const { return sequence_.first_position + item_.token_begin; }
+  cache::PageEntry entry_of(int64_t page, bool bf16) const;
+  Pass visible_part(int64_t page, int64_t first, int64_t end) const;
+  bool sees_split(int64_t split) const;
+  void prefetch_page(int64_t page) const;
+  void run_pass(const Pass& pass, const PartialRows& out);
+  ScoreTerms score_page(const Pass& pass, const cache::PageKind& kind, const std::byte* unit);
+  const float* add_terms(const Pass& pass, const float* q, const uint16_t* mean);
+  void prepare_frame(const formats::SideFormat& k_format, const formats::SideParams& params);
+  void finish_pre_rope(const Pass& pass, const formats::SideFormat& format,
+                       const formats::SideParams& params, const uint16_t* mean, float factor);
+  void split_rope(int64_t split);
+
+  const Call& call_;
+  const AttentionItem& item_;
+  const cache::SequenceView& sequence_;
+  const WorkerMemory memory_;
+  QueryFrame frame_;
+  bool frame_ready_ = false;
+};
+
+}  // namespace kvant::backend::cpu
