@@ -289,4 +289,31 @@ Result<CacheBytes> plan_cache_bytes(const CacheConfig& config) {
   return plan.bytes;
 }
 
+Result<std::vector<GroupBytes>> plan_group_bytes(const CacheConfig& config) {
+  KVANT_ASSIGN(const CachePlan plan, make_cache_plan(config));
+  std::vector<GroupBytes> groups;
+  for (const GroupPlan& planned : plan.groups) {
+    GroupBytes bytes;
+    bytes.group = planned.group;
+    bytes.bf16_pages = planned.bf16_slots;
+    bytes.bf16_page_bytes = planned.bf16_page_bytes;
+    if (!planned.plain) {
+      const LayerGeometry& geometry = planned.group.geometry;
+      bytes.stored_pages = planned.stored_slots;
+      bytes.stored_page_bytes = planned.stored_page_bytes;
+      for (size_t i = 0; i < planned.group.layers.size(); ++i) {
+        for (const SideFormat& side : {planned.k[i], planned.v[i]}) {
+          const formats::SideBytes one =
+              formats::side_bytes(side, config.page_tokens, geometry.head_dim);
+          bytes.code_bytes += one.codes * geometry.num_kv_heads;
+          bytes.scale_bytes += one.scales * geometry.num_kv_heads;
+          bytes.mean_bytes += one.mean * geometry.num_kv_heads;
+        }
+      }
+    }
+    groups.push_back(std::move(bytes));
+  }
+  return groups;
+}
+
 }  // namespace kvant::cache

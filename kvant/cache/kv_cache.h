@@ -80,6 +80,19 @@ struct CacheBytes {
 // What create() would reserve, without reserving it: the planner's source.
 Result<CacheBytes> plan_cache_bytes(const CacheConfig& config);
 
+// The pages of one layer group in that plan; sizes of one page in bytes, all its layers together.
+struct GroupBytes {
+  LayerGroup group;
+  int64_t stored_pages = 0, stored_page_bytes = 0;  // none if closed pages are plain BF16
+  int64_t code_bytes = 0, scale_bytes = 0, mean_bytes = 0;  // of a stored page
+  int64_t bf16_pages = 0, bf16_page_bytes = 0;              // open, sink and recent pages
+
+  int64_t padding_bytes() const {
+    return stored_page_bytes - code_bytes - scale_bytes - mean_bytes;
+  }
+};
+Result<std::vector<GroupBytes>> plan_group_bytes(const CacheConfig& config);
+
 class KvCache {
  public:
   static Result<std::unique_ptr<KvCache>> create(const CacheConfig& config, MemoryResource& memory);

@@ -308,6 +308,18 @@ TEST(KvCache, ThePlanIsWhatCreationAllocates) {
               ASSERT_OK(cache);
               const MemoryStats stats = memory.stats();
               ASSERT_EQ(stats.total_peak, planned->total_reserved());
+              const auto groups = plan_group_bytes(config);
+              ASSERT_OK(groups);
+              int64_t stored = 0;
+              int64_t bf16 = 0;
+              for (const GroupBytes& group : *groups) {
+                ASSERT_GE(group.padding_bytes(), 0);
+                ASSERT_TRUE(group.code_bytes > 0 || group.stored_page_bytes == 0);
+                stored += group.stored_pages * group.stored_page_bytes;
+                bf16 += group.bf16_pages * group.bf16_page_bytes;
+              }
+              ASSERT_EQ(stored, planned->stored_pages_reserved);
+              ASSERT_EQ(bf16, planned->bf16_pages_reserved);
               ASSERT_EQ(stats.bytes_now[static_cast<int>(MemoryUse::kPages)],
                         planned->pages_reserved());
               ASSERT_EQ(stats.bytes_now[static_cast<int>(MemoryUse::kTables)], planned->tables);

@@ -1,10 +1,13 @@
 #include "kvant/model/cache_logits.h"
 
 #include <algorithm>
+#include <chrono>
 
 #include "kvant/base/check.h"
 
 namespace kvant::model {
+
+using Clock = std::chrono::steady_clock;
 
 Status CacheLogits::restart() {
   if (started_) cache_->remove_sequence(sequence_);
@@ -29,7 +32,10 @@ Status CacheLogits::extend(std::span<const int32_t> tokens, int64_t first_logits
     const ForwardSequence part = {
         sequence_, tokens.subspan(static_cast<size_t>(begin), static_cast<size_t>(end - begin)),
         wanted ? static_cast<int>(end - first) : 0};
+    const auto start = Clock::now();
+    auto ready = Clock::time_point::max();
     const auto keep = [&](int64_t row, std::span<const float> values) -> Status {
+      if (row == 0) ready = Clock::now();
       const int64_t target = first - first_logits + row;
       if (target < num_logits) {
         std::copy(values.begin(), values.end(), logits.begin() + target * vocab);
@@ -37,6 +43,7 @@ Status CacheLogits::extend(std::span<const int32_t> tokens, int64_t first_logits
       return {};
     };
     KVANT_TRY(model_.forward(std::span(&part, 1), *cache_, keep, cancel_));
+    seconds_ += std::chrono::duration<double>(std::min(ready, Clock::now()) - start).count();
   }
   return {};
 }

@@ -27,6 +27,10 @@ class CacheLogits final : public LogitsSource {
                 std::span<float> logits) override;
 
   const cache::KvCache& cache() const { return *cache_; }
+  // Time that steps took until their first row of logits was ready (or to their end, where none was
+  // wanted), all steps together: what reading the text costs without the predictions that only a
+  // comparison needs.
+  double seconds() const { return seconds_; }
 
  private:
   Model& model_;
@@ -34,6 +38,7 @@ class CacheLogits final : public LogitsSource {
   const std::atomic<bool>* cancel_;
   cache::SequenceId sequence_ = 0;
   bool started_ = false;
+  double seconds_ = 0;
 };
 
 }  // namespace kvant::model

@@ -143,9 +143,8 @@ void pack_logits_row(std::span<const float> logits, double log_sum_exp,
 // ---- writer ----
 
 Error LogitsFileWriter::failed(int error_number) const {
-  const ErrorCode code =
-      error_number == ENOSPC ? ErrorCode::kResourceExhausted : ErrorCode::kIoError;
-  return Error(code, fmt::format("cannot write '{}': {}", path_, std::strerror(error_number)));
+  return Error(ErrorCode::kIoError,
+               fmt::format("cannot write '{}': {}", path_, std::strerror(error_number)));
 }
 
 Status LogitsFileWriter::write(const void* data, size_t bytes) {

@@ -85,7 +85,9 @@ Result<MemoryPlan> plan_memory(const ModelSource& source, const backend::Backend
   KVANT_TRY(backend.supports(runtime.format, config.head_dim, config.query_heads_per_kv_head()));
   MemoryPlan plan;
   KVANT_ASSIGN(plan.weights, plan_weights(source, backend));
-  KVANT_ASSIGN(plan.cache, cache::plan_cache_bytes(cache_config(config, backend, runtime)));
+  const cache::CacheConfig cache = cache_config(config, backend, runtime);
+  KVANT_ASSIGN(plan.cache, cache::plan_cache_bytes(cache));
+  KVANT_ASSIGN(plan.groups, cache::plan_group_bytes(cache));
   plan.activations =
       layout_activations(config, backend.info().activation_type, step_tokens(runtime),
                          runtime.max_logit_rows, nullptr, nullptr);

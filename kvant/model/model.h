@@ -47,6 +47,7 @@ struct RuntimeOptions {
 struct MemoryPlan {
   WeightBytes weights;
   cache::CacheBytes cache;
+  std::vector<cache::GroupBytes> groups;  // what the pages in `cache` are made of
   int64_t activations = 0;
   int64_t backend_workspace = 0;
   int64_t total() const;
