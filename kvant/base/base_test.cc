@@ -1,6 +1,9 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <cstdio>
+#include <fstream>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -71,6 +74,28 @@ TEST(HostMemory, CountsAndLimits) {
   }
   EXPECT_EQ(memory.stats().total_now, 0);
   EXPECT_EQ(memory.stats().total_peak, 600'000);
+}
+
+TEST(MappedFile, DroppedPagesReadTheSame) {
+  const std::string path = ::testing::TempDir() + "kvant_drop_pages";
+  {
+    std::ofstream out(path, std::ios::binary);
+    for (int i = 0; i < 20000; ++i) out.put(static_cast<char>(i % 251));
+  }
+  const auto file = MappedFile::open(path);
+  ASSERT_TRUE(file);
+  const std::span<const std::byte> bytes = file->bytes();
+  const auto check = [&] {
+    for (size_t i = 0; i < bytes.size(); ++i) ASSERT_EQ(bytes[i], std::byte(i % 251)) << i;
+  };
+  check();
+  file->drop_pages(bytes.subspan(100, 15000));
+  check();
+  file->drop_pages(bytes);
+  file->drop_pages(bytes.subspan(5, 10));
+  file->drop_pages({});
+  check();
+  std::remove(path.c_str());
 }
 
 TEST(MappedFile, NamesTheMissingPath) {

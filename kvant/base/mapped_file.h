@@ -24,6 +24,10 @@ class MappedFile {
   std::span<const std::byte> bytes() const { return {data_, size_}; }
   const std::string& path() const { return path_; }
 
+  // Takes the pages that lie wholly inside `part` of bytes() out of this process's resident memory.
+  // The next access finds them in the system's file cache or reads them again.
+  void drop_pages(std::span<const std::byte> part) const;
+
  private:
   MappedFile() = default;
   std::string path_;

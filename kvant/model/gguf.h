@@ -78,6 +78,11 @@ class Gguf {
   const GgufTensor* find_tensor(std::string_view tensor_name) const;  // nullptr: absent
   Result<GgufTensor> tensor(std::string_view tensor_name) const;      // kNotFound: absent
 
+  // Takes a tensor's bytes out of resident memory; they are read from the file again if needed.
+  void drop_pages(const GgufTensor& tensor) const {
+    if (file_) file_->drop_pages(tensor.bytes);
+  }
+
   // ---- metadata ----
   std::span<const std::string_view> keys() const { return keys_; }  // in file order
   const GgufValue* find(std::string_view key) const;                // nullptr: absent

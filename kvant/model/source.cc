@@ -201,9 +201,14 @@ Result<std::vector<float>> ModelSource::vector(std::string_view name, int64_t si
   return values;
 }
 
-void ModelSource::release(std::string_view name) {
+void ModelSource::release(std::string_view name, bool still_read) {
+  if (gguf_) {
+    const GgufTensor* tensor = gguf_->find_tensor(name);
+    if (tensor != nullptr) gguf_->drop_pages(*tensor);
+    return;
+  }
   const auto found = made_.find(name);
-  if (found != made_.end()) made_.erase(found);
+  if (!still_read && found != made_.end()) made_.erase(found);
 }
 
 int64_t ModelSource::made_bytes(const MatrixSource& described) const {

@@ -52,8 +52,9 @@ class ModelSource {
                                                      int64_t rows, int64_t cols,
                                                      MemoryResource& memory);
   Result<std::vector<float>> vector(std::string_view name, int64_t size) const;
-  // Random bytes of `name` are no longer needed (the backend has a copy).
-  void release(std::string_view name);
+  // The backend has its own copy of `name`: takes the file's bytes out of resident memory (they can
+  // still be read). Random bytes are freed if nothing else will read them.
+  void release(std::string_view name, bool still_read);
 
   // The bytes that random weights add to the backend's memory for one tensor that is kept.
   int64_t made_bytes(const backend::MatrixSource& described) const;

@@ -200,7 +200,8 @@ class Loader final : public WeightVisitor {
     const std::vector<int32_t> rows_of_file = row_order(source_.config(), order);
     source.row_order = rows_of_file;
     KVANT_ASSIGN(slot, backend_.load_matrix(source));
-    if (slot->memory_bytes() > 0 && name != "token_embd.weight") source_.release(name);
+    const bool still_read = name == "token_embd.weight";  // by embed
+    if (slot->memory_bytes() > 0) source_.release(name, still_read);
     return advance(source);
   }
   Status experts(const std::string& name, int64_t rows, int64_t cols,
@@ -213,7 +214,7 @@ class Loader final : public WeightVisitor {
       slots.push_back(std::move(loaded));
       KVANT_TRY(advance(source));
     }
-    if (slots.front()->memory_bytes() > 0) source_.release(name);
+    if (slots.front()->memory_bytes() > 0) source_.release(name, false);
     return {};
   }
   Status vector(const std::string& name, int64_t size, Rows order, const float*& slot) override {
