@@ -1,9 +1,9 @@
 #include "tools/command.h"
 
-#include <algorithm>
-#include <numeric>
 #include <string>
 #include <vector>
+
+#include "kvant/formats/suggest.h"
 
 namespace kvant::tools {
 
@@ -23,33 +23,10 @@ const Command* find_command(std::string_view name) {
   return nullptr;
 }
 
-namespace {
-
-// Levenshtein distance; names are a dozen bytes.
-size_t edit_distance(std::string_view a, std::string_view b) {
-  std::vector<size_t> row(b.size() + 1);
-  std::iota(row.begin(), row.end(), size_t{0});
-  for (size_t i = 1; i <= a.size(); ++i) {
-    size_t diagonal = row[0];
-    row[0] = i;
-    for (size_t j = 1; j <= b.size(); ++j) {
-      const size_t substitute = diagonal + (a[i - 1] == b[j - 1] ? 0 : 1);
-      diagonal = row[j];
-      row[j] = std::min({row[j] + 1, row[j - 1] + 1, substitute});
-    }
-  }
-  return row[b.size()];
-}
-
-}  // namespace
-
 std::string suggest_command(std::string_view name) {
-  for (const Command* command : commands()) {
-    if (edit_distance(name, command->name) <= 2) {
-      return "; did you mean '" + std::string(command->name) + "'?";
-    }
-  }
-  return "";
+  std::vector<std::string_view> names;
+  for (const Command* command : commands()) names.push_back(command->name);
+  return formats::did_you_mean(formats::closest_name(name, names));
 }
 
 }  // namespace kvant::tools
