@@ -63,14 +63,9 @@ Status check_side_plan(const CacheConfig& config, int layer, const SideFormat& s
   return {};
 }
 
-Status check_side(const CacheConfig& config, int layer, const SideFormat& side, bool keys,
-                  bool strict) {
+Status check_side(const CacheConfig& config, int layer, const SideFormat& side, bool keys) {
   const formats::FormatInfo& info = formats::format_info(side.base);
   const std::string name = layer_name(layer) + (keys ? " k=" : " v=") + std::string(info.name);
-  if (!(keys ? info.for_keys : info.for_values))
-    return invalid(name + ": this format is for " + (keys ? "values" : "keys") + " only");
-  if (strict && info.axis == formats::BlockAxis::kToken)
-    return invalid(name + ": +strict needs a format whose blocks lie within one token");
   const auto codec = formats::Codec::create(side, config.layers[layer].head_dim);
   if (!codec) return codec.error().with_context(name);
   return check_side_plan(config, layer, side, keys);
@@ -92,8 +87,10 @@ Status check_layer(const CacheConfig& config, int layer) {
     return invalid(layer_name(layer) +
                    ": +sink, +recentN and +strict belong to the sequence: equal in all layers");
   }
-  KVANT_TRY(check_side(config, layer, format.k, true, format.strict));
-  return check_side(config, layer, format.v, false, format.strict);
+  const Status known = formats::check_cache_format(format);
+  if (!known) return known.error().with_context(layer_name(layer));
+  KVANT_TRY(check_side(config, layer, format.k, true));
+  return check_side(config, layer, format.v, false);
 }
 
 Status check_config(const CacheConfig& config) {

@@ -38,17 +38,6 @@ Result<Side> make_side(const GroupView& view, int group_layer, SideRole role, co
               .rows = rows};
 }
 
-// Passes one row through the codec's rounding: what +strict reads back later.
-EncodeStats round_strict(const Side& side, int kv_head, std::vector<uint8_t>& scratch, float* row) {
-  const int64_t code_bytes = side.codec.row_code_bytes();
-  scratch.resize(static_cast<size_t>(code_bytes + side.codec.row_scale_bytes()));
-  const float g = side.params[kv_head].global_scale;
-  const EncodeStats stats =
-      side.codec.encode_rows(row, 1, g, scratch.data(), scratch.data() + code_bytes);
-  side.codec.decode_rows(scratch.data(), scratch.data() + code_bytes, 1, g, row);
-  return stats;
-}
-
 EncodeStats append_rows(const GroupView& view, int group_layer, const Side& k, const Side& v) {
   EncodeStats stats;
   std::vector<uint8_t> scratch;
@@ -65,8 +54,8 @@ EncodeStats append_rows(const GroupView& view, int group_layer, const Side& k, c
         key.assign(k.rows + row, k.rows + row + view.head_dim);
         value.assign(v.rows + row, v.rows + row + view.head_dim);
         if (view.strict) {
-          add(stats, round_strict(k, head, scratch, key.data()));
-          add(stats, round_strict(v, head, scratch, value.data()));
+          add(stats, round_strict_row(k.codec, k.params[head], scratch, key.data()));
+          add(stats, round_strict_row(v.codec, v.params[head], scratch, value.data()));
         }
         write_f32_token(kind.layout, view.page_tokens, view.head_dim,
                         kind.unit(entry, group_layer, head),
@@ -101,6 +90,16 @@ EncodeStats close_side(const GroupView& view, int group_layer, const CloseItem& 
 }
 
 }  // namespace
+
+EncodeStats round_strict_row(const Codec& codec, const formats::SideParams& params,
+                             std::vector<uint8_t>& scratch, float* row) {
+  const int64_t code_bytes = codec.row_code_bytes();
+  scratch.resize(static_cast<size_t>(code_bytes + codec.row_scale_bytes()));
+  uint8_t* scales = scratch.data() + code_bytes;
+  const EncodeStats stats = codec.encode_page(row, 1, params, {scratch.data(), scales, nullptr});
+  codec.decode_page({scratch.data(), scales, nullptr}, 1, params, Codec::Frame::kPlain, row);
+  return stats;
+}
 
 Result<EncodeStats> scalar_append(const GroupView& view, int group_layer, const float* k,
                                   const float* v) {

@@ -5,6 +5,9 @@
 // only; thread-compatible.
 #pragma once
 
+#include <cstdint>
+#include <vector>
+
 #include "kvant/base/result.h"
 #include "kvant/cache/view.h"
 #include "kvant/formats/codec.h"
@@ -16,6 +19,13 @@ namespace kvant::cache {
 // then view.closes are encoded. Returns what the encoders counted.
 Result<formats::EncodeStats> scalar_append(const GroupView& view, int group_layer, const float* k,
                                            const float* v);
+
+// What +strict does to a row [head_dim] before it enters the open page: a page of one token,
+// encoded and decoded in place. Only formats whose blocks lie within one token. `scratch` is reused
+// between calls.
+formats::EncodeStats round_strict_row(const formats::Codec& codec,
+                                      const formats::SideParams& params,
+                                      std::vector<uint8_t>& scratch, float* row);
 
 // One side of a unit of this page kind as attention reads it: fp32 [page_tokens][head_dim].
 Status decode_unit_side(const GroupView& view, PageEntry entry, int group_layer, int kv_head,

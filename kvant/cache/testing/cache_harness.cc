@@ -54,7 +54,7 @@ formats::QuantPlan make_test_plan(std::span<const LayerGeometry> layers) {
     const size_t vector = static_cast<size_t>(geometry.num_kv_heads) * geometry.head_dim;
     formats::LayerPlan layer;
     for (formats::SidePlan* side : {&layer.k, &layer.v}) {
-      fill(side->global_scale, geometry.num_kv_heads, 0.004f, 0.02f);
+      fill(side->global_scale, geometry.num_kv_heads, 0.05f, 0.1f);
       fill(side->bias, vector, -0.5f, 0.5f);
       fill(side->smooth, vector, 0.5f, 2.0f);
     }
@@ -155,13 +155,14 @@ std::vector<float> CacheHarness::expected_rows(int layer, SideRole role, int hea
   }
   if (config_.format.strict) {
     const auto codec = Codec::create(side_format(layer, role), head_dim);
-    const int64_t code_bytes = codec->row_code_bytes() * static_cast<int64_t>(tokens.size());
-    std::vector<uint8_t> bytes(code_bytes +
-                               codec->row_scale_bytes() * static_cast<int64_t>(tokens.size()));
-    const float g = side_params(layer, role, head).global_scale;
-    const int64_t num_rows = static_cast<int64_t>(tokens.size());
-    codec->encode_rows(rows.data(), num_rows, g, bytes.data(), bytes.data() + code_bytes);
-    codec->decode_rows(bytes.data(), bytes.data() + code_bytes, num_rows, g, rows.data());
+    const formats::SideParams params = side_params(layer, role, head);
+    std::vector<uint8_t> codes(codec->row_code_bytes()), scales(codec->row_scale_bytes());
+    for (size_t t = 0; t < tokens.size(); ++t) {
+      float* row = rows.data() + t * head_dim;
+      codec->encode_page(row, 1, params, {codes.data(), scales.data(), nullptr});
+      codec->decode_page({codes.data(), scales.data(), nullptr}, 1, params, Codec::Frame::kPlain,
+                         row);
+    }
   }
   for (float& x : rows) x = from_bf16(to_bf16(x));
   return rows;
