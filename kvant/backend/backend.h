@@ -1,12 +1,14 @@
-// What a model needs from the machine it runs on: memory, weights, dense operators, cache operators.
+// What a model needs from the machine it runs on: memory, weights, dense operators, cache
+// operators.
 //
-// model/ sees only this header; backend/{reference,cpu,cuda} implement it. Operators are enqueued in
-// order on the backend's one stream and are complete after synchronize(); on CPUs they are complete on
-// return. Pointers in argument structs are memory of memory() unless said otherwise. One thread at a
-// time (thread-compatible). Activations are rows of activation_type() values, row-major.
+// model/ sees only this header; backend/{reference,cpu,cuda} implement it. Operators are enqueued
+// in order on the backend's one stream and are complete after synchronize(); on CPUs they are
+// complete on return. Pointers in argument structs are memory of memory() unless said otherwise.
+// One thread at a time (thread-compatible). Activations are rows of activation_type() values,
+// row-major.
 //
-// Promise of every operator (ADR 0003): the bits of a row do not depend on which other rows are in the
-// call, on their number, or on the number of threads.
+// Promise of every operator (ADR 0003): the bits of a row do not depend on which other rows are in
+// the call, on their number, or on the number of threads.
 #pragma once
 
 #include <cstddef>
@@ -35,8 +37,8 @@ struct BackendInfo {
   int64_t memory_free = 0;
 };
 
-// A matrix of a model file: `rows` outputs x `cols` inputs, row-major blocks of `type`. The bytes stay
-// valid while the model is loaded (a mapped file).
+// A matrix of a model file: `rows` outputs x `cols` inputs, row-major blocks of `type`. The bytes
+// stay valid while the model is loaded (a mapped file).
 struct MatrixSource {
   std::string_view name;
   formats::WeightType type = formats::WeightType::kF32;
@@ -54,7 +56,8 @@ class Matrix {
   virtual ~Matrix() = default;
   virtual int64_t rows() const = 0;
   virtual int64_t cols() const = 0;
-  virtual int64_t memory_bytes() const = 0;  // of MemoryUse::kWeights; 0 if it reads the file in place
+  virtual int64_t memory_bytes()
+      const = 0;  // of MemoryUse::kWeights; 0 if it reads the file in place
 };
 
 // y = x W^T (+ bias); several of them may share x, so that x is prepared once.
@@ -88,24 +91,25 @@ struct RopeArgs {
 
 enum class GateKind { kSilu, kGeluTanh };
 
-// Mixture of experts: out = sum over the chosen experts of weight_e * down_e(act(gate_e x) * up_e x).
+// Mixture of experts: out = sum over the chosen experts of weight_e * down_e(act(gate_e x) * up_e
+// x).
 struct MoeArgs {
-  const void* x = nullptr;       // [num_rows][dim]
-  void* out = nullptr;           // [num_rows][dim]
+  const void* x = nullptr;  // [num_rows][dim]
+  void* out = nullptr;      // [num_rows][dim]
   int64_t num_rows = 0;
   int num_experts = 0;
   int num_experts_used = 0;
   bool normalize_weights = true;  // chosen weights are scaled to sum to 1
   GateKind gate = GateKind::kSilu;
-  const Matrix* router = nullptr;             // [num_experts][dim]
-  std::span<const Matrix* const> gate_proj;   // [num_experts]
+  const Matrix* router = nullptr;            // [num_experts][dim]
+  std::span<const Matrix* const> gate_proj;  // [num_experts]
   std::span<const Matrix* const> up_proj;
   std::span<const Matrix* const> down_proj;
 };
 
-// Appends K and V of all new tokens of a group's sequences in one layer, then encodes the pages that
-// fill (view.closes). q, k and v have the activations' row order; k is after RoPE (before it with
-// +prerope). Counts what could not be encoded; the caller fails the step if non_finite > 0.
+// Appends K and V of all new tokens of a group's sequences in one layer, then encodes the pages
+// that fill (view.closes). q, k and v have the activations' row order; k is after RoPE (before it
+// with +prerope). Counts what could not be encoded; the caller fails the step if non_finite > 0.
 struct AppendArgs {
   const cache::GroupView* view = nullptr;
   int group_layer = 0;      // index of the layer in its group
@@ -122,9 +126,9 @@ struct AttentionArgs {
 };
 
 struct WorkspaceNeeds {
-  int64_t max_rows = 0;         // rows of one step
-  int64_t max_context = 0;      // longest sequence in tokens
-  int max_cols = 0;             // widest input of a linear operator
+  int64_t max_rows = 0;     // rows of one step
+  int64_t max_context = 0;  // longest sequence in tokens
+  int max_cols = 0;         // widest input of a linear operator
   int num_query_heads = 0;
   int num_kv_heads = 0;
   int head_dim = 0;
@@ -154,14 +158,15 @@ class Backend {
   virtual Result<std::unique_ptr<Matrix>> load_matrix(const MatrixSource& source) = 0;
 
   // ---- dense operators ----
-  // out[row] = scale * dequantised row ids[row] of the table, [num_rows][cols]. `ids` in host memory.
+  // out[row] = scale * dequantised row ids[row] of the table, [num_rows][cols]. `ids` in host
+  // memory.
   virtual Status embed(const MatrixSource& table, std::span<const int32_t> ids, float scale,
                        void* out) = 0;
   virtual Status rms_norm(const RmsNormArgs& args) = 0;
   virtual Status linear(const void* x, int64_t num_rows, std::span<const LinearTarget> targets) = 0;
   virtual Status rope(const RopeArgs& args) = 0;
   virtual Status gate(GateKind kind, const void* gate, const void* up, void* out,
-                      int64_t num_values) = 0;  // out = act(gate) * up
+                      int64_t num_values) = 0;                         // out = act(gate) * up
   virtual Status add(const void* x, void* y, int64_t num_values) = 0;  // y += x
   virtual Status moe(const MoeArgs& args) = 0;
   // out[i] = x[rows[i]], `dim` values each; `rows` in host memory.

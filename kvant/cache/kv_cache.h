@@ -83,7 +83,7 @@ Result<CacheBytes> plan_cache_bytes(const CacheConfig& config);
 // The pages of one layer group in that plan; sizes of one page in bytes, all its layers together.
 struct GroupBytes {
   LayerGroup group;
-  int64_t stored_pages = 0, stored_page_bytes = 0;  // none if closed pages are plain BF16
+  int64_t stored_pages = 0, stored_page_bytes = 0;          // none if closed pages are plain BF16
   int64_t code_bytes = 0, scale_bytes = 0, mean_bytes = 0;  // of a stored page
   int64_t bf16_pages = 0, bf16_page_bytes = 0;              // open, sink and recent pages
 
