@@ -3,77 +3,21 @@
 // rules of closed pages ask for; the functions below only arrange the steps.
 #include <gtest/gtest.h>
 
-#include <cmath>
 #include <cstdio>
-#include <cstring>
-#include <memory>
 
 #include "kvant/cache/page_object.h"
-#include "kvant/cache/scalar_append.h"
-#include "kvant/cache/testing/cache_harness.h"
+#include "tests/conformance/cache_fixture.h"
 #include "tests/conformance/conformance.h"
 
 namespace kvant::conformance {
 
-using cache::CacheConfig;
 using cache::Layout;
 using cache::SequenceId;
-using cache::SideRole;
-using cache::testing::CacheHarness;
 using cache::testing::NewTokens;
 using cache::testing::random_tokens;
 using cache::testing::StepEnd;
 
 namespace {
-
-constexpr int kPage = 16;
-
-#define CHECK_OK(expression)                                                  \
-  do {                                                                        \
-    const auto& check_result = (expression);                                  \
-    if (!check_result) {                                                      \
-      ADD_FAILURE() << #expression << ": " << check_result.error().message(); \
-      return;                                                                 \
-    }                                                                         \
-  } while (false)
-
-// A full-attention layer and a window layer of another geometry.
-struct Fixture {
-  CacheConfig config;
-  formats::QuantPlan plan;
-  std::unique_ptr<CacheHarness> harness;
-
-  explicit Fixture(const std::string& spec) {
-    config.layers = {{.num_kv_heads = 2, .head_dim = 32},
-                     {.num_kv_heads = 1, .head_dim = 48, .window = 20}};
-    const auto format = formats::parse_cache_format(spec);
-    if (format) config.format = *format;
-    config.page_tokens = kPage;
-    config.max_tokens = 160;
-    config.max_sequences = 4;
-    config.max_step_tokens = 100;
-  }
-
-  // Creates the cache after the caller's changes to the configuration.
-  bool create() {
-    plan = cache::testing::make_test_plan(config.layers);
-    config.plan = &plan;
-    auto created = CacheHarness::create(config);
-    if (!created) {
-      ADD_FAILURE() << created.error().message();
-      return false;
-    }
-    harness = std::move(*created);
-    return true;
-  }
-
-  bool recent() const { return config.format.recent_tokens > 0; }
-  // Pages of a sequence that can be exported.
-  int64_t closed_pages(int64_t length) const {
-    const int64_t t = config.page_tokens;
-    return std::max<int64_t>(0, length / t - (config.format.recent_tokens + t - 1) / t);
-  }
-};
 
 void expect_same_pages(const Fixture& a, SequenceId id_a, const Fixture& b, SequenceId id_b,
                        int64_t num_pages) {
@@ -337,47 +281,6 @@ void accounting(const std::string& spec) {
   EXPECT_EQ(f.harness->memory().stats().total_peak, planned->total_reserved());
 }
 
-// Relative L2 error of one side of a page after closing, decoded completely.
-double closing_error(Fixture& f, int layer, SideRole role) {
-  const int head_dim = f.config.layers[layer].head_dim;
-  const formats::SideFormat side = role == SideRole::kKeys ? f.config.format.k : f.config.format.v;
-  uint64_t seed = 12;
-  const std::vector<uint32_t> tokens = random_tokens(seed, kPage);
-  const std::vector<float> x = f.harness->expected_rows(layer, role, 0, 0, tokens);
-  const auto codec = formats::Codec::create(side, head_dim);
-  const formats::SideParams params =
-      f.plan.side_params(layer, role == SideRole::kKeys, 0, head_dim);
-  const formats::SideBytes bytes = formats::side_bytes(side, kPage, head_dim);
-  std::vector<uint8_t> codes(bytes.codes), scales(bytes.scales);
-  std::vector<uint16_t> mean(head_dim);
-  codec->encode_page(x.data(), kPage, params, {codes.data(), scales.data(), mean.data()});
-  std::vector<float> y(x.size());
-  codec->decode_page({codes.data(), scales.data(), mean.data()}, kPage, params,
-                     formats::Codec::Frame::kPlain, y.data());
-  double error = 0.0, norm = 0.0;
-  for (size_t i = 0; i < x.size(); ++i) {
-    error += (static_cast<double>(x[i]) - y[i]) * (static_cast<double>(x[i]) - y[i]);
-    norm += static_cast<double>(x[i]) * x[i];
-  }
-  return std::sqrt(error / norm);
-}
-
-// What is read back is close to what was written: catches a codec that is exact about the wrong
-// thing.
-void stored_values(const std::string& spec) {
-  Fixture f(spec);
-  if (!f.create()) return;
-  for (const SideRole role : {SideRole::kKeys, SideRole::kValues}) {
-    const formats::SideFormat& side =
-        role == SideRole::kKeys ? f.config.format.k : f.config.format.v;
-    const FormatCell* cell = find_cell(side.base);
-    // Options shift where the error is; they must not make it much larger on these values.
-    const bool options = !(side == formats::SideFormat{.base = side.base});
-    EXPECT_LE(closing_error(f, 0, role), cell->max_relative_error * (options ? 1.5 : 1.0))
-        << (role == SideRole::kKeys ? "keys" : "values");
-  }
-}
-
 constexpr Feature kFeatures[] = {
     {"close_chunked", close_chunked},
     {"copy_on_write", copy_on_write},
@@ -390,7 +293,6 @@ constexpr Feature kFeatures[] = {
     {"odd_lengths", odd_lengths},
     {"page_sizes", page_sizes},
     {"accounting", accounting},
-    {"stored_values", stored_values},
 };
 
 }  // namespace

@@ -7,7 +7,6 @@
 // other layers add a table of their own to all_features().
 #pragma once
 
-#include <initializer_list>
 #include <span>
 #include <string>
 #include <vector>
@@ -40,6 +39,7 @@ struct Feature {
 };
 
 std::span<const Feature> cache_features();
+std::span<const Feature> codec_features();
 // Of all layers.
 std::vector<Feature> all_features();
 

@@ -89,7 +89,8 @@ INSTANTIATE_TEST_SUITE_P(All, ConformanceCell,
 
 std::vector<Feature> all_features() {
   std::vector<Feature> features;
-  for (const Feature& feature : cache_features()) features.push_back(feature);
+  for (const std::span<const Feature> part : {cache_features(), codec_features()})
+    features.insert(features.end(), part.begin(), part.end());
   return features;
 }
 
