@@ -10,6 +10,10 @@ namespace kvant::tools {
 std::span<const Command* const> commands() {
   // clang-format off
   static const std::vector<const Command*> table = {
+      &eval_command,
+      &compare_command,
+      &plan_command,
+      &bench_command,
       &tokenize_command,
   };
   // clang-format on

@@ -37,6 +37,10 @@ struct Command {
 };
 
 // One declaration per command, in the order of the table.
+extern const Command eval_command;
+extern const Command compare_command;
+extern const Command plan_command;
+extern const Command bench_command;
 extern const Command tokenize_command;
 
 // All commands, in the order of the help page.

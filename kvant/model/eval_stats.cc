@@ -15,7 +15,7 @@ RowSoftmax row_softmax(std::span<const float> logits) {
   // Partial sums in double: a vocabulary has up to 262,144 terms.
   double sum = 0;
   for (const float logit : logits) sum += static_cast<double>(std::exp(logit - highest));
-  return {highest + std::log(sum), static_cast<int32_t>(top - logits.begin())};
+  return {highest + std::log(sum), static_cast<int32_t>(top - logits.begin()), highest};
 }
 
 double row_kl(std::span<const float> base, double base_log_sum_exp, std::span<const float> logits,
@@ -110,11 +110,10 @@ double quantile(std::span<double> values, double fraction) {
   return quantile_of(values, fraction);
 }
 
-EvalSummary summarize(const TokenScores& scores, std::span<const double> base_nll,
-                      int64_t tokens_per_chunk) {
+EvalSummary summarize(const TokenScores& scores, int64_t tokens_per_chunk) {
   const size_t n = scores.nll.size();
   KVANT_CHECK(n > 0 && scores.kl.size() == n && scores.same_top.size() == n &&
-                  base_nll.size() == n && tokens_per_chunk > 0,
+                  scores.delta_nll.size() == n && tokens_per_chunk > 0,
               "scores of the same tokens");
   const auto count = static_cast<double>(n);
   EvalSummary summary;
@@ -127,8 +126,7 @@ EvalSummary summarize(const TokenScores& scores, std::span<const double> base_nl
   summary.kl_p99 = quantile(sorted, 0.99);
   summary.top1 = std::accumulate(scores.same_top.begin(), scores.same_top.end(), 0.0) / count;
 
-  std::vector<double> differences(n);
-  for (size_t i = 0; i < n; ++i) differences[i] = scores.nll[i] - base_nll[i];
+  const std::vector<double>& differences = scores.delta_nll;
   summary.delta_nll = std::accumulate(differences.begin(), differences.end(), 0.0) / count;
   std::vector<double> means = bootstrap_means(make_blocks(differences, tokens_per_chunk));
   summary.delta_nll_low = quantile(means, 0.025);

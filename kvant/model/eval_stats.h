@@ -13,7 +13,8 @@ namespace kvant::model {
 // The softmax of one row of logits, as far as scores need it.
 struct RowSoftmax {
   double log_sum_exp = 0;
-  int32_t top = 0;  // the most likely token; the first of equals
+  int32_t top = 0;      // the most likely token; the first of equals
+  float top_logit = 0;  // its logit
 };
 RowSoftmax row_softmax(std::span<const float> logits);
 
@@ -25,6 +26,7 @@ double row_kl(std::span<const float> base, double base_log_sum_exp, std::span<co
 // Scores of the tokens of one cache format, in text order.
 struct TokenScores {
   std::vector<double> nll;        // -log q(token)
+  std::vector<double> delta_nll;  // that minus the base's
   std::vector<float> kl;          // KL(base || q) at its position
   std::vector<uint8_t> same_top;  // 1: base and q agree on the most likely token
 };
@@ -39,12 +41,11 @@ struct EvalSummary {
   double delta_nll = 0, delta_nll_low = 0, delta_nll_high = 0;
 };
 
-// `base_nll` [tokens] are the base's own scores. `tokens_per_chunk` divides the tokens into chunks,
+// `tokens_per_chunk` divides the tokens into chunks,
 // which are independent; the interval comes from a paired bootstrap (percentiles of 2,000
 // resamples, fixed seed): of whole chunks if there are 30 or more, else of blocks of at most 64
 // consecutive tokens, which keeps the correlation of neighbouring tokens.
-EvalSummary summarize(const TokenScores& scores, std::span<const double> base_nll,
-                      int64_t tokens_per_chunk);
+EvalSummary summarize(const TokenScores& scores, int64_t tokens_per_chunk);
 
 // Linear interpolation between order statistics; `fraction` in [0, 1]. Reorders `values`.
 double quantile(std::span<float> values, double fraction);

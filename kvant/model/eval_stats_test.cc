@@ -61,9 +61,10 @@ TEST(Quantile, InterpolatesBetweenOrderStatistics) {
   EXPECT_DOUBLE_EQ(quantile(values, 0.9), 3.7);
 }
 
-TokenScores scores_with(const std::vector<double>& nll) {
+TokenScores scores_with(const std::vector<double>& nll, const std::vector<double>& base) {
   TokenScores scores;
   scores.nll = nll;
+  for (size_t i = 0; i < nll.size(); ++i) scores.delta_nll.push_back(nll[i] - base[i]);
   scores.kl.assign(nll.size(), 0.5f);
   scores.same_top.assign(nll.size(), 1);
   scores.same_top[0] = 0;
@@ -72,7 +73,7 @@ TokenScores scores_with(const std::vector<double>& nll) {
 
 TEST(Summarize, MeansAndShares) {
   const std::vector<double> nll = {1, 2, 3, 2};
-  const EvalSummary summary = summarize(scores_with(nll), nll, 4);
+  const EvalSummary summary = summarize(scores_with(nll, nll), 4);
   EXPECT_EQ(summary.num_tokens, 4);
   EXPECT_DOUBLE_EQ(summary.nll, 2);
   EXPECT_DOUBLE_EQ(summary.ppl, std::exp(2.0));
@@ -97,14 +98,14 @@ TEST(Summarize, IntervalIsPairedAndOfTheRightWidth) {
       base[i] = shared(random);
       own[i] = base[i] + noise(random);
     }
-    const EvalSummary summary = summarize(scores_with(own), base, per_chunk);
+    const EvalSummary summary = summarize(scores_with(own, base), per_chunk);
     const double half = 1.96 * 0.1 / std::sqrt(16000.0);
     EXPECT_NEAR(summary.delta_nll, 0.02, 3 * half);
     EXPECT_NEAR(summary.delta_nll_high - summary.delta_nll_low, 2 * half, 0.35 * 2 * half)
         << chunks;
     EXPECT_LT(summary.delta_nll_low, summary.delta_nll);
     EXPECT_GT(summary.delta_nll_high, summary.delta_nll);
-    const EvalSummary again = summarize(scores_with(own), base, per_chunk);
+    const EvalSummary again = summarize(scores_with(own, base), per_chunk);
     EXPECT_EQ(again.delta_nll_low, summary.delta_nll_low);
   }
 }

@@ -47,10 +47,9 @@ class Evaluation {
       KVANT_TRY(run_chunk(chunk));
       progress_.chunks_done = chunk + 1;
     }
-    const std::vector<double>& base = request_.base != nullptr ? base_nll_ : scores_[0].nll;
     std::vector<EvalSummary> summaries;
     for (const TokenScores& scores : scores_) {
-      summaries.push_back(summarize(scores, base, scored_));
+      summaries.push_back(summarize(scores, scored_));
     }
     return summaries;
   }
@@ -118,8 +117,7 @@ class Evaluation {
       const std::span<float> log_probs = row_of(base_, row);
       KVANT_TRY(request_.base->read_row(rows.chunk, rows.first + row, log_probs));
       const auto top = std::max_element(log_probs.begin(), log_probs.end());
-      base_softmax_[row] = {0.0, static_cast<int32_t>(top - log_probs.begin())};
-      base_nll_.push_back(-static_cast<double>(log_probs[rows.targets[row]]));
+      base_softmax_[row] = {0.0, static_cast<int32_t>(top - log_probs.begin()), *top};
     }
     return {};
   }
@@ -129,19 +127,34 @@ class Evaluation {
         request_.base != nullptr ? kLogitsFileFloor : -std::numeric_limits<float>::infinity();
     const size_t start = scores.nll.size();
     scores.nll.resize(start + rows.count);
+    scores.delta_nll.resize(start + rows.count);
     scores.kl.resize(start + rows.count);
     scores.same_top.resize(start + rows.count);
     parallel_rows(rows.count, [&](int64_t row) {
       const RowSoftmax& own = softmax_[row];
       const RowSoftmax& base = base_softmax_[row];
       const std::span<const float> values = row_of(logits, row);
-      scores.nll[start + row] = own.log_sum_exp - static_cast<double>(values[rows.targets[row]]);
+      const float target = values[rows.targets[row]];
+      scores.nll[start + row] = own.log_sum_exp - static_cast<double>(target);
+      scores.delta_nll[start + row] = delta_nll(row, rows.targets[row], target);
       scores.same_top[start + row] = own.top == base.top ? 1 : 0;
       scores.kl[start + row] = is_base
                                    ? 0.0f
                                    : static_cast<float>(row_kl(row_of(base_, row), base.log_sum_exp,
                                                                values, own.log_sum_exp, floor));
     });
+  }
+
+  // Own minus the base's, of the token that came. A file does not tell tokens apart that are less
+  // likely than the top one by the floor: both sides are cut there, else such tokens would always
+  // count against the source.
+  double delta_nll(int64_t row, int32_t target, float logit) const {
+    const RowSoftmax& own = softmax_[row];
+    const RowSoftmax& base = base_softmax_[row];
+    if (request_.base != nullptr) logit = std::max(logit, own.top_logit + kLogitsFileFloor);
+    const double own_nll = own.log_sum_exp - static_cast<double>(logit);
+    const size_t index = static_cast<size_t>(row * request_.vocab + target);
+    return own_nll - (base.log_sum_exp - static_cast<double>(base_[index]));
   }
 
   Status save(std::span<const float> logits, int64_t count) {
@@ -191,7 +204,6 @@ class Evaluation {
   std::vector<RowSoftmax> base_softmax_;
   std::vector<uint16_t> packed_;
   std::vector<TokenScores> scores_;  // [sources]
-  std::vector<double> base_nll_;     // of a base file
   double first_nll_ = 0;             // sum over scores_[0]
   EvalProgress progress_;
 };

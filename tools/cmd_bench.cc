@@ -1,0 +1,71 @@
+// `kvant bench NAME`: the table of benches. `kvant bench MODEL` is `kvant bench model MODEL`.
+#include <CLI/CLI.hpp>
+
+#include <algorithm>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "kvant/base/check.h"
+#include "tools/bench.h"
+#include "tools/command.h"
+
+namespace kvant::tools {
+
+Json bench_json(std::string_view name) {
+  Json object = json_object("bench");
+  object["bench"] = name;
+  return object;
+}
+
+Spread spread_of(std::vector<double> values) {
+  KVANT_CHECK(!values.empty(), "something was measured");
+  std::sort(values.begin(), values.end());
+  const size_t half = values.size() / 2;
+  const double median =
+      values.size() % 2 == 1 ? values[half] : 0.5 * (values[half - 1] + values[half]);
+  return {median, values.front(), values.back()};
+}
+
+namespace {
+
+constexpr const Bench* kBenches[] = {&model_bench};
+
+CommandBody define(CLI::App& app) {
+  struct Choice {
+    CLI::App* app;
+    CommandBody body;
+  };
+  auto choices = std::make_shared<std::vector<Choice>>();
+  for (const Bench* bench : kBenches) {
+    CLI::App* nested = app.add_subcommand(std::string(bench->name), std::string(bench->summary));
+    choices->push_back({nested, bench->define(*nested)});
+  }
+  // Without the name of a bench, the options are those of `bench model`.
+  CommandBody model_body = model_bench.define(app);
+  for (CLI::Option* option : app.get_options()) option->required(false);
+  app.require_subcommand(0, 1);
+  const CLI::Option* model = app.get_option("MODEL");
+  return [choices, model_body, model](Console& console) -> Status {
+    for (const Choice& choice : *choices) {
+      if (choice.app->parsed()) return choice.body(console);
+    }
+    if (model->count() == 0) {
+      return Error(ErrorCode::kInvalidArgument, "which bench? Give its name or a model file");
+    }
+    return model_body(console);
+  };
+}
+
+}  // namespace
+
+const Command bench_command = {
+    .name = "bench",
+    .summary = "Measure speed: of a model, of attention",
+    .examples =
+        "kvant bench model model.gguf -p 512 -n 64 -d 0,4096 -r 3 --kv bf16,4bit\n"
+        "kvant bench model llama-3.2-1b --weights dummy --json",
+    .define = define,
+};
+
+}  // namespace kvant::tools
