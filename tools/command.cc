@@ -15,6 +15,7 @@ std::span<const Command* const> commands() {
       &plan_command,
       &bench_command,
       &tokenize_command,
+      &codec_command,
   };
   // clang-format on
   return table;
