@@ -199,10 +199,11 @@ KVANT_INLINE void add_sub_block(const uint8_t* codes, const uint8_t* record, con
 // With few rows the weights come from memory and are used once: ask for those of the blocks to
 // come. A matrix is read from end to end, so they lie at a fixed distance.
 inline constexpr int kPrefetchRows = 4;
-inline constexpr int64_t kPrefetchBytes = 8192;
+inline constexpr int64_t kPrefetchBytes = 16384;
 
 KVANT_INLINE void prefetch_lines(const uint8_t* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+  // Into L2: the first-level cache has too few outstanding misses.
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
 template <typename Kind, int kRows>
@@ -306,10 +307,7 @@ void quantise_block(const float* x, int n, int row, uint8_t* record) {
     magnitude =
         Simd::max_signed(magnitude, Simd::bit_and(Simd::load_i(x + i), Simd::set1_i(0x7fffffffu)));
   }
-  int32_t lanes[Simd::kLanes];
-  Simd::store_i(lanes, magnitude);
-  int32_t bits = 0;
-  for (int32_t lane : lanes) bits = lane > bits ? lane : bits;
+  const int32_t bits = Simd::max_of_lanes(magnitude);
   float amax;
   std::memcpy(&amax, &bits, 4);
   float scale = 0.0f;
@@ -318,22 +316,24 @@ void quantise_block(const float* x, int n, int row, uint8_t* record) {
     scale = amax / kMaxActivationCode;
     inverse = kMaxActivationCode / amax;
   }
-  int32_t codes[kBlock];
-  for (int i = 0; i < kBlock; i += Simd::kLanes) {
-    Simd::store_i(codes + i, Simd::round_to_int(Simd::mul(Simd::load(x + i), Simd::set1(inverse))));
+  const Simd::F factor = Simd::set1(inverse);
+  uint8_t* codes = record + 2 * kBlock * row;
+  int32_t sums[2];
+  for (int half = 0; half < 2; ++half) {
+    Simd::I sum = Simd::set1_i(0);
+    for (int i = half * kBlock / 2; i < (half + 1) * kBlock / 2; i += Simd::kLanes) {
+      const Simd::I code = Simd::round_to_int(Simd::mul(Simd::load(x + i), factor));
+      sum = Simd::add_i(sum, code);
+      Simd::store_low_halves(codes + 2 * i, code);
+    }
+    sums[half] = Simd::sum_of_lanes(sum);
   }
-  int16_t short_codes[kBlock];
-  int32_t sums[2] = {0, 0};
-  for (int i = 0; i < kBlock; ++i) short_codes[i] = static_cast<int16_t>(codes[i]);
-  for (int i = 0; i < kBlock / 2; ++i) sums[0] += short_codes[i];
-  for (int i = kBlock / 2; i < kBlock; ++i) sums[1] += short_codes[i];
-  const float min_term = scale * static_cast<float>(sums[0] + sums[1]);
-  std::memcpy(record + 2 * kBlock * row, short_codes, sizeof(short_codes));
+  const float min_term = scale * (static_cast<float>(sums[0]) + static_cast<float>(sums[1]));
   uint8_t* tail = record + 2 * kBlock * n + 4 * row;
   std::memcpy(tail, &scale, 4);
   std::memcpy(tail + 4 * n, &min_term, 4);
   for (int half = 0; half < 2; ++half) {
-    const int32_t negative = -sums[half];
+    const int32_t negative = static_cast<int32_t>(0u - static_cast<uint32_t>(sums[half]));
     std::memcpy(tail + (8 + 4 * half) * n, &negative, 4);
   }
 }

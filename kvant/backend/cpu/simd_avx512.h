@@ -16,7 +16,11 @@ struct Simd {
   using I = __m512i;
 
   static I load_i(const void* p) { return _mm512_loadu_si512(p); }
-  static void store_i(int32_t* p, I v) { _mm512_storeu_si512(p, v); }
+  static void store_low_halves(void* p, I v) {
+    _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v));
+  }
+  static int32_t max_of_lanes(I v) { return _mm512_reduce_max_epi32(v); }
+  static int32_t sum_of_lanes(I v) { return _mm512_reduce_add_epi32(v); }
   static I broadcast_i(const void* p) {
     int32_t v;
     std::memcpy(&v, p, 4);

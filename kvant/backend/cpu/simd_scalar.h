@@ -22,7 +22,10 @@ struct Simd {
     return v;
   }
   static I load_i(const float* p) { return std::bit_cast<uint32_t>(*p); }
-  static void store_i(int32_t* p, I v) { *p = static_cast<int32_t>(v); }
+  // The low 16 bits of each lane, one after the other.
+  static void store_low_halves(void* p, I v) { std::memcpy(p, &v, 2); }
+  static int32_t max_of_lanes(I v) { return static_cast<int32_t>(v); }
+  static int32_t sum_of_lanes(I v) { return static_cast<int32_t>(v); }
   static I broadcast_i(const void* p) { return load_i(p); }
   static I set1_i(uint32_t v) { return v; }
   static I bit_and(I a, I b) { return a & b; }
