@@ -1,2 +1,2 @@
 #define KVANT_LEVEL scalar
-#include "kvant/backend/cpu/attention_kernels.inc"
+#include "kvant/backend/cpu/attention_kernels-inl.h"
