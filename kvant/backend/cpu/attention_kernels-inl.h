@@ -229,6 +229,17 @@ KVANT_INLINE void with_code(Code code, Fn&& f) {
   }
 }
 
+// The line at the same place in the unit that is read next (harmless where there is none).
+KVANT_INLINE void fetch_next(const uint8_t* p, int64_t next_unit) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) +
+                                                   static_cast<uintptr_t>(next_unit)),
+                     0, 2);
+}
+
+KVANT_INLINE void fetch_scales(const DecodeArgs& a, int bytes) {
+  for (int i = 0; i < bytes; i += 64) fetch_next(a.scales + i, a.next_unit);
+}
+
 // ---- decode K: tokens in the lanes ----
 
 template <Code C, Apply A>
@@ -240,6 +251,7 @@ void decode_k_blocks(const DecodeArgs& a) {
   const float factor = C == Code::kE4m3 && A != Apply::kNothing ? kE4m3Factor : 1.0f;
   const int num_tiles = (a.token_end + kLanes - 1) / kLanes;
   const uint8_t* codes = a.codes;
+  fetch_scales(a, num_tiles * num_blocks * side_bytes);
   for (int tile = 0; tile < num_tiles; ++tile) {
     float* out = a.out + tile * kLanes;
     for (int b = 0; b < num_blocks; ++b) {
@@ -253,6 +265,7 @@ void decode_k_blocks(const DecodeArgs& a) {
       for (int c = b * block; c < end; c += R::kCount) {
         F value[R::kCount];
         R::unpack(codes, value);
+        fetch_next(codes, a.next_unit);
         codes += R::kBytes;
         unroll<R::kCount>([&](auto j) {
           store(out + (c + j.value) * a.page_tokens,
@@ -274,6 +287,7 @@ void decode_k_channels(const DecodeArgs& a) {
     store(scale + c, from_half(load_u16(a.scales + 2 * c)));
     store(zero_point + c, from_half(load_u16(a.scales + 2 * (a.head_dim + c))));
   }
+  fetch_scales(a, 4 * a.head_dim);
   const F levels = load(R::values());
   const int num_tiles = (a.token_end + kLanes - 1) / kLanes;
   const int64_t tile_bytes = static_cast<int64_t>(a.head_dim / R::kCount) * R::kBytes;
@@ -287,6 +301,7 @@ void decode_k_channels(const DecodeArgs& a) {
     for (int tile = 0; tile < num_tiles; ++tile, codes += tile_bytes) {
       I index[R::kCount];
       R::indices(codes, index);
+      fetch_next(codes, a.next_unit);
       float* out = a.out + c * a.page_tokens + tile * kLanes;
       unroll<R::kCount>([&](auto j) {
         store(out + j.value * a.page_tokens, lookup(tables[j.value], index[j.value]));
@@ -318,6 +333,9 @@ void decode_v_blocks(const DecodeArgs& a) {
   float* scale = a.scratch;
   float* zero_point = a.scratch + tokens;
   const int row_groups = (a.token_end + R::kCount - 1) / R::kCount;
+  if constexpr (A != Apply::kNothing) {
+    fetch_scales(a, (a.head_dim + a.block - 1) / a.block * tokens * scale_stride(a.scale));
+  }
   for (int c = 0; c < a.head_dim; c += kLanes) {
     if (A != Apply::kNothing && c % a.block == 0) {
       const uint8_t* sides = a.scales + c / a.block * tokens * scale_stride(a.scale);
@@ -334,6 +352,7 @@ void decode_v_blocks(const DecodeArgs& a) {
     for (int g = 0; g < row_groups; ++g, codes += R::kBytes) {
       F value[R::kCount];
       R::unpack(codes, value);
+      fetch_next(codes, a.next_unit);
       unroll<R::kCount>([&](auto j) {
         const int t = g * R::kCount + j.value;
         F s = {}, z = {};

@@ -42,6 +42,9 @@ struct DecodeArgs {
   int token_end = 0;         // tokens at or after it need not be decoded
   float* out = nullptr;      // K: [head_dim][page_tokens]; V: [head_dim / 16][page_tokens][16]
   float* scratch = nullptr;  // 2 * max(head_dim, page_tokens) values
+  // From this unit to the one that is read next, which lies anywhere: its bytes are fetched while
+  // the ones at the same offsets are decoded. 0: unknown.
+  int64_t next_unit = 0;
 };
 
 // s[r][t] = q[r] . k[t] for t in [0, 16 * num_tiles).

@@ -424,23 +424,47 @@ KVANT_INLINE F lookup(Table t, I index) {
 // ---- on every level ----
 
 // Sum of the lanes as a binary tree: lanes i and i + 8, then + 4, + 2, + 1.
+#if defined(__AVX2__)
+KVANT_INLINE __m256 lower_half(F a) {
+#if defined(__AVX512F__)
+  return _mm512_castps512_ps256(a.v);
+#else
+  return a.lo;
+#endif
+}
+KVANT_INLINE __m256 upper_half(F a) {
+#if defined(__AVX512F__)
+  return _mm512_extractf32x8_ps(a.v, 1);
+#else
+  return a.hi;
+#endif
+}
 KVANT_INLINE float sum_lanes(F a) {
-  float v[kLanes];
-  store(v, a);
-  for (int n = 8; n > 0; n /= 2) {
-    for (int i = 0; i < n; ++i) v[i] += v[i + n];
-  }
-  return v[0];
+  const __m256 eight = _mm256_add_ps(lower_half(a), upper_half(a));
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
 }
-
 KVANT_INLINE float max_lanes(F a) {
-  float v[kLanes];
-  store(v, a);
-  for (int n = 8; n > 0; n /= 2) {
-    for (int i = 0; i < n; ++i) v[i] = v[i] > v[i + n] ? v[i] : v[i + n];
-  }
-  return v[0];
+  const __m256 eight = _mm256_max_ps(lower_half(a), upper_half(a));
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
+#else
+KVANT_INLINE float sum_lanes(F a) {
+  for (int n = 8; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) a.v[i] += a.v[i + n];
+  }
+  return a.v[0];
+}
+KVANT_INLINE float max_lanes(F a) {
+  for (int n = 8; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) a.v[i] = a.v[i] > a.v[i + n] ? a.v[i] : a.v[i + n];
+  }
+  return a.v[0];
+}
+#endif
 
 // Bits of the lanes in [begin, end), clipped to the sixteen.
 KVANT_INLINE uint16_t lane_range(int begin, int end) {

@@ -5,9 +5,9 @@
 #include <cmath>
 #include <cstring>
 
+#include "kvant/backend/cpu/page_decoder.h"
 #include "kvant/base/check.h"
 #include "kvant/formats/codec.h"
-#include "kvant/formats/format.h"
 
 namespace kvant::backend::cpu {
 
@@ -20,55 +20,6 @@ using formats::SideParams;
 namespace {
 
 constexpr float kMinusInfinity = -__builtin_huge_valf();
-
-// How one side of one kind of page is decoded.
-struct SideDecoder {
-  Code code = Code::kBf16;
-  PageScale scale = PageScale::kNone;
-  int block = 0;
-  float factor =
-      1.0f;  // decoded values times this are the stored ones: g, and what kE4m3 leaves out
-};
-
-Code code_of(const formats::FormatInfo& info) {
-  switch (info.element) {
-    case formats::Element::kBf16: return Code::kBf16;
-    case formats::Element::kF16: return Code::kF16;
-    case formats::Element::kE4m3: return Code::kE4m3;
-    case formats::Element::kE5m2: return Code::kE5m2;
-    case formats::Element::kE2m1: return Code::kE2m1;
-    case formats::Element::kSigned: return Code::kS8;
-    case formats::Element::kUnsigned:
-      return info.code_bits == 2 ? Code::kU2 : info.code_bits == 3 ? Code::kU3 : Code::kU4;
-  }
-  return Code::kBf16;
-}
-
-PageScale scale_of(const formats::FormatInfo& info) {
-  switch (info.scale) {
-    case formats::Scale::kNone: return PageScale::kNone;
-    case formats::Scale::kE4m3: return PageScale::kE4m3;
-    case formats::Scale::kE8m0: return PageScale::kE8m0;
-    case formats::Scale::kF16: return PageScale::kF16;
-    case formats::Scale::kF16Pair:
-      return info.axis == formats::BlockAxis::kToken ? PageScale::kChannelPair
-                                                     : PageScale::kF16Pair;
-    case formats::Scale::kF32: return PageScale::kF32;
-  }
-  return PageScale::kNone;
-}
-
-SideDecoder side_decoder(const SideFormat& side, const SideParams& params, int head_dim) {
-  const formats::FormatInfo& info = formats::format_info(side.base);
-  SideDecoder decoder;
-  decoder.code = code_of(info);
-  decoder.scale = scale_of(info);
-  decoder.block = info.block_size == 0 ? head_dim : info.block_size;
-  if (info.global_scale != formats::GlobalScale::kNone) decoder.factor = params.global_scale;
-  if (decoder.code == Code::kE4m3 && decoder.scale == PageScale::kNone)
-    decoder.factor *= kE4m3Factor;
-  return decoder;
-}
 
 // Open, sink, recent and staging pages hold plain values.
 bool is_plain(uint32_t kind) {
@@ -89,6 +40,7 @@ struct Task::Pass {
   int row_end = 0;
   int token_begin = 0;  // tokens of the page that some of the rows read
   int token_end = 0;
+  int64_t next_unit = 0;  // see DecodeArgs
 
   int rows() const { return row_end - row_begin; }
   int num_tiles() const { return (token_end + 15) / 16; }
@@ -137,26 +89,22 @@ void Task::prepare_frame(const SideFormat& k_format, const SideParams& params) {
   }
 }
 
-namespace {
-
-DecodeArgs decode_args(const Call& call, const WorkerMemory& memory, int token_end,
-                       const SideDecoder& decoder, const std::byte* codes,
-                       const std::byte* scales) {
+DecodeArgs Task::decode_args(const Pass& pass, const PageDecoder& decoder, const std::byte* codes,
+                             const std::byte* scales) const {
   DecodeArgs a;
   a.codes = reinterpret_cast<const uint8_t*>(codes);
   a.scales = reinterpret_cast<const uint8_t*>(scales);
   a.code = decoder.code;
   a.scale = decoder.scale;
   a.block = decoder.block;
-  a.page_tokens = call.view.page_tokens;
-  a.head_dim = call.head_dim;
-  a.token_end = token_end;
-  a.out = memory.page;
-  a.scratch = memory.scratch;
+  a.page_tokens = call_.view.page_tokens;
+  a.head_dim = call_.head_dim;
+  a.token_end = pass.token_end;
+  a.out = memory_.page;
+  a.scratch = memory_.scratch;
+  a.next_unit = pass.next_unit;
   return a;
 }
-
-}  // namespace
 
 // Decoded keys to plain keys after RoPE.
 void Task::finish_pre_rope(const Pass& pass, const SideFormat& format, const SideParams& params,
@@ -209,13 +157,13 @@ Task::ScoreTerms Task::score_page(const Pass& pass, const PageKind& kind, const 
   const SideFormat& format = kind.k_format[layer];
   const SideParams& params = call_.k_params[item_.kv_head];
   const bool plain_page = is_plain(pass.entry.kind);
-  const SideDecoder decoder = plain_page ? SideDecoder{} : side_decoder(format, params, d);
+  const PageDecoder decoder = plain_page ? PageDecoder{} : page_decoder(format, params, d);
   const auto* mean = plain_page || !format.mean
                          ? nullptr
                          : reinterpret_cast<const uint16_t*>(unit + sections.k_mean);
 
-  call_.kernels.decode_k(decode_args(call_, memory_, pass.token_end, decoder,
-                                     unit + sections.k_codes, unit + sections.k_scales));
+  call_.kernels.decode_k(
+      decode_args(pass, decoder, unit + sections.k_codes, unit + sections.k_scales));
   const bool plain_query = plain_page || call_.pre_rope;
   ScoreTerms terms;
   terms.multiplier = call_.args.params.scale;
@@ -240,17 +188,18 @@ Task::ScoreTerms Task::score_page(const Pass& pass, const PageKind& kind, const 
   return terms;
 }
 
-void Task::run_pass(const Pass& pass, const PartialRows& out) {
+void Task::run_pass(Pass pass, const PartialRows& out) {
   const GroupView& view = call_.view;
   const int layer = call_.args.group_layer;
   const int d = call_.head_dim;
   const PageKind& kind = view.kinds[pass.entry.kind];
   const std::byte* unit = kind.unit(pass.entry, layer, item_.kv_head);
+  pass.next_unit = distance_to_next(pass, unit);
   const auto& sections = kind.units[layer];
   const SideFormat& v_format = kind.v_format[layer];
   const bool plain_page = is_plain(pass.entry.kind);
-  const SideDecoder decoder =
-      plain_page ? SideDecoder{} : side_decoder(v_format, call_.v_params[item_.kv_head], d);
+  const PageDecoder decoder =
+      plain_page ? PageDecoder{} : page_decoder(v_format, call_.v_params[item_.kv_head], d);
   const ScoreTerms terms = score_page(pass, kind, unit);
 
   const PartialRows rows_out = rows_from(out, pass.row_begin);
@@ -275,8 +224,8 @@ void Task::run_pass(const Pass& pass, const PartialRows& out) {
   softmax.factor = memory_.factor;
   call_.kernels.softmax(softmax);
 
-  call_.kernels.decode_v(decode_args(call_, memory_, pass.token_end, decoder,
-                                     unit + sections.v_codes, unit + sections.v_scales));
+  call_.kernels.decode_v(
+      decode_args(pass, decoder, unit + sections.v_codes, unit + sections.v_scales));
   const bool rotated = call_.rotated_v && !plain_page && v_format.rotate;
   ValueArgs values;
   values.p = memory_.s;
@@ -348,14 +297,17 @@ void Task::split_rope(int64_t split) {
   }
 }
 
-// The page after this one lies anywhere: fetch it while this one is worked on.
-void Task::prefetch_page(int64_t page) const {
-  const PageEntry entry = sequence_.stored[page];
-  if (!entry.valid()) return;
+// From this page's unit to the next page's, which lies anywhere, if all rows read that one as
+// stored.
+int64_t Task::distance_to_next(const Pass& pass, const std::byte* unit) const {
+  const int64_t next = pass.page + 1;
+  const int64_t boundary = (next + sequence_.recent_pages + 1) * call_.view.page_tokens;
+  if (boundary > first_position()) return 0;
+  const PageEntry entry = sequence_.stored[next];
+  if (!entry.valid()) return 0;
   const PageKind& kind = call_.view.kinds[entry.kind];
-  const int layer = call_.args.group_layer;
-  const std::byte* unit = kind.unit(entry, layer, item_.kv_head);
-  for (int64_t i = 0; i < kind.units[layer].bytes; i += 64) __builtin_prefetch(unit + i, 0, 2);
+  const std::byte* next_unit = kind.unit(entry, call_.args.group_layer, item_.kv_head);
+  return reinterpret_cast<intptr_t>(next_unit) - reinterpret_cast<intptr_t>(unit);
 }
 
 void Task::run_split(int64_t split, const PartialRows& out) {
@@ -379,9 +331,6 @@ void Task::run_split(int64_t split, const PartialRows& out) {
                        : visible_part(page, std::max(first, boundary), end);
       if (pass.rows() <= 0) continue;
       pass.entry = entry_of(page, bf16);
-      if (!bf16 && page + 1 < page_end && boundary + view.page_tokens <= first) {
-        prefetch_page(page + 1);
-      }
       run_pass(pass, out);
     }
   }

@@ -7,6 +7,7 @@
 #include "kvant/backend/backend.h"
 #include "kvant/backend/cpu/attention_kernels.h"
 #include "kvant/backend/cpu/attention_workspace.h"
+#include "kvant/backend/cpu/page_decoder.h"
 
 namespace kvant::backend::cpu {
 
@@ -111,8 +112,10 @@ class Task {
   cache::PageEntry entry_of(int64_t page, bool bf16) const;
   Pass visible_part(int64_t page, int64_t first, int64_t end) const;
   bool sees_split(int64_t split) const;
-  void prefetch_page(int64_t page) const;
-  void run_pass(const Pass& pass, const PartialRows& out);
+  int64_t distance_to_next(const Pass& pass, const std::byte* unit) const;
+  DecodeArgs decode_args(const Pass& pass, const PageDecoder& decoder, const std::byte* codes,
+                         const std::byte* scales) const;
+  void run_pass(Pass pass, const PartialRows& out);
   ScoreTerms score_page(const Pass& pass, const cache::PageKind& kind, const std::byte* unit);
   const float* add_terms(const Pass& pass, const float* q, const uint16_t* mean);
   void prepare_frame(const formats::SideFormat& k_format, const formats::SideParams& params);

@@ -1,0 +1,22 @@
+// What the decode passes need to know of one side of a page's format. A new cache format needs
+// nothing here if its element and scale types are known (formats/format.h).
+#pragma once
+
+#include "kvant/backend/cpu/attention_kernels.h"
+#include "kvant/formats/codec.h"
+#include "kvant/formats/spec.h"
+
+namespace kvant::backend::cpu {
+
+struct PageDecoder {
+  Code code = Code::kBf16;
+  PageScale scale = PageScale::kNone;
+  int block = 0;
+  // Decoded values times this are the stored ones: g, and what kE4m3 leaves out.
+  float factor = 1.0f;
+};
+
+PageDecoder page_decoder(const formats::SideFormat& side, const formats::SideParams& params,
+                         int head_dim);
+
+}  // namespace kvant::backend::cpu
