@@ -17,6 +17,7 @@ struct Bench {
   CommandBody (*define)(CLI::App& app);
 };
 
+extern const Bench attention_bench;
 extern const Bench model_bench;
 
 // {"schema_version": 1, "command": "bench", "bench": NAME}

@@ -96,7 +96,7 @@ class RotatingCache {
     KVANT_ASSIGN(const int64_t one, bytes_of(1));
     int64_t copies = std::max<int64_t>(1, (wanted_bytes + one - 1) / one);
     if (copies * one > limit_bytes) copies = std::max<int64_t>(1, limit_bytes / one);
-    copies = std::min<int64_t>(copies, 4096);
+    copies = std::min<int64_t>(copies, 65536);
     KVANT_ASSIGN(total_bytes_, bytes_of(copies));
     KVANT_ASSIGN(cache_, cache::KvCache::create(config, backend_.memory()));
     for (int s = 0; s < options_.batch; ++s) {

@@ -29,7 +29,7 @@ Spread spread_of(std::vector<double> values) {
 
 namespace {
 
-constexpr const Bench* kBenches[] = {&model_bench};
+constexpr const Bench* kBenches[] = {&model_bench, &attention_bench};
 
 CommandBody define(CLI::App& app) {
   struct Choice {

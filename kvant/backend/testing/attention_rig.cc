@@ -85,8 +85,11 @@ AttentionRig::AttentionRig(const RigOptions& options)
   auto format = formats::parse_cache_format(options.kv);
   KVANT_CHECK(format.has_value(), format ? "" : format.error().message().c_str());
   cache::CacheConfig config;
-  config.layers.assign(static_cast<size_t>(options.num_layers),
-                       {options.num_kv_heads, options.head_dim, options.window});
+  for (int l = 0; l < options.num_layers; ++l) {
+    const bool odd = l % 2 == 1 && options.odd_window >= 0;
+    config.layers.push_back(
+        {options.num_kv_heads, options.head_dim, odd ? options.odd_window : options.window});
+  }
   config.format = *format;
   config.plan = &plan_;
   config.page_tokens = options.page_tokens;
@@ -96,10 +99,11 @@ AttentionRig::AttentionRig(const RigOptions& options)
   auto cache = cache::KvCache::create(config, memory_);
   KVANT_CHECK(cache.has_value(), cache ? "" : cache.error().message().c_str());
   cache_ = std::move(cache).value();
-  for (int s = 0; s < options.max_sequences; ++s) {
+  for (int s = 0; s < options.num_sequences; ++s) {
     auto id = cache_->add_sequence();
     KVANT_CHECK(id.has_value(), "the cache has room for its sequences");
     ids_.push_back(*id);
+    content_.push_back(s);
   }
   length_.assign(ids_.size(), 0);
   outputs_.resize(ids_.size() * static_cast<size_t>(options.num_layers));
@@ -128,7 +132,8 @@ void AttentionRig::fill_rows(int layer, std::span<const Chunk> batch, int kind, 
     for (int t = 0; t < chunk.num_tokens; ++t) {
       for (int h = 0; h < heads; ++h) {
         for (int c = 0; c < options_.head_dim; ++c) {
-          rows.push_back(value_at(kind, chunk.sequence, layer, h, length_[chunk.sequence] + t, c));
+          rows.push_back(
+              value_at(kind, content_[chunk.sequence], layer, h, length_[chunk.sequence] + t, c));
         }
       }
     }
@@ -211,6 +216,47 @@ void AttentionRig::truncate(int sequence, int64_t length) {
   for (int layer = 0; layer < options_.num_layers; ++layer) {
     outputs_[sequence * options_.num_layers + layer].resize(static_cast<size_t>(*kept) * row);
   }
+}
+
+int AttentionRig::fork(int sequence) {
+  const auto id = cache_->fork(ids_[sequence]);
+  KVANT_CHECK(id.has_value(), "the cache has room for a fork");
+  ids_.push_back(*id);
+  length_.push_back(length_[sequence]);
+  content_.push_back(content_[sequence]);
+  for (int layer = 0; layer < options_.num_layers; ++layer) {
+    std::vector<float> copy = outputs(sequence, layer);
+    outputs_.push_back(std::move(copy));
+  }
+  return static_cast<int>(ids_.size()) - 1;
+}
+
+Status AttentionRig::load_pages(const AttentionRig& from, int sequence, int64_t num_pages) {
+  KVANT_CHECK(length_[sequence] == 0, "pages are loaded into an empty sequence");
+  const std::vector<uint32_t> tokens(static_cast<size_t>(options_.page_tokens), 1);
+  for (int64_t page = 0; page < num_pages; ++page) {
+    std::vector<std::vector<std::byte>> objects;
+    for (int g = 0; g < cache_->num_groups(); ++g) {
+      cache::KvCache::PageIdentity identity{};
+      identity.key[0] = static_cast<uint8_t>(page + 1);
+      identity.parent_key[0] = static_cast<uint8_t>(page);
+      identity.token_ids = tokens;
+      auto object = from.cache_->export_page(from.ids_[sequence], g, page, identity);
+      // A window group has let go of its old pages; no later query reads them.
+      if (!object && cache_->group(g).geometry.window == 0) return object.error();
+      objects.push_back(object ? std::move(*object) : std::vector<std::byte>{});
+    }
+    const std::vector<std::span<const std::byte>> spans(objects.begin(), objects.end());
+    KVANT_TRY(cache_->import_page(ids_[sequence], spans));
+    length_[sequence] += options_.page_tokens;
+  }
+  const auto row = static_cast<int64_t>(options_.params.num_query_heads) * options_.head_dim;
+  for (int layer = 0; layer < options_.num_layers; ++layer) {
+    const std::vector<float>& source = from.outputs(sequence, layer);
+    outputs_[sequence * options_.num_layers + layer].assign(
+        source.begin(), source.begin() + length_[sequence] * row);
+  }
+  return {};
 }
 
 std::vector<std::byte> AttentionRig::page_bytes(int sequence) {

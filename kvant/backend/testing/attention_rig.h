@@ -39,9 +39,11 @@ struct RigOptions {
   int group = 2;  // query heads per KV head
   int head_dim = 64;
   int window = 0;
+  int odd_window = -1;  // window of odd layers; -1: `window`
   int page_tokens = 32;
   int64_t max_tokens = 4096;
   int max_sequences = 4;
+  int num_sequences = 4;  // at the start; forks add to them
   int max_step_tokens = 4096;
   int num_threads = 1;
   CpuLevel level = CpuLevel::kScalar;
@@ -67,6 +69,11 @@ class AttentionRig {
   // Extends one sequence to `length` in chunks of `chunk` tokens.
   void extend(int sequence, int64_t length, int chunk);
   void truncate(int sequence, int64_t length);
+  // A new sequence with the content of another; returns its index.
+  int fork(int sequence);
+  // The first pages of another rig's sequence, as page objects, into an empty sequence of the same
+  // index. Its outputs of those tokens are copied. kUnsupported with +recentN.
+  Status load_pages(const AttentionRig& from, int sequence, int64_t num_pages);
 
   int64_t length(int sequence) const { return length_[sequence]; }
   // Outputs of a sequence, [layer][position][query head][channel].
@@ -91,6 +98,7 @@ class AttentionRig {
   std::unique_ptr<cache::KvCache> cache_;
   std::vector<cache::SequenceId> ids_;
   std::vector<int64_t> length_;
+  std::vector<int> content_;  // which sequence's values it holds: forks share
   std::vector<std::vector<float>> outputs_;
   ThreadPool pool_;
   Buffer workspace_buffer_;
