@@ -16,6 +16,7 @@ std::span<const Command* const> commands() {
       &bench_command,
       &tokenize_command,
       &codec_command,
+      &inspect_command,
   };
   // clang-format on
   return table;

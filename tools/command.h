@@ -43,6 +43,7 @@ extern const Command plan_command;
 extern const Command bench_command;
 extern const Command tokenize_command;
 extern const Command codec_command;
+extern const Command inspect_command;
 
 // All commands, in the order of the help page.
 std::span<const Command* const> commands();
