@@ -2,6 +2,7 @@
 // commands are read from the help page, so that a new one is tested without a change here.
 #include <gtest/gtest.h>
 
+#include <nlohmann/json.hpp>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -100,6 +101,15 @@ TEST(Cli, MissingModelFileIsNoInput) {
   const ProgramResult result = run_kvant({"tokenize", "/no/such/model.gguf"});
   EXPECT_EQ(result.exit_code, 66);
   EXPECT_TRUE(contains(result.err, "/no/such/model.gguf")) << result.err;
+}
+
+TEST(Cli, JsonErrorsAreOneObject) {
+  const ProgramResult result = run_kvant({"eval", "/no/such/model.gguf", "--text", "x", "--json"});
+  EXPECT_EQ(result.exit_code, 66);
+  const nlohmann::json object = nlohmann::json::parse(result.out);
+  EXPECT_EQ(object["schema_version"], 1);
+  EXPECT_EQ(object["command"], "eval");
+  EXPECT_EQ(object["error"]["code"], "not_found");
 }
 
 TEST(Cli, InterruptedReadOfStdinExitsWith130) {
