@@ -83,6 +83,11 @@ std::vector<char32_t> decode_utf8(std::string_view text) {
   return out;
 }
 
+size_t utf8_sequence(std::string_view text) {
+  char32_t code_point = 0;
+  return decode_one(text, code_point);
+}
+
 void append_utf8(char32_t c, std::string& out) {
   const auto put = [&out](char32_t byte) { out.push_back(static_cast<char>(byte)); };
   if (c < 0x80) {

@@ -27,6 +27,9 @@ inline constexpr char32_t kReplacementCharacter = 0xfffd;
 // surrogates decode to the value they spell. Values above U+10FFFF count as broken bytes.
 std::vector<char32_t> decode_utf8(std::string_view text);
 
+// Length of the sequence at the start of `text` (not empty), 0 if it is broken; by the same rules.
+size_t utf8_sequence(std::string_view text);
+
 // Appends the UTF-8 form of a value up to U+10FFFF.
 void append_utf8(char32_t code_point, std::string& out);
 
