@@ -60,6 +60,17 @@ def plan(tensors: dict[str, list[int]]) -> bytes:
     return struct.pack("<Q", len(text)) + text + struct.pack("<f", 0.5) * (end // 4)
 
 
+TEMPLATES = [
+    "{% for m in messages if m.role is defined %}{{ loop.index }}{{ m['role'] + m.content | trim }}{% else %}x{% endfor %}",
+    "{%- if not n > 5 and x in 'text' %}a{% elif x %}{{ n // 2 ** 2 % 3 - 1.5 }}{% else %}{{ none ~ true }}{% endif -%} b",
+    "{% set ns = namespace(a=[1, 2]) %}{% set ns.a = ns.a + [(1, 'b')] %}{{ ns.a[::-1] | tojson(indent=2) }}{% set t %}q{% endset %}",
+    "{% macro f(a, b=2) %}{{ a }}{{ f(a - 1) if a > 0 }}{% endmacro %}{{ f(n) | replace('1', x) | upper }}{# c #}",
+    "{% raw %}{{ }}{% endraw %}{{ {'a': x.split('e', 1), 'b': 'q'.join(['1', '2'])}.items() | list | reverse | first | length }}",
+    "{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | list | sort | dictsort }}",
+    "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}{% break %}{% endfor %}{{ strftime_now('%Y') }}{{ raise_exception('x') }}",
+]
+
+
 def main() -> None:
     root = pathlib.Path(sys.argv[1])
     files = {
@@ -76,6 +87,11 @@ def main() -> None:
         "spec/sides": b"bf16,k=int4:channel+mean,v=nvfp4+46+sink",
         "spec/options": b"fp8:head+mean+rot+smooth+prerope,k=int8+bias,v=fp8e5m2+rot+strict",
     }
+    for i, text in enumerate([b"Hello, the <s>world</s>  123\n\n\n", "Grüße 😀 字 ".encode(), b"\xe2 \x96\xff<|im_end|>'ll"]):
+        for choice in range(7):  # which tokenizer of tokenizer_fuzz.cc
+            files[f"tokenizer/{i}-{choice}"] = bytes([choice]) + text
+    for i, template in enumerate(TEMPLATES):
+        files[f"jinja/{i}"] = template.encode()
     for name, data in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
