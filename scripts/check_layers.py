@@ -6,7 +6,9 @@ Usage: scripts/check_layers.py
 Rules: a folder of kvant/ includes only itself and folders to its left; CUDA headers only in
 backend/cuda/; model/ and what is right of it see of the backends only backend/backend.h; nothing in
 kvant/ includes tools/ or tests/; the headers that are installed (HEADERS of a kvant_library) include
-only installed headers and no third-party ones; *.cuh files are included by *.cu and *.cuh only.
+only installed headers and no third-party ones; *.cuh files are included by *.cu and *.cuh only; SIMD
+sources (*_avx2.cc, *_avx512.cc) reach no standard header with containers or algorithms, whose inline
+functions the linker might take from there for processors that lack the instructions.
 Prints one line per violation and exits with 1 if there is any.
 """
 import pathlib
@@ -20,6 +22,10 @@ SOURCE_SUFFIXES = {".h", ".cc", ".cu", ".cuh"}
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')
 CUDA_HEADER = re.compile(r"^(cuda|cub/|cute/|cutlass/|cublas|nvrtc|nccl|mma\.h)")
 STANDARD_HEADER = re.compile(r"^[a-z_0-9]+$")  # <vector>, <cstdint>: no folder, no .h
+
+SIMD_SOURCE = re.compile(r"_avx(2|512)\.cc$")
+CONTAINERS = {"algorithm", "deque", "functional", "list", "map", "memory", "mutex", "numeric", "optional", "set",
+              "string", "unordered_map", "unordered_set", "variant", "vector"}
 
 
 def tracked_sources() -> list[pathlib.Path]:
@@ -90,6 +96,20 @@ def check_include(path: pathlib.Path, angled: bool, what: str, installed: set[st
     return None
 
 
+def check_simd_source(source: pathlib.Path) -> list[str]:
+    """Ways from a SIMD source to a header that it must not reach."""
+    found, seen, pending = [], {str(source)}, [(source, str(source))]
+    while pending:
+        path, way = pending.pop()
+        for _, angled, what in includes(path):
+            if angled and what in CONTAINERS:
+                found.append(f"{source}: reaches <{what}> through {way}")
+            elif not angled and what not in seen and (ROOT / what).exists():
+                seen.add(what)
+                pending.append((pathlib.Path(what), f"{way} > {what}"))
+    return found
+
+
 def main() -> None:
     installed = installed_headers()
     violations = 0
@@ -102,6 +122,10 @@ def main() -> None:
         for number, angled, what in includes(path):
             if message := check_include(path, angled, what, installed):
                 print(f"{path}:{number}: {message}")
+                violations += 1
+        if SIMD_SOURCE.search(path.name):
+            for message in check_simd_source(path):
+                print(message)
                 violations += 1
     print(f"layers: {len(sources)} files, {len(installed)} installed headers, {violations} violations",
           file=sys.stderr)

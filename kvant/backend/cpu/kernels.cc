@@ -1,5 +1,7 @@
 #include "kvant/backend/cpu/kernels.h"
 
+#include "kvant/base/cpu_level.h"
+
 namespace kvant::backend::cpu {
 
 const Kernels& kernels(CpuLevel level) {

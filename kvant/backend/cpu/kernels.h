@@ -7,7 +7,10 @@
 #include <cstdint>
 
 #include "kvant/backend/cpu/matrix_layout.h"
-#include "kvant/base/cpu_level.h"
+
+namespace kvant {
+enum class CpuLevel;  // cpu_level.h includes containers, which kernels must not (architecture.md)
+}
 
 namespace kvant::backend::cpu {
 
