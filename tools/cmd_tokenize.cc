@@ -39,7 +39,7 @@ Result<std::string> encode(const Tokenizer& tokenizer, const Options& options,
 Result<std::vector<TokenId>> parse_ids(std::string_view text) {
   const nlohmann::json parsed = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
   const auto wrong = [](std::string_view what) {
-    return Error(ErrorCode::kInvalidArgument,
+    return Error(ErrorCode::kCorruptData,
                  fmt::format("expected a JSON array of token ids such as [1,15,42]: {}", what));
   };
   if (!parsed.is_array()) return wrong("this is no JSON array");

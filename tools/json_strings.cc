@@ -50,7 +50,7 @@ void append_utf8(uint32_t c, std::string& out) {
 Result<size_t> parse_unicode_escape(std::string_view text, size_t at, std::string& out) {
   const std::optional<uint32_t> unit = parse_hex4(text, at);
   if (!unit) {
-    return Error(ErrorCode::kInvalidArgument,
+    return Error(ErrorCode::kCorruptData,
                  fmt::format("\\u without four hexadecimal digits at byte {}", at));
   }
   uint32_t code_point = *unit;
@@ -90,7 +90,7 @@ size_t valid_sequence(std::string_view text) {
 
 Result<std::string> parse_json_string(std::string_view text) {
   const auto wrong = [](std::string what) {
-    return Error(ErrorCode::kInvalidArgument, "expected a JSON string: " + std::move(what));
+    return Error(ErrorCode::kCorruptData, "expected a JSON string: " + std::move(what));
   };
   while (!text.empty() && is_json_space(text.back())) text.remove_suffix(1);
   size_t at = 0;

@@ -12,7 +12,7 @@
 namespace kvant::tools {
 
 // The bytes of the JSON string `text`, which may have white space around it. Raw bytes that are not
-// UTF-8 are taken as they are. kInvalidArgument says what is wrong where.
+// UTF-8 are taken as they are. kCorruptData says what is wrong where.
 Result<std::string> parse_json_string(std::string_view text);
 
 // `bytes` as a JSON string in quotes.
