@@ -7,9 +7,9 @@
 #include <algorithm>
 #include <atomic>
 #include <charconv>
-#include <chrono>
 #include <cmath>
 #include <cstring>
+#include <ctime>
 #include <memory>
 #include <string>
 #include <utility>
@@ -24,7 +24,15 @@
 namespace kvant::tools {
 namespace {
 
-using Clock = std::chrono::steady_clock;
+// Seconds on the wall, or of this thread's processor: what a call that runs on one thread costs
+// however busy the machine is.
+enum class Clock { kWall, kProcessor };
+
+double now(Clock clock) {
+  timespec time;
+  clock_gettime(clock == Clock::kProcessor ? CLOCK_THREAD_CPUTIME_ID : CLOCK_MONOTONIC, &time);
+  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+}
 
 struct Options {
   std::string heads = "32/8";
@@ -39,11 +47,9 @@ struct Options {
 
   int num_query_heads = 0;
   int num_kv_heads = 0;
-};
 
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
+  Clock clock() const { return threads == 1 ? Clock::kProcessor : Clock::kWall; }
+};
 
 int64_t last_level_cache_bytes() {
   for (int name : {_SC_LEVEL4_CACHE_SIZE, _SC_LEVEL3_CACHE_SIZE, _SC_LEVEL2_CACHE_SIZE}) {
@@ -205,19 +211,19 @@ class RotatingCache {
 // of which fetch ahead.
 class ReadCeiling {
  public:
-  explicit ReadCeiling(int threads) : pool_(threads) {}
+  ReadCeiling(int threads, Clock clock) : clock_(clock), pool_(threads) {}
 
   double measure(const RotatingCache& cache, double seconds) {
     double best = 0.0;
-    const auto start = Clock::now();
-    for (int round = 0; round < 6 || seconds_since(start) < seconds; ++round) {
+    const double start = now(clock_);
+    for (int round = 0; round < 6 || now(clock_) < start + seconds; ++round) {
       constexpr int64_t kAhead[] = {0, 1024, 4096};
       const auto pieces = cache.pieces(round % cache.num_copies());
       int64_t bytes = 0;
       for (const RotatingCache::Piece& piece : pieces) bytes += piece.bytes;
-      const auto begin = Clock::now();
+      const double begin = now(clock_);
       read(pieces, kAhead[round % 3]);
-      best = std::max(best, static_cast<double>(bytes) / seconds_since(begin));
+      best = std::max(best, static_cast<double>(bytes) / (now(clock_) - begin));
     }
     return best;
   }
@@ -249,6 +255,7 @@ class ReadCeiling {
     });
   }
 
+  const Clock clock_;
   ThreadPool pool_;
   std::atomic<uint64_t> sink_{0};  // so that the loads are not removed
 };
@@ -345,16 +352,16 @@ Result<Row> measure(Console& console, const Options& options, const std::string&
   for (const RotatingCache::Piece& piece : cache.pieces(0)) {
     row.bytes += static_cast<double>(piece.bytes);
   }
-  ReadCeiling ceiling(options.threads);
+  ReadCeiling ceiling(options.threads, options.clock());
   row.ceiling = ceiling.measure(cache, 0.25 * options.seconds);
   std::vector<double> times;
-  const auto start = Clock::now();
-  for (int call = 0; call < 3 || seconds_since(start) < options.seconds; ++call) {
+  const double start = now(options.clock());
+  for (int call = 0; call < 3 || now(options.clock()) < start + options.seconds; ++call) {
     if (Console::stop_requested()) return Console::cancelled();
     args.group_layer = call % cache.num_copies();
-    const auto begin = Clock::now();
+    const double begin = now(options.clock());
     KVANT_TRY(backend->attention(args));
-    times.push_back(seconds_since(begin) * 1e6);
+    times.push_back((now(options.clock()) - begin) * 1e6);
   }
   row.us = spread_of(std::move(times));
   row.ceiling = std::max(row.ceiling, ceiling.measure(cache, 0.25 * options.seconds));
@@ -398,6 +405,7 @@ Json row_json(const Options& options, const Row& row) {
   object["ceiling_gb_per_s"] = row.ceiling * 1e-9;
   object["percent_of_ceiling"] = row.percent();
   object["error"] = row.error;
+  object["clock"] = options.clock() == Clock::kProcessor ? "processor" : "wall";
   object["bytes"] = static_cast<int64_t>(row.bytes);
   object["heads"] = options.heads;
   object["head_dim"] = options.head_dim;
@@ -447,7 +455,8 @@ CommandBody define(CLI::App& app) {
       ->capture_default_str();
   app.add_option("--kv", options->kv, "Cache formats: a list, may repeat [bf16,8bit,nvfp4,4bit]");
   app.add_option("--page-tokens", options->page_tokens, "Tokens of a page")->capture_default_str();
-  app.add_option("-t,--threads", options->threads, "Threads [one per processor]");
+  app.add_option("-t,--threads", options->threads,
+                 "Threads [one per processor]; with 1, times are processor time");
   app.add_option("--seconds", options->seconds, "Time to measure each format for")
       ->capture_default_str();
   return [options](Console& console) { return run(console, *options); };
