@@ -26,6 +26,14 @@ bool is_plain(uint32_t kind) {
   return kind == cache::kKindBf16 || kind == cache::kKindStaging;
 }
 
+// The same bytes of the unit that is read next.
+void fetch_next(const void* data, int64_t bytes, int64_t next_unit) {
+  const auto begin = reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(next_unit);
+  for (int64_t i = 0; i < bytes; i += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(begin + static_cast<uintptr_t>(i)), 0, 2);
+  }
+}
+
 bool is_untouched(const PartialRows& p, int row) {
   return p.max[row] == kMinusInfinity && p.sum[row] == 0.0f;
 }
@@ -162,6 +170,7 @@ Task::ScoreTerms Task::score_page(const Pass& pass, const PageKind& kind, const 
                          ? nullptr
                          : reinterpret_cast<const uint16_t*>(unit + sections.k_mean);
 
+  if (mean != nullptr) fetch_next(mean, 2 * d, pass.next_unit);
   call_.kernels.decode_k(
       decode_args(pass, decoder, unit + sections.k_codes, unit + sections.k_scales));
   const bool plain_query = plain_page || call_.pre_rope;
