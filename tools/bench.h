@@ -4,6 +4,7 @@
 #pragma once
 
 #include <string_view>
+#include <vector>
 
 #include "tools/command.h"
 #include "tools/json_output.h"

@@ -93,7 +93,7 @@ Result<std::vector<KvChoice>> parse_kv(const std::vector<std::string>& kv,
   for (const std::string& list : kv) {
     for (std::string& spec : formats::split_format_list(list)) specs.push_back(std::move(spec));
   }
-  if (specs.empty()) specs.emplace_back(fallback);
+  if (specs.empty()) specs = formats::split_format_list(fallback);
   std::vector<KvChoice> choices;
   for (std::string& spec : specs) {
     KVANT_ASSIGN(const formats::CacheFormat format, formats::parse_cache_format(spec));

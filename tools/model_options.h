@@ -52,7 +52,7 @@ struct KvChoice {
 // Adds --kv. With kList it takes a list and may repeat.
 enum class KvOption { kOne, kList };
 void add_kv_option(CLI::App& app, std::vector<std::string>& kv, KvOption option);
-// All formats in the order asked; `fallback` if none was.
+// All formats in the order asked; those of the list `fallback` if none was.
 Result<std::vector<KvChoice>> parse_kv(const std::vector<std::string>& kv,
                                        std::string_view fallback = formats::kDefaultFormat);
 

@@ -1,0 +1,375 @@
+// What the commands that run a model promise, on SmolLM2: results, JSON fields, exit codes.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "tests/support/program.h"
+
+namespace kvant::testing {
+namespace {
+
+using nlohmann::json;
+namespace fs = std::filesystem;
+
+class ModelCommands : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    model_ = model_path("smollm2");
+    if (model_.empty()) GTEST_SKIP() << "fetch the model: scripts/fetch_model.sh smollm2";
+    folder_ = fs::temp_directory_path() /
+              (std::string("kvant_e2e_") +
+               ::testing::UnitTest::GetInstance()->current_test_info()->name());
+    fs::remove_all(folder_);
+    fs::create_directories(folder_);
+  }
+  void TearDown() override {
+    if (!folder_.empty()) fs::remove_all(folder_);
+  }
+
+  std::string path(const std::string& name) const { return (folder_ / name).string(); }
+  std::string write(const std::string& name, const std::string& bytes) const {
+    std::ofstream(folder_ / name, std::ios::binary) << bytes;
+    return path(name);
+  }
+
+  // Runs `command` with the model and --json; expects success and one object.
+  json run_json(const std::string& command, std::vector<std::string> arguments) const {
+    arguments.insert(arguments.begin(), {command, model_, "--json", "--quiet"});
+    const ProgramResult result = run_kvant(arguments);
+    EXPECT_EQ(result.exit_code, 0) << result.err;
+    EXPECT_EQ(result.err, "");
+    const json object = json::parse(result.out, nullptr, false);
+    EXPECT_TRUE(object.is_object()) << result.out;
+    EXPECT_EQ(object.value("schema_version", 0), 1);
+    EXPECT_EQ(object.value("command", ""), command);
+    return object;
+  }
+
+  // Expects that the command fails with `code` and a message that contains each of `words`.
+  static void expect_error(const std::vector<std::string>& arguments, int code,
+                           const std::vector<std::string>& words = {},
+                           const ProgramOptions& options = {}) {
+    std::ostringstream line;
+    for (const std::string& argument : arguments) line << argument << ' ';
+    const ProgramResult result = run_kvant(arguments, options);
+    EXPECT_EQ(result.exit_code, code) << line.str() << "\n" << result.err;
+    EXPECT_NE(result.err.find("kvant: error: "), std::string::npos) << line.str() << result.err;
+    for (const std::string& word : words) {
+      EXPECT_NE(result.err.find(word), std::string::npos) << line.str() << "\n" << result.err;
+    }
+  }
+
+  std::string text_ = std::string(KVANT_SOURCE_DIR) + "/examples/data/caches.txt";
+  std::string model_;
+  fs::path folder_;
+};
+
+// ---- run, tokenize ----
+
+TEST_F(ModelCommands, RunAnswersAndTokenizeAgrees) {
+  const std::string prompt = "The capital of France is";
+  const json first = run_json("run", {"-p", prompt, "--raw", "-n", "8", "--temp", "0"});
+  EXPECT_NE(first["text"].get<std::string>().find("Paris"), std::string::npos) << first["text"];
+  EXPECT_EQ(first["token_ids"].size(), 8u);
+  EXPECT_TRUE(first["stats"].is_object());
+
+  ProgramOptions with_prompt;
+  with_prompt.input = prompt;
+  const ProgramResult ids = run_kvant({"tokenize", model_}, with_prompt);
+  EXPECT_EQ(json::parse(ids.out), first["prompt_ids"]);
+  ProgramOptions with_ids;
+  with_ids.input = first["token_ids"].dump();
+  EXPECT_EQ(run_kvant({"tokenize", model_, "--decode"}, with_ids).out, first["text"]);
+}
+
+TEST_F(ModelCommands, RunGivesTheSameTokensWithAnyThreads) {
+  json ids;
+  for (const char* threads : {"1", "2", "3"}) {
+    const json result = run_json("run", {"-p", "Why do computers have caches?", "-n", "12",
+                                         "--temp", "0", "--deterministic", "-t", threads});
+    if (ids.is_null()) ids = result["token_ids"];
+    EXPECT_EQ(result["token_ids"], ids) << threads;
+  }
+}
+
+// ---- eval ----
+
+TEST_F(ModelCommands, EvalComparesFormats) {
+  const json result = run_json("eval", {"--kv", "bf16,8bit,k=int4:channel,v=nvfp4+46+sink", "--kv",
+                                        "nvfp4", "--text", text_, "--ctx", "256", "--chunks", "2"});
+  EXPECT_EQ(result["chunks"], 2);
+  EXPECT_EQ(result["tokens_scored"], 2 * 127);
+  const json& rows = result["results"];
+  ASSERT_EQ(rows.size(), 4u);
+  const std::vector<std::string> asked = {"bf16", "8bit", "k=int4:channel,v=nvfp4+46+sink",
+                                          "nvfp4"};
+  for (size_t i = 0; i < asked.size(); ++i) {
+    EXPECT_EQ(rows[i]["kv"], asked[i]);
+    for (const char* field : {"kv_resolved", "bits_per_value", "bits_per_value_asymptotic", "ppl",
+                              "nll", "kl_mean", "kl_median", "kl_p99", "top1"}) {
+      EXPECT_TRUE(rows[i].contains(field)) << field;
+    }
+    const double ppl = rows[i]["ppl"];
+    EXPECT_GT(ppl, 2);
+    EXPECT_LT(ppl, 100);
+  }
+  EXPECT_EQ(rows[0]["kl_mean"], 0);
+  EXPECT_EQ(rows[0]["top1"], 1);
+  EXPECT_EQ(rows[0]["bits_per_value"], 16);
+  EXPECT_EQ(rows[1]["kv_resolved"], "k=int8+mean,v=int8+sink");
+  const auto kl = [&](size_t i) { return rows[i]["kl_mean"].get<double>(); };
+  EXPECT_LT(kl(1), 0.001);
+  EXPECT_LT(kl(1), kl(2));
+  EXPECT_LT(kl(2), kl(3));
+  EXPECT_LT(kl(3), 0.5);
+  EXPECT_NEAR(rows[2]["bits_per_value_asymptotic"].get<double>(), 4.5, 0.1);
+  EXPECT_GT(rows[2]["bits_per_value"], rows[2]["bits_per_value_asymptotic"]);
+}
+
+TEST_F(ModelCommands, EvalComparesWithASavedBase) {
+  const std::string base = path("base.kld");
+  const std::vector<std::string> chunks = {"--text",   text_, "--ctx",         "128",
+                                           "--chunks", "2",   "--page-tokens", "16"};
+  auto saving = chunks;
+  saving.insert(saving.end(), {"--kv", "bf16", "--save-logits", base});
+  const json saved = run_json("eval", saving);
+  const json same =
+      run_json("eval", {"--kv", "bf16,4bit", "--kl-base", base, "--page-tokens", "16"});
+  EXPECT_NEAR(same["results"][0]["kl_mean"].get<double>(), 0, 1e-6);
+  EXPECT_NEAR(same["results"][0]["ppl"].get<double>(), saved["results"][0]["ppl"].get<double>(),
+              1e-6);
+  EXPECT_EQ(same["results"][0]["top1"], 1);
+  EXPECT_GT(same["results"][1]["kl_mean"], 1e-5);
+  auto both = chunks;
+  both.insert(both.end(), {"--kv", "bf16,4bit"});
+  const json direct = run_json("eval", both);
+  EXPECT_NEAR(direct["results"][1]["kl_mean"].get<double>(),
+              same["results"][1]["kl_mean"].get<double>(), 1e-5);
+
+  std::ifstream in(base, std::ios::binary);
+  const std::string bytes((std::istreambuf_iterator<char>(in)), {});
+  const std::string cut = write("cut.kld", bytes.substr(0, bytes.size() / 2));
+  expect_error({"eval", model_, "--kl-base", cut}, 65, {"cut short"});
+  expect_error({"eval", model_, "--kl-base", text_}, 65, {"not a logits file"});
+  expect_error({"eval", model_, "--kl-base", base, "--ctx", "64"}, 64, {"--ctx 64"});
+  const std::string other =
+      write("other.txt", std::string(5000, 'x') + " y z " + std::string(5000, 'q'));
+  expect_error({"eval", model_, "--kl-base", base, "--text", other}, 64, {"another text"});
+}
+
+TEST_F(ModelCommands, EvalRejectsWhatCannotBe) {
+  expect_error({"eval", model_}, 64, {"--text"});
+  expect_error({"eval", model_, "--text", path("none.txt")}, 66, {"none.txt"});
+  expect_error({"eval", model_, "--text", write("short.txt", "too short")}, 64,
+               {"fewer than one chunk"});
+  expect_error({"eval", model_, "--text", text_, "--ctx", "1000000"}, 64);
+  expect_error({"eval", model_, "--text", text_, "--kv", "nvfp5"}, 64, {"nvfp5", "nvfp4"});
+  expect_error({"eval", model_, "--text", text_, "--kv", "nvfp4+mean+mean"}, 64, {"mean"});
+  expect_error({"eval", model_, "--text", text_, "--ctx", "64", "--chunks", "1", "--save-logits",
+                "/dev/full"},
+               74, {"No space left"});
+  expect_error({"eval", model_, "--text", text_, "--ctx", "64", "--chunks", "1", "--save-logits",
+                "/nonexistent/base.kld"},
+               74, {"/nonexistent/base.kld"});
+}
+
+TEST_F(ModelCommands, InterruptedEvalSavesNothing) {
+  const std::string base = path("base.kld");
+  ProgramOptions options;
+  options.interrupt_after_ms = 1500;
+  const ProgramResult result = run_kvant({"eval", model_, "--kv", "bf16,8bit,4bit", "--text", text_,
+                                          "--ctx", "512", "--save-logits", base},
+                                         options);
+  EXPECT_EQ(result.exit_code, 130) << result.err;
+  EXPECT_EQ(result.out, "");
+  EXPECT_TRUE(fs::is_empty(folder_));
+}
+
+// ---- compare ----
+
+TEST_F(ModelCommands, CompareShowsOneRowAFormat) {
+  const json result = run_json("compare", {"--kv", "bf16", "--kv", "8bit,4bit", "--text", text_,
+                                           "--max-tokens", "512", "-n", "4"});
+  EXPECT_EQ(result["tokens"], 512);
+  const json& rows = result["results"];
+  ASSERT_EQ(rows.size(), 3u);
+  for (const json& row : rows) {
+    EXPECT_GT(row["prefill_tokens_per_second"], 0);
+    EXPECT_GT(row["decode_tokens_per_second"], 0);
+  }
+  // 30 layers, 3 KV heads of 64, keys and values of 2 bytes.
+  EXPECT_EQ(rows[0]["cache_bytes_per_token"], 30 * 3 * 64 * 2 * 2);
+  EXPECT_LT(rows[2]["cache_bytes_per_token"], 0.3 * rows[0]["cache_bytes_per_token"].get<double>());
+  EXPECT_LT(rows[2]["cache_bytes_now"], rows[1]["cache_bytes_now"]);
+  EXPECT_LT(rows[1]["cache_bytes_now"], rows[0]["cache_bytes_now"]);
+  EXPECT_EQ(rows[0]["kl_mean"], 0);
+  EXPECT_LT(rows[1]["kl_mean"], rows[2]["kl_mean"]);
+}
+
+// ---- plan ----
+
+int64_t sum_of_parts(const json& row) {
+  int64_t sum = 0;
+  for (const char* part : {"weights_in_file_bytes", "weights_bytes", "parameters_bytes",
+                           "closed_pages_bytes", "bf16_pages_bytes", "staging_bytes",
+                           "tables_bytes", "activations_bytes", "workspace_bytes"}) {
+    sum += row[part].get<int64_t>();
+  }
+  return sum;
+}
+
+int64_t sum_of_pages(const json& row, const std::string& kind) {
+  int64_t sum = 0;
+  for (const json& group : row["groups"]) {
+    sum += group[kind + "_pages"].get<int64_t>() * group[kind + "_page_bytes"].get<int64_t>();
+  }
+  return sum;
+}
+
+TEST_F(ModelCommands, PlanAccountsForEveryByte) {
+  const json result =
+      run_json("plan", {"-c", "2048", "--kv", "bf16,8bit,4bit", "--sequences", "2"});
+  ASSERT_EQ(result["results"].size(), 3u);
+  for (const json& row : result["results"]) {
+    EXPECT_EQ(row["context_tokens"], 2048);
+    EXPECT_EQ(sum_of_parts(row), row["total_bytes"]) << row;
+    EXPECT_EQ(sum_of_pages(row, "closed"), row["closed_pages_bytes"]);
+    EXPECT_EQ(sum_of_pages(row, "bf16"), row["bf16_pages_bytes"]);
+    for (const json& group : row["groups"]) {
+      const int64_t parts = group["closed_page_code_bytes"].get<int64_t>() +
+                            group["closed_page_scale_bytes"].get<int64_t>() +
+                            group["closed_page_mean_bytes"].get<int64_t>() +
+                            group["closed_page_padding_bytes"].get<int64_t>();
+      EXPECT_EQ(parts, group["closed_page_bytes"]);
+      EXPECT_GE(group["closed_page_padding_bytes"], 0);
+    }
+  }
+}
+
+TEST_F(ModelCommands, PlanFindsWhatFits) {
+  const json at_2048 = run_json("plan", {"-c", "2048", "--kv", "bf16"});
+  const int64_t budget = at_2048["results"][0]["total_bytes"];
+  const std::string memory = std::to_string(budget);
+  const json fitting = run_json("plan", {"--memory", memory, "--kv", "bf16,4bit"});
+  const json& rows = fitting["results"];
+  EXPECT_GE(rows[0]["context_tokens"], 2048);
+  EXPECT_LT(rows[0]["context_tokens"], 2048 + 64);
+  EXPECT_GT(rows[1]["context_tokens"], rows[0]["context_tokens"]);
+  for (const json& row : rows) EXPECT_LE(row["total_bytes"], budget);
+  const json many = run_json("plan", {"--memory", memory, "-c", "256", "--kv", "bf16,4bit"});
+  EXPECT_GT(many["results"][1]["sequences"], many["results"][0]["sequences"]);
+  expect_error({"plan", model_, "--memory", "1MiB"}, 75, {"1.00 MiB"});
+  expect_error({"plan", model_, "--memory", "lots"}, 64, {"lots"});
+  expect_error({"plan", model_, "-c", "1000000"}, 64, {"8192"});
+  expect_error({"plan", model_, "-c", "0"}, 64);
+}
+
+TEST_F(ModelCommands, PlanNeedsNoWeights) {
+  const ProgramResult result =
+      run_kvant({"plan", "llama-3.1-8b", "--weights", "dummy", "-c", "32768", "--json"});
+  EXPECT_EQ(result.exit_code, 0) << result.err;
+  const json rows = json::parse(result.out)["results"];
+  // 32 layers, 8 KV heads of 128: 128 KiB a token in 16 bits.
+  const int64_t pages =
+      rows[0]["closed_pages_bytes"].get<int64_t>() + rows[0]["bf16_pages_bytes"].get<int64_t>();
+  EXPECT_GE(pages, int64_t{32768} * 131072);
+  EXPECT_LT(pages, int64_t{32768 + 1024} * 131072);
+}
+
+// ---- bench ----
+
+TEST_F(ModelCommands, BenchPrintsOneObjectALine) {
+  for (const bool named : {true, false}) {
+    std::vector<std::string> arguments = {"bench"};
+    if (named) arguments.push_back("model");
+    for (const std::string& argument :
+         {model_, std::string("-p"), std::string("32"), std::string("-n"), std::string("4"),
+          std::string("-d"), std::string("0,96"), std::string("-r"), std::string("2"),
+          std::string("--kv"), std::string("bf16,4bit"), std::string("--json")}) {
+      arguments.push_back(argument);
+    }
+    const ProgramResult result = run_kvant(arguments);
+    EXPECT_EQ(result.exit_code, 0) << result.err;
+    std::istringstream lines(result.out);
+    std::vector<json> objects;
+    for (std::string line; std::getline(lines, line);) objects.push_back(json::parse(line));
+    ASSERT_EQ(objects.size(), 4u);
+    for (const json& object : objects) {
+      EXPECT_EQ(object["schema_version"], 1);
+      EXPECT_EQ(object["bench"], "model");
+      for (const char* phase : {"prefill_tokens_per_second", "decode_tokens_per_second"}) {
+        EXPECT_GT(object[phase]["min"], 0);
+        EXPECT_LE(object[phase]["min"], object[phase]["median"]);
+        EXPECT_LE(object[phase]["median"], object[phase]["max"]);
+      }
+    }
+    EXPECT_EQ(objects[3]["kv"], "4bit");
+    EXPECT_EQ(objects[3]["depth"], 96);
+  }
+  expect_error({"bench"}, 64);
+  expect_error({"bench", model_, "-p", "0", "-n", "0"}, 64, {"nothing to measure"});
+}
+
+// ---- files and pipes ----
+
+TEST_F(ModelCommands, DamagedModelsAreErrors) {
+  std::ifstream in(model_, std::ios::binary);
+  std::string head(3 << 20, '\0');
+  in.read(head.data(), static_cast<std::streamsize>(head.size()));
+  const std::string cut = write("cut.gguf", head);
+  const std::string text = write("text.gguf", "this is no model");
+  const std::string empty = write("empty.gguf", "");
+  for (const std::string& bad : {cut, text, empty}) {
+    expect_error({"run", bad, "-p", "x", "-n", "1"}, 65, {bad});
+    expect_error({"eval", bad, "--text", text_}, 65, {bad});
+    expect_error({"plan", bad}, 65, {bad});
+    expect_error({"bench", bad}, 65, {bad});
+    expect_error({"inspect", bad}, 65, {bad});
+  }
+  for (const char* command : {"run", "eval", "plan", "bench", "inspect", "compare"}) {
+    std::vector<std::string> arguments = {command, path("none.gguf")};
+    if (std::string(command) == "compare" || std::string(command) == "eval") {
+      arguments.insert(arguments.end(), {"--text", text_});
+    }
+    if (std::string(command) == "run") arguments.insert(arguments.end(), {"-p", "x"});
+    expect_error(arguments, 66, {"none.gguf"});
+  }
+}
+
+TEST_F(ModelCommands, ImpossibleContextsAreErrors) {
+  expect_error({"run", model_, "-p", "x", "-c", "0"}, 64);
+  expect_error({"run", model_, "-p", "x", "-c", "100000000"}, 64, {"8192"});
+  expect_error({"run", model_, "-p", "x", "-n", "1", "--memory-limit", "1MiB"}, 75);
+  expect_error({"run", model_, "-p", "x", "--page-tokens", "7"}, 64);
+}
+
+TEST_F(ModelCommands, FullDisksAndClosedPipesEndCleanly) {
+  ProgramOptions full;
+  full.stdout_to = "/dev/full";
+  expect_error({"run", model_, "-p", "x", "-n", "2"}, 74, {"No space left"}, full);
+  expect_error({"plan", model_, "-c", "512"}, 74, {"No space left"}, full);
+  ProgramOptions closed;
+  closed.close_stdout_after = 1;
+  const ProgramResult result = run_kvant(
+      {"run", model_, "-p", "Tell me a long story.", "-n", "400", "--temp", "0", "--quiet"},
+      closed);
+  EXPECT_EQ(result.exit_code, 0) << result.err;
+  EXPECT_EQ(result.err, "");
+}
+
+TEST_F(ModelCommands, InspectDescribesTheModel) {
+  const json result = run_json("inspect", {});
+  EXPECT_NE(result.dump().find("llama"), std::string::npos);
+  EXPECT_NE(result.dump().find("8192"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace kvant::testing
