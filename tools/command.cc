@@ -10,6 +10,7 @@ namespace kvant::tools {
 std::span<const Command* const> commands() {
   // clang-format off
   static const std::vector<const Command*> table = {
+      &run_command,
       &eval_command,
       &compare_command,
       &plan_command,
