@@ -262,162 +262,139 @@ KVANT_INLINE F lookup(Table t, I index) {
   return {lookup8(t, index.lo), lookup8(t, index.hi)};
 }
 
-#else  // any processor
+#else  // any processor: the compiler splits these vectors into what the target has
+
+using FloatLanes = float __attribute__((vector_size(64)));
+using UintLanes = uint32_t __attribute__((vector_size(64)));
+using IntLanes = int32_t __attribute__((vector_size(64)));
 
 struct F {
-  float v[kLanes];
+  FloatLanes v;
 };
 struct I {
-  uint32_t v[kLanes];
+  UintLanes v;
 };
 struct Table {
   float v[kLanes];
 };
 
-#define KVANT_LANES(expression)      \
-  for (int i = 0; i < kLanes; ++i) { \
-    r.v[i] = (expression);           \
-  }                                  \
-  return r
-
-KVANT_INLINE float bits_float(uint32_t x) {
-  return __builtin_bit_cast(float, x);
-}
-KVANT_INLINE uint32_t float_bits(float x) {
-  return __builtin_bit_cast(uint32_t, x);
-}
-
 KVANT_INLINE F load(const float* p) {
   F r;
-  KVANT_LANES(p[i]);
+  __builtin_memcpy(&r.v, p, sizeof(r.v));
+  return r;
 }
 KVANT_INLINE void store(float* p, F a) {
-  for (int i = 0; i < kLanes; ++i) p[i] = a.v[i];
-}
-KVANT_INLINE F bcast(float x) {
-  F r;
-  KVANT_LANES(x);
+  __builtin_memcpy(p, &a.v, sizeof(a.v));
 }
 KVANT_INLINE F zero() {
-  return bcast(0.0f);
+  return {FloatLanes{}};
+}
+KVANT_INLINE F bcast(float x) {
+  return {x - FloatLanes{}};
 }
 KVANT_INLINE F add(F a, F b) {
-  F r;
-  KVANT_LANES(a.v[i] + b.v[i]);
+  return {a.v + b.v};
 }
 KVANT_INLINE F sub(F a, F b) {
-  F r;
-  KVANT_LANES(a.v[i] - b.v[i]);
+  return {a.v - b.v};
 }
 KVANT_INLINE F mul(F a, F b) {
-  F r;
-  KVANT_LANES(a.v[i] * b.v[i]);
+  return {a.v * b.v};
 }
 KVANT_INLINE F div(F a, F b) {
-  F r;
-  KVANT_LANES(a.v[i] / b.v[i]);
+  return {a.v / b.v};
 }
 KVANT_INLINE F fma(F a, F b, F c) {
-  F r;
-  KVANT_LANES(a.v[i] * b.v[i] + c.v[i]);
+  return {a.v * b.v + c.v};
 }
 KVANT_INLINE F max(F a, F b) {
-  F r;
-  KVANT_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]);
+  return {a.v > b.v ? a.v : b.v};
 }
 KVANT_INLINE F min(F a, F b) {
-  F r;
-  KVANT_LANES(a.v[i] < b.v[i] ? a.v[i] : b.v[i]);
+  return {a.v < b.v ? a.v : b.v};
 }
 KVANT_INLINE F select(uint16_t mask, F a, F b) {
-  F r;
-  KVANT_LANES((mask >> i & 1) ? b.v[i] : a.v[i]);
+  for (int i = 0; i < kLanes; ++i) {
+    if ((mask >> i & 1) != 0) a.v[i] = b.v[i];
+  }
+  return a;
 }
 KVANT_INLINE F zero_below(F x, F limit, F value) {
-  F r;
-  KVANT_LANES(x.v[i] < limit.v[i] ? 0.0f : value.v[i]);
+  return {x.v < limit.v ? FloatLanes{} : value.v};
 }
 
 KVANT_INLINE I load_i(const void* p) {
   I r;
-  __builtin_memcpy(r.v, p, sizeof(r.v));
+  __builtin_memcpy(&r.v, p, sizeof(r.v));
   return r;
 }
 KVANT_INLINE I load_u8(const uint8_t* p) {
   I r;
-  KVANT_LANES(p[i]);
+  for (int i = 0; i < kLanes; ++i) r.v[i] = p[i];
+  return r;
 }
 KVANT_INLINE I load_u16(const void* p) {
   uint16_t half[kLanes];
   __builtin_memcpy(half, p, sizeof(half));
   I r;
-  KVANT_LANES(half[i]);
+  for (int i = 0; i < kLanes; ++i) r.v[i] = half[i];
+  return r;
 }
 KVANT_INLINE I bcast_i(uint32_t x) {
-  I r;
-  KVANT_LANES(x);
+  return {x | UintLanes{}};
 }
 KVANT_INLINE I shl(I a, int n) {
-  I r;
-  KVANT_LANES(a.v[i] << n);
+  return {a.v << static_cast<uint32_t>(n)};
 }
 KVANT_INLINE I shr(I a, int n) {
-  I r;
-  KVANT_LANES(a.v[i] >> n);
+  return {a.v >> static_cast<uint32_t>(n)};
 }
 KVANT_INLINE I sra(I a, int n) {
-  I r;
-  KVANT_LANES(static_cast<uint32_t>(static_cast<int32_t>(a.v[i]) >> n));
+  return {reinterpret_cast<UintLanes>(reinterpret_cast<IntLanes>(a.v) >> n)};
 }
 KVANT_INLINE I and_(I a, I b) {
-  I r;
-  KVANT_LANES(a.v[i] & b.v[i]);
+  return {a.v & b.v};
 }
 KVANT_INLINE I or_(I a, I b) {
-  I r;
-  KVANT_LANES(a.v[i] | b.v[i]);
+  return {a.v | b.v};
 }
 KVANT_INLINE I add_i(I a, I b) {
-  I r;
-  KVANT_LANES(a.v[i] + b.v[i]);
+  return {a.v + b.v};
 }
 KVANT_INLINE F to_float(I a) {
-  F r;
-  KVANT_LANES(static_cast<float>(static_cast<int32_t>(a.v[i])));
+  return {__builtin_convertvector(reinterpret_cast<IntLanes>(a.v), FloatLanes)};
 }
 KVANT_INLINE F as_float(I a) {
-  F r;
-  KVANT_LANES(bits_float(a.v[i]));
+  return {reinterpret_cast<FloatLanes>(a.v)};
 }
 KVANT_INLINE I as_int(F a) {
-  I r;
-  KVANT_LANES(float_bits(a.v[i]));
+  return {reinterpret_cast<UintLanes>(a.v)};
 }
+// Magnitude as fp32 bits, exponent rebased by a multiply that is exact for normal and subnormal
+// f16.
 KVANT_INLINE F from_half(I a) {
-  // Magnitude as fp32 bits, exponent rebased by a multiply that is exact for normal and subnormal
-  // f16 (baseline arithmetic keeps subnormals).
-  F r;
-  KVANT_LANES(bits_float((a.v[i] & 0x8000u) << 16 |
-                         float_bits(bits_float((a.v[i] & 0x7fffu) << 13) * 0x1p112f)));
+  const F magnitude = mul(as_float(shl(and_(a, bcast_i(0x7fffu)), 13)), bcast(0x1p112f));
+  return as_float(or_(shl(and_(a, bcast_i(0x8000u)), 16), as_int(magnitude)));
 }
 KVANT_INLINE I merge_bits(I mask, I a, I b) {
-  I r;
-  KVANT_LANES((mask.v[i] & a.v[i]) | (~mask.v[i] & b.v[i]));
+  return {(mask.v & a.v) | (~mask.v & b.v)};
 }
+
 KVANT_INLINE Table load_table(const float* p) {
   Table r;
-  KVANT_LANES(p[i]);
+  __builtin_memcpy(r.v, p, sizeof(r.v));
+  return r;
 }
 KVANT_INLINE Table table(F a) {
   Table r;
-  KVANT_LANES(a.v[i]);
+  store(r.v, a);
+  return r;
 }
-KVANT_INLINE F lookup(Table t, I index) {
+KVANT_INLINE F lookup(const Table& t, I index) {
   F r;
-  KVANT_LANES(t.v[index.v[i] & 15u]);
+  for (int i = 0; i < kLanes; ++i) r.v[i] = t.v[index.v[i] & 15u];
+  return r;
 }
-
-#undef KVANT_LANES
 
 #endif
 
