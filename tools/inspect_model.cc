@@ -4,6 +4,7 @@
 #include <map>
 #include <set>
 
+#include "kvant/model/chat_template.h"
 #include "kvant/model/config.h"
 #include "kvant/model/gguf.h"
 #include "kvant/model/tokenizer.h"
@@ -108,6 +109,18 @@ std::string verdict(const Result<T>& result) {
   return result ? "supported" : "not supported: " + result.error().message();
 }
 
+// Whether the stored chat template is one that `kvant run` renders.
+void add_chat_template(const Gguf& gguf, const Result<model::Tokenizer>& tokenizer,
+                       Report& report) {
+  const bool stored = gguf.has("tokenizer.chat_template");
+  report.json["chat_template"] = stored;
+  if (!stored) return report.add("chat template", "none: a base model");
+  if (!tokenizer) return report.add("chat template", "stored in the file");
+  const Result<model::ChatTemplate> chat = model::ChatTemplate::create(gguf, *tokenizer);
+  report.add("chat template", fmt::format("stored in the file: {}", verdict(chat)));
+  report.json["chat_template_supported"] = chat.has_value();
+}
+
 }  // namespace
 
 Result<Report> inspect_model(const InspectOptions& options) {
@@ -133,10 +146,8 @@ Result<Report> inspect_model(const InspectOptions& options) {
   const std::string pre = text_of(gguf, "tokenizer.ggml.pre");
   report.add("tokenizer",
              fmt::format("{}{}{}: {}", kind, pre.empty() ? "" : "/", pre, verdict(tokenizer)));
-  const bool has_template = gguf.has("tokenizer.chat_template");
-  report.add("chat template", has_template ? "stored in the file" : "none: a base model");
   report.json["tokenizer"] = {{"model", kind}, {"pre", pre}, {"supported", tokenizer.has_value()}};
-  report.json["chat_template"] = has_template;
+  add_chat_template(gguf, tokenizer, report);
   if (!config) report.json["architecture_error"] = config.error().message();
   if (!tokenizer) report.json["tokenizer"]["error"] = tokenizer.error().message();
   add_types(gguf, report);
