@@ -16,6 +16,50 @@ namespace {
 using nlohmann::json;
 namespace fs = std::filesystem;
 
+// ---- run: what run_test.cc does not cover ----
+
+TEST_F(ModelCommands, RunAnswersAndTokenizeAgrees) {
+  const std::string prompt = "The capital of France is";
+  const json first = run_json("run", {"-p", prompt, "--raw", "-n", "8", "--temp", "0"});
+  EXPECT_NE(first["text"].get<std::string>().find("Paris"), std::string::npos) << first["text"];
+  EXPECT_EQ(first["token_ids"].size(), 8u);
+  EXPECT_TRUE(first["stats"].is_object());
+
+  ProgramOptions with_prompt;
+  with_prompt.input = prompt;
+  const ProgramResult ids = run_kvant({"tokenize", model_}, with_prompt);
+  EXPECT_EQ(json::parse(ids.out), first["prompt_ids"]);
+  ProgramOptions with_ids;
+  with_ids.input = first["token_ids"].dump();
+  EXPECT_EQ(run_kvant({"tokenize", model_, "--decode"}, with_ids).out, first["text"]);
+}
+
+TEST_F(ModelCommands, RunRejectsImpossibleContexts) {
+  expect_error({"run", model_, "-p", "x", "-c", "0"}, 64);
+  expect_error({"run", model_, "-p", "x", "-c", "100000000"}, 64, {"8192"});
+  expect_error({"run", model_, "-p", "x", "-n", "1", "--memory-limit", "1MiB"}, 75);
+  expect_error({"run", model_, "-p", "x", "--page-tokens", "7"}, 64);
+}
+
+TEST_F(ModelCommands, RunEndsCleanlyOnFullDisksAndClosedPipes) {
+  ProgramOptions full;
+  full.stdout_to = "/dev/full";
+  expect_error({"run", model_, "-p", "x", "-n", "2"}, 74, {"No space left"}, full);
+  ProgramOptions closed;
+  closed.close_stdout_after = 1;
+  const ProgramResult result = run_kvant(
+      {"run", model_, "-p", "Tell me a long story.", "-n", "400", "--temp", "0", "--quiet"},
+      closed);
+  EXPECT_EQ(result.exit_code, 0) << result.err;
+  EXPECT_EQ(result.err, "");
+}
+
+TEST_F(ModelCommands, RunRejectsDamagedModels) {
+  const std::string text = write("text.gguf", "this is no model");
+  expect_error({"run", text, "-p", "x", "-n", "1"}, 65, {text});
+  expect_error({"run", path("none.gguf"), "-p", "x"}, 66, {"none.gguf"});
+}
+
 // ---- eval ----
 
 TEST_F(ModelCommands, EvalComparesFormats) {
