@@ -26,7 +26,9 @@ struct AttentionParams {
   int num_query_heads = 0;  // G = num_query_heads / num_kv_heads, 1 to 16
   float scale = 1.0f;
   float softcap = 0.0f;  // 0: none; else softcap * tanh(x / softcap)
-  int sink_tokens = 0;   // the first tokens stay visible beyond the window
+  // The first tokens stay visible beyond the window. A group with a window frees their pages, so
+  // the cache must hold such layers as full attention and only the view's window be set.
+  int sink_tokens = 0;
   const float* sink_logits =
       nullptr;  // [num_query_heads]: joins the softmax's denominator; may be null
   RopeParams rope;

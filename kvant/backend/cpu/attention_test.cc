@@ -156,6 +156,33 @@ TEST(CpuAttention, EveryPageSizeAndMask) {
   }
 }
 
+TEST(CpuAttention, SinkTokensStayVisibleBeyondTheWindow) {
+  for (CpuLevel level : levels()) {
+    for (int page_tokens : {16, 64}) {
+      for (int sink_tokens : {1, 4, 17, 90}) {
+        RigOptions options;
+        options.kv = "k=int4:channel,v=nvfp4+46";
+        options.num_layers = 1;
+        options.page_tokens = page_tokens;
+        options.mask_window = 50;
+        options.params.sink_tokens = sink_tokens;
+        options.level = level;
+        SCOPED_TRACE(describe(options) + " sinks " + std::to_string(sink_tokens));
+        AttentionRig with_sinks(options);
+        with_sinks.extend(0, 700, 130);
+        with_sinks.step({{0, 1}, {1, 200}});
+        EXPECT_LT(with_sinks.worst_error(), kMaxError);
+        if (HasFatalFailure()) return;
+        // Far beyond the window the sinks are what differs from the window alone.
+        options.params.sink_tokens = 0;
+        AttentionRig window_only(options);
+        window_only.extend(0, 701, 130);
+        EXPECT_NE(with_sinks.outputs(0, 0).back(), window_only.outputs(0, 0).back());
+      }
+    }
+  }
+}
+
 TEST(CpuAttention, LongContextIsMergedFromSplits) {
   for (CpuLevel level : levels()) {
     for (int threads : {1, 3}) {

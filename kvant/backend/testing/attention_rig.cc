@@ -142,7 +142,8 @@ void AttentionRig::fill_rows(int layer, std::span<const Chunk> batch, int kind, 
 
 void AttentionRig::run_layer(int layer, std::span<const Chunk> batch) {
   const cache::KvCache::LayerPlace place = cache_->place(layer);
-  const cache::GroupView& view = cache_->view(place.group);
+  cache::GroupView view = cache_->view(place.group);
+  if (options_.mask_window > 0) view.window = options_.mask_window;
   std::vector<float> q, k, v;
   fill_rows(layer, batch, kQuery, options_.params.num_query_heads, q);
   fill_rows(layer, batch, kKey, options_.num_kv_heads, k);

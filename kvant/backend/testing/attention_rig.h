@@ -40,6 +40,8 @@ struct RigOptions {
   int head_dim = 64;
   int window = 0;
   int odd_window = -1;  // window of odd layers; -1: `window`
+  int mask_window =
+      0;  // window that only attention knows: the cache keeps all pages; 0: the cache's
   int page_tokens = 32;
   int64_t max_tokens = 4096;
   int max_sequences = 4;
