@@ -20,7 +20,7 @@ struct Options {
   std::vector<std::string> kv;
   int64_t prompt_tokens = 512;
   int64_t decode_tokens = 64;
-  std::vector<int64_t> depths;  // empty: the default depths that the model was trained for
+  std::vector<int64_t> depths = {0, 8192};
   int repetitions = 3;
 };
 
@@ -150,20 +150,17 @@ Result<Row> measure(Console& console, const Options& options, OpenModel& open, c
   return row;
 }
 
-constexpr int64_t kDefaultDepths[] = {0, 8192};
-
-std::vector<int64_t> choose_depths(Console& console, const Options& options, int64_t trained) {
-  if (!options.depths.empty()) return options.depths;
-  std::vector<int64_t> depths;
-  for (const int64_t depth : kDefaultDepths) {
-    if (depth + std::max(options.prompt_tokens, options.decode_tokens) <= trained) {
-      depths.push_back(depth);
-    } else {
+// Going beyond what the model was trained for says nothing about its text, but its speed is what it
+// is.
+void note_untrained_depths(Console& console, const Options& options, int64_t trained) {
+  for (const int64_t depth : options.depths) {
+    if (depth + std::max(options.prompt_tokens, options.decode_tokens) > trained) {
       console.note(
-          fmt::format("depth {} left out: the model was trained for {} tokens", depth, trained));
+          fmt::format("depth {} goes beyond the {} tokens that the model was trained for: "
+                      "only its speed means something",
+                      depth, trained));
     }
   }
-  return depths;
 }
 
 Json spread_json(const Spread& spread) {
@@ -199,11 +196,10 @@ Status run(Console& console, const Options& options) {
     return Error(ErrorCode::kInvalidArgument, "nothing to measure: -p and -n are both 0");
   }
   KVANT_ASSIGN(OpenModel open, open_model(console, options.model));
-  const std::vector<int64_t> depths =
-      choose_depths(console, options, open.model->config().context_length);
+  note_untrained_depths(console, options, open.model->config().context_length);
   Table table({"kv", "depth", "prefill tokens/s [min, max]", "decode tokens/s [min, max]"});
   for (const KvChoice& choice : choices) {
-    for (const int64_t depth : depths) {
+    for (const int64_t depth : options.depths) {
       KVANT_ASSIGN(const Row row, measure(console, options, open, choice, depth));
       if (console.json()) {
         KVANT_TRY(print_row(console, options, open, row));
@@ -229,10 +225,10 @@ CommandBody define(CLI::App& app) {
   app.add_option("-n,--decode-tokens", options->decode_tokens, "Tokens to decode; 0: none")
       ->check(count)
       ->capture_default_str();
-  app.add_option("-d,--depth", options->depths,
-                 "Tokens that are in the cache before, a list (default: 0,8192)")
+  app.add_option("-d,--depth", options->depths, "Tokens that are in the cache before, a list")
       ->delimiter(',')
-      ->check(count);
+      ->check(count)
+      ->default_str("0,8192");
   app.add_option("-r,--repetitions", options->repetitions, "Measurements of each")
       ->check(CLI::Range(1, 1000))
       ->capture_default_str();
