@@ -4,6 +4,8 @@
 
 #include <optional>
 
+#include "kvant/model/unicode.h"
+
 namespace kvant::tools {
 namespace {
 
@@ -27,25 +29,6 @@ std::optional<uint32_t> parse_hex4(std::string_view text, size_t at) {
   return value;
 }
 
-void append_utf8(uint32_t c, std::string& out) {
-  const auto put = [&out](uint32_t byte) { out.push_back(static_cast<char>(byte)); };
-  if (c < 0x80) {
-    put(c);
-  } else if (c < 0x800) {
-    put(0xc0 | c >> 6);
-    put(0x80 | (c & 0x3f));
-  } else if (c < 0x10000) {
-    put(0xe0 | c >> 12);
-    put(0x80 | (c >> 6 & 0x3f));
-    put(0x80 | (c & 0x3f));
-  } else {
-    put(0xf0 | c >> 18);
-    put(0x80 | (c >> 12 & 0x3f));
-    put(0x80 | (c >> 6 & 0x3f));
-    put(0x80 | (c & 0x3f));
-  }
-}
-
 // Reads the \u escape whose digits start at `text[at]`; returns the position after it.
 Result<size_t> parse_unicode_escape(std::string_view text, size_t at, std::string& out) {
   const std::optional<uint32_t> unit = parse_hex4(text, at);
@@ -65,7 +48,7 @@ Result<size_t> parse_unicode_escape(std::string_view text, size_t at, std::strin
   if (code_point >= 0xdc80 && code_point <= 0xdcff) {
     out.push_back(static_cast<char>(code_point - 0xdc00));
   } else {
-    append_utf8(code_point, out);
+    model::append_utf8(code_point, out);
   }
   return at;
 }

@@ -1,5 +1,5 @@
 // Code points for the tokenizers: lenient UTF-8 decoding and the few character classes that
-// pre-tokenizers ask for. Internal to model/. Thread-safe (pure functions).
+// pre-tokenizers ask for. Not installed. Thread-safe (pure functions).
 #pragma once
 
 #include <cstdint>
