@@ -20,7 +20,16 @@ struct Simd {
     _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v));
   }
   static int32_t max_of_lanes(I v) { return _mm512_reduce_max_epi32(v); }
-  static int32_t sum_of_lanes(I v) { return _mm512_reduce_add_epi32(v); }
+  // Wraps around, which _mm512_reduce_add_epi32 of g++ 12 does with signed arithmetic: undefined,
+  // and UBSan says so when an activation is not finite.
+  static int32_t sum_of_lanes(I v) {
+    const __m256i half =
+        _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
+    return _mm_cvtsi128_si32(s);
+  }
   static I broadcast_i(const void* p) {
     int32_t v;
     std::memcpy(&v, p, 4);
