@@ -71,9 +71,19 @@ TEMPLATES = [
 ]
 
 
+CONFIG = """{"model_type": "MODEL", "num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4,
+"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128, "vocab_size": 100, "rms_norm_eps": 1e-5,
+"max_position_embeddings": 512, "rope_theta": 10000, "sliding_window": 64, "num_experts": 4, "num_experts_per_tok": 2,
+"moe_intermediate_size": 32, "rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1,
+"high_freq_factor": 4, "original_max_position_embeddings": 128}}"""
+
+
 def main() -> None:
     root = pathlib.Path(sys.argv[1])
     files = {
+        "config_json/llama": CONFIG.replace("MODEL", "llama").encode(),
+        "config_json/gemma3": CONFIG.replace("MODEL", "gemma3_text").encode(),
+        "config_json/qwen3_moe": CONFIG.replace("MODEL", "qwen3_moe").encode(),
         "gguf/f32": gguf([("token_embd.weight", 0, (8, 3), 96), ("norm.weight", 0, (8,), 32)]),
         "gguf/q8_0": gguf([("blk.0.attn_q.weight", 8, (32, 2), 68)]),
         "gguf/q4_k": gguf([("blk.0.ffn_up.weight", 12, (256, 1), 144)]),
