@@ -9,9 +9,9 @@
 #include <utility>
 #include <vector>
 
-#include "kvant/model/cache_logits.h"
 #include "kvant/model/evaluate.h"
 #include "tools/command.h"
+#include "tools/format_caches.h"
 #include "tools/json_output.h"
 #include "tools/model_options.h"
 
@@ -90,20 +90,14 @@ Status measure(Console& console, const Options& options, OpenModel& open,
                std::span<const int32_t> tokens, std::vector<Row>& rows) {
   const model::ModelConfig& config = open.model->config();
   const auto num_tokens = static_cast<int64_t>(tokens.size());
-  std::vector<std::unique_ptr<model::CacheLogits>> caches;
+  std::vector<formats::CacheFormat> formats;
   for (Row& row : rows) {
-    KVANT_ASSIGN(model::RuntimeOptions runtime,
-                 runtime_options(options.model, open, row.kv.format,
-                                 num_tokens + options.decode_tokens + 1));
-    runtime.max_logit_rows = kLogitRows;
-    if (caches.empty()) KVANT_TRY(open.model->reserve(runtime));
-    KVANT_ASSIGN(auto cache, open.model->create_cache(runtime));
-    caches.push_back(
-        std::make_unique<model::CacheLogits>(*open.model, std::move(cache), &Console::stop_flag()));
+    formats.push_back(row.kv.format);
     row.bytes_per_token = closed_bytes_per_token(config, row.kv.format, options.model.page_tokens);
   }
-  std::vector<model::LogitsSource*> sources;
-  for (const auto& cache : caches) sources.push_back(cache.get());
+  KVANT_ASSIGN(FormatCaches caches,
+               FormatCaches::create(options.model, open, formats,
+                                    num_tokens + options.decode_tokens + 1, kLogitRows));
 
   ThreadPool pool(options.model.threads);
   const auto total = num_tokens * static_cast<int64_t>(rows.size());
@@ -112,7 +106,7 @@ Status measure(Console& console, const Options& options, OpenModel& open,
   request.tokens = tokens;
   request.ctx = num_tokens;
   request.vocab = config.vocab_size;
-  request.sources = sources;
+  request.sources = caches.sources();
   request.pool = &pool;
   request.on_progress = [&](const model::EvalProgress& now) -> Status {
     progress.update(now.tokens_done);
@@ -122,11 +116,11 @@ Status measure(Console& console, const Options& options, OpenModel& open,
   for (size_t i = 0; i < rows.size(); ++i) {
     Row& row = rows[i];
     row.summary = summaries[i];
-    row.prefill_tokens_per_second = static_cast<double>(num_tokens) / caches[i]->seconds();
+    row.prefill_tokens_per_second = static_cast<double>(num_tokens) / caches[i].seconds();
     progress.update(total, fmt::format("decoding with {}", row.kv.asked));
     KVANT_ASSIGN(row.decode_tokens_per_second,
-                 decode_speed(*caches[i], config.vocab_size, options.decode_tokens, tokens.back()));
-    row.cache = caches[i]->cache().bytes();
+                 decode_speed(caches[i], config.vocab_size, options.decode_tokens, tokens.back()));
+    row.cache = caches[i].cache().bytes();
   }
   return {};
 }

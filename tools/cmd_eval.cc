@@ -9,9 +9,10 @@
 #include <utility>
 #include <vector>
 
-#include "kvant/model/cache_logits.h"
 #include "kvant/model/evaluate.h"
+#include "tools/bundled_text.h"
 #include "tools/command.h"
+#include "tools/format_caches.h"
 #include "tools/json_output.h"
 #include "tools/model_options.h"
 
@@ -59,7 +60,12 @@ Result<int64_t> asked_ctx(const Options& options) {
 }
 
 Result<std::vector<int32_t>> tokenize(const Options& options, const OpenModel& open) {
-  KVANT_ASSIGN(const std::string text, read_file(options.text));
+  std::string text;
+  if (options.text.empty()) {
+    text = registers_text();
+  } else {
+    KVANT_ASSIGN(text, read_file(options.text));
+  }
   KVANT_ASSIGN(const model::Tokenizer* tokenizer, need_tokenizer(open));
   return tokenizer->encode(text,
                            {.bos = model::Bos::kAsModel, .special = model::SpecialInText::kIgnore});
@@ -83,7 +89,7 @@ Result<Task> make_task(const Options& options, const OpenModel& open) {
     task.ctx = task.base->header().ctx;
   }
   std::vector<int32_t> text;
-  if (!options.text.empty()) {
+  if (!options.text.empty() || !task.base) {
     KVANT_ASSIGN(text, tokenize(options, open));
   }
   const std::span<const int32_t> all =
@@ -119,31 +125,25 @@ int32_t chunk_bos(const OpenModel& open) {
 Status measure(Console& console, const Options& options, const Task& task, OpenModel& open,
                std::vector<Row>& rows) {
   const model::ModelConfig& config = open.model->config();
-  std::vector<std::unique_ptr<model::CacheLogits>> caches;
+  std::vector<formats::CacheFormat> formats;
   for (Row& row : rows) {
-    KVANT_ASSIGN(model::RuntimeOptions runtime,
-                 runtime_options(options.model, open, row.kv.format, task.ctx));
-    runtime.max_logit_rows = kLogitRows;
-    if (caches.empty()) KVANT_TRY(open.model->reserve(runtime));
-    KVANT_ASSIGN(auto cache, open.model->create_cache(runtime));
-    caches.push_back(
-        std::make_unique<model::CacheLogits>(*open.model, std::move(cache), &Console::stop_flag()));
+    formats.push_back(row.kv.format);
     row.bits_per_value_asymptotic = formats::asymptotic_bits_per_value(
         row.kv.format, config.head_dim, options.model.page_tokens);
   }
-  std::vector<model::LogitsSource*> sources;
-  for (const auto& cache : caches) sources.push_back(cache.get());
+  KVANT_ASSIGN(FormatCaches caches,
+               FormatCaches::create(options.model, open, formats, task.ctx, kLogitRows));
   KVANT_ASSIGN(const auto writer, make_writer(options, task, config.vocab_size));
   ThreadPool pool(options.model.threads);
-  Progress progress(console, "evaluating",
-                    static_cast<int64_t>(task.tokens.size() * sources.size()), "tokens");
+  Progress progress(console, "evaluating", static_cast<int64_t>(task.tokens.size() * caches.size()),
+                    "tokens");
 
   model::EvalRequest request;
   request.tokens = task.tokens;
   request.ctx = task.ctx;
   request.bos = chunk_bos(open);
   request.vocab = config.vocab_size;
-  request.sources = sources;
+  request.sources = caches.sources();
   request.base = task.base ? &*task.base : nullptr;
   request.save = writer.get();
   request.pool = &pool;
@@ -156,7 +156,7 @@ Status measure(Console& console, const Options& options, const Task& task, OpenM
   if (writer) KVANT_TRY(writer->finish());
   for (size_t i = 0; i < rows.size(); ++i) {
     rows[i].summary = summaries[i];
-    rows[i].bits_per_value = caches[i]->cache().bytes().bits_per_value();
+    rows[i].bits_per_value = caches[i].cache().bytes().bits_per_value();
   }
   return {};
 }
@@ -205,7 +205,7 @@ Status report(Console& console, const Options& options, const Task& task,
   }
   Json object = json_object("eval");
   object["model"] = options.model.model;
-  object["text"] = options.text;
+  object["text"] = options.text.empty() && !task.base ? kRegistersName : options.text;
   object["ctx"] = task.ctx;
   object["chunks"] = task.chunks();
   object["tokens_scored"] = scored;
@@ -217,10 +217,6 @@ Status report(Console& console, const Options& options, const Task& task,
 }
 
 Status run(Console& console, const Options& options) {
-  if (options.text.empty() && options.kl_base.empty()) {
-    return Error(ErrorCode::kInvalidArgument,
-                 "give a text with --text FILE, or a base that holds one with --kl-base FILE");
-  }
   KVANT_ASSIGN(std::vector<KvChoice> choices, parse_kv(options.kv));
   std::vector<Row> rows(choices.size());
   for (size_t i = 0; i < rows.size(); ++i) rows[i].kv = std::move(choices[i]);
@@ -236,7 +232,10 @@ CommandBody define(CLI::App& app) {
   auto options = std::make_shared<Options>();
   add_model_options(app, options->model);
   add_kv_option(app, options->kv, KvOption::kList);
-  app.add_option("--text", options->text, "Text to predict; '-' is standard input")
+  app.add_option(
+         "--text", options->text,
+         "Text to predict; '-' is standard input (default: the base's, or a bundled text of "
+         "prose, dialogue, a dictionary, code and lists)")
       ->type_name("FILE");
   app.add_option("--ctx", options->ctx, "Tokens per chunk (default: 512, or the base's)")
       ->check(CLI::Range(int64_t{4}, int64_t{1} << 24));
@@ -260,6 +259,7 @@ const Command eval_command = {
     .name = "eval",
     .summary = "Measure perplexity and KL divergence of cache formats on a text",
     .examples =
+        "kvant eval model.gguf --kv bf16,8bit,4bit\n"
         "kvant eval model.gguf --kv bf16,8bit,4bit --text wiki.txt --chunks 16\n"
         "kvant eval model.gguf --kv bf16 --text wiki.txt --save-logits base.kld\n"
         "kvant eval model.gguf --kv nvfp4,4bit --kl-base base.kld --json",

@@ -125,8 +125,29 @@ TEST_F(ModelCommands, EvalComparesWithASavedBase) {
   expect_error({"eval", model_, "--kl-base", base, "--text", other}, 64, {"another text"});
 }
 
+TEST_F(ModelCommands, EvalHasATextOfItsOwn) {
+  const json own = run_json("eval", {"--ctx", "64", "--chunks", "1", "--kv", "bf16"});
+  EXPECT_EQ(own["text"], "bundled");
+  const std::string file = std::string(KVANT_SOURCE_DIR) + "/examples/data/registers.txt";
+  const json named =
+      run_json("eval", {"--ctx", "64", "--chunks", "1", "--kv", "bf16", "--text", file});
+  EXPECT_EQ(named["text"], file);
+  EXPECT_EQ(named["results"], own["results"]);
+}
+
+// Quantising at append reads the own page through the codec too, where a page is closed later.
+TEST_F(ModelCommands, EvalQuantisesAtAppend) {
+  const json result = run_json("eval", {"--ctx", "128", "--chunks", "2", "--kv",
+                                        "bf16,nvfp4,nvfp4+strict,k=fp8:token,v=int4+strict"});
+  const json& rows = result["results"];
+  EXPECT_EQ(rows[2]["kv_resolved"], "k=nvfp4,v=nvfp4+strict");
+  EXPECT_GT(rows[2]["kl_mean"].get<double>(), 1.3 * rows[1]["kl_mean"].get<double>());
+  EXPECT_GT(rows[3]["kl_mean"], 1e-4);
+  expect_error({"eval", model_, "--kv", "4bit+strict"}, 64, {"+strict", "int4:channel"});
+  expect_error({"eval", model_, "--kv", "8bit+strict"}, 64, {"+strict", "one token", "+mean"});
+}
+
 TEST_F(ModelCommands, EvalRejectsWhatCannotBe) {
-  expect_error({"eval", model_}, 64, {"--text"});
   expect_error({"eval", model_, "--text", path("none.txt")}, 66, {"none.txt"});
   expect_error({"eval", model_, "--text", write("short.txt", "too short")}, 64,
                {"fewer than one chunk"});
