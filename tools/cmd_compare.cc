@@ -90,13 +90,13 @@ Status measure(Console& console, const Options& options, OpenModel& open,
                std::span<const int32_t> tokens, std::vector<Row>& rows) {
   const model::ModelConfig& config = open.model->config();
   const auto num_tokens = static_cast<int64_t>(tokens.size());
-  std::vector<formats::CacheFormat> formats;
+  std::vector<FormatCaches::Choice> choices;
   for (Row& row : rows) {
-    formats.push_back(row.kv.format);
+    choices.push_back({row.kv.format, {}});
     row.bytes_per_token = closed_bytes_per_token(config, row.kv.format, options.model.page_tokens);
   }
   KVANT_ASSIGN(FormatCaches caches,
-               FormatCaches::create(options.model, open, formats,
+               FormatCaches::create(options.model, open, choices,
                                     num_tokens + options.decode_tokens + 1, kLogitRows));
 
   ThreadPool pool(options.model.threads);
@@ -112,10 +112,10 @@ Status measure(Console& console, const Options& options, OpenModel& open,
     progress.update(now.tokens_done);
     return Console::stop_requested() ? Status(Console::cancelled()) : Status();
   };
-  KVANT_ASSIGN(const std::vector<model::EvalSummary> summaries, model::evaluate(request));
+  KVANT_ASSIGN(const model::EvalResult result, model::evaluate(request));
   for (size_t i = 0; i < rows.size(); ++i) {
     Row& row = rows[i];
-    row.summary = summaries[i];
+    row.summary = result.summaries[i];
     row.prefill_tokens_per_second = static_cast<double>(num_tokens) / caches[i].seconds();
     progress.update(total, fmt::format("decoding with {}", row.kv.asked));
     KVANT_ASSIGN(row.decode_tokens_per_second,

@@ -1,17 +1,24 @@
 // `kvant eval`: what a cache format costs, in llama.cpp's perplexity protocol.
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <CLI/CLI.hpp>
 
 #include <algorithm>
+#include <filesystem>
 #include <memory>
 #include <optional>
 #include <string>
+#include <system_error>
 #include <utility>
 #include <vector>
 
 #include "kvant/model/evaluate.h"
+#include "kvant/model/identity.h"
 #include "tools/bundled_text.h"
 #include "tools/command.h"
+#include "tools/eval_layers.h"
+#include "tools/eval_report.h"
+#include "tools/eval_state.h"
 #include "tools/format_caches.h"
 #include "tools/json_output.h"
 #include "tools/model_options.h"
@@ -27,6 +34,9 @@ struct Options {
   int64_t chunks = 0;
   std::string save_logits;
   std::string kl_base;
+  std::string report;        // folder
+  std::string resume;        // file
+  int64_t layer_chunks = 0;  // 0: no errors by layer
 };
 
 constexpr int64_t kDefaultCtx = 512;
@@ -39,14 +49,6 @@ struct Task {
   std::optional<model::LogitsFile> base;
 
   int64_t chunks() const { return static_cast<int64_t>(tokens.size()) / ctx; }
-};
-
-// One cache format with its result.
-struct Row {
-  KvChoice kv;
-  double bits_per_value = 0;
-  double bits_per_value_asymptotic = 0;
-  model::EvalSummary summary;
 };
 
 Result<int64_t> asked_ctx(const Options& options) {
@@ -122,110 +124,227 @@ int32_t chunk_bos(const OpenModel& open) {
   return open.tokenizer->bos().value_or(-1);
 }
 
-Status measure(Console& console, const Options& options, const Task& task, OpenModel& open,
-               std::vector<Row>& rows) {
-  const model::ModelConfig& config = open.model->config();
-  std::vector<formats::CacheFormat> formats;
-  for (Row& row : rows) {
-    formats.push_back(row.kv.format);
-    row.bits_per_value_asymptotic = formats::asymptotic_bits_per_value(
-        row.kv.format, config.head_dim, options.model.page_tokens);
-  }
+std::string file_hash(const std::string& path) {
+  const Result<std::string> bytes = read_file(path);
+  return bytes ? model::to_hex(model::sha256(*bytes)) : std::string();
+}
+
+// Size and time of a base, which may be too large to hash.
+Json base_stamp(const std::string& path) {
+  std::error_code error;
+  const auto size = static_cast<int64_t>(std::filesystem::file_size(path, error));
+  const auto time = std::filesystem::last_write_time(path, error).time_since_epoch().count();
+  return {size, static_cast<int64_t>(time)};
+}
+
+// All that decides the scores.
+Result<EvalIdentity> identity_of(const Options& options, const Task& task, const OpenModel& open,
+                                 const EvalReport& report) {
+  const auto bytes = std::as_bytes(std::span(task.tokens));
+  const std::string_view text(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+  KVANT_ASSIGN(const model::Sha256 weights,
+               model::weights_id(open.model->source(), model::default_cache_dir()));
+  EvalIdentity identity;
+  Json formats = Json::array();
+  for (const EvalRow& row : report.rows) formats.push_back(row.kv_resolved);
+  identity.facts = {
+      {"kvant version", KVANT_VERSION},
+      {"weights", model::to_hex(weights)},
+      {"ctx", task.ctx},
+      {"number of chunks", task.chunks()},
+      {"text", model::to_hex(model::sha256(text))},
+      {"BOS", chunk_bos(open)},
+      {"kv", std::move(formats)},
+      {"page size in tokens", options.model.page_tokens},
+      {"device", options.model.device},
+      {"plan", options.model.plan.empty() ? Json() : Json(file_hash(options.model.plan))},
+      {"base", task.base ? base_stamp(options.kl_base) : Json()},
+      {"chunks by layer", options.layer_chunks}};
+  identity.num_formats = report.rows.size();
+  identity.scored_per_chunk = model::scored_per_chunk(task.ctx);
+  identity.num_chunks = task.chunks();
+  return identity;
+}
+
+// What a run works on; all of it outlives the run.
+struct Work {
+  Console& console;
+  const Options& options;
+  const Task& task;
+  OpenModel& open;
+  const std::vector<KvChoice>& choices;
+  EvalState* state;  // null: nothing is kept
+};
+
+Status stop_if_asked() {
+  return Console::stop_requested() ? Status(Console::cancelled()) : Status();
+}
+
+Status measure(const Work& work, EvalReport& report) {
+  const Options& options = work.options;
+  const Task& task = work.task;
+  OpenModel& open = work.open;
+  const std::vector<KvChoice>& choices = work.choices;
+  EvalState* const state = work.state;
+  const int vocab = open.model->config().vocab_size;
+  std::vector<FormatCaches::Choice> formats;
+  for (const KvChoice& choice : choices) formats.push_back({choice.format, {}});
   KVANT_ASSIGN(FormatCaches caches,
                FormatCaches::create(options.model, open, formats, task.ctx, kLogitRows));
-  KVANT_ASSIGN(const auto writer, make_writer(options, task, config.vocab_size));
+  KVANT_ASSIGN(const auto writer, make_writer(options, task, vocab));
   ThreadPool pool(options.model.threads);
-  Progress progress(console, "evaluating", static_cast<int64_t>(task.tokens.size() * caches.size()),
-                    "tokens");
+  Progress progress(work.console, "evaluating",
+                    static_cast<int64_t>(task.tokens.size() * caches.size()), "tokens");
+  std::vector<double> bits(caches.size());
 
   model::EvalRequest request;
   request.tokens = task.tokens;
   request.ctx = task.ctx;
   request.bos = chunk_bos(open);
-  request.vocab = config.vocab_size;
+  request.vocab = vocab;
   request.sources = caches.sources();
   request.base = task.base ? &*task.base : nullptr;
   request.save = writer.get();
   request.pool = &pool;
+  if (state != nullptr && state->data().chunks > 0) {
+    request.done = state->data().scores;
+    bits = state->data().bits_per_value;
+    work.console.note(fmt::format("'{}' has {} of {} chunks", options.resume, state->data().chunks,
+                                  task.chunks()));
+  }
+  request.on_chunk = [&](int64_t chunk, std::span<const model::TokenScores> scores) -> Status {
+    for (size_t i = 0; i < bits.size(); ++i) bits[i] = caches[i].cache().bytes().bits_per_value();
+    return state != nullptr ? state->add_chunk(chunk, scores, bits) : Status();
+  };
   request.on_progress = [&](const model::EvalProgress& now) -> Status {
     progress.update(now.tokens_done,
                     now.first_ppl > 0 ? fmt::format("ppl {:.3f}", now.first_ppl) : std::string());
-    return Console::stop_requested() ? Status(Console::cancelled()) : Status();
+    return stop_if_asked();
   };
-  KVANT_ASSIGN(const std::vector<model::EvalSummary> summaries, model::evaluate(request));
+  KVANT_ASSIGN(const model::EvalResult result, model::evaluate(request));
   if (writer) KVANT_TRY(writer->finish());
-  for (size_t i = 0; i < rows.size(); ++i) {
-    rows[i].summary = summaries[i];
-    rows[i].bits_per_value = caches[i].cache().bytes().bits_per_value();
+  for (size_t i = 0; i < report.rows.size(); ++i) {
+    report.rows[i].summary = result.summaries[i];
+    report.rows[i].bits_per_value = bits[i];
   }
+  report.tokens_scored = result.summaries[0].num_tokens;
+  add_details(report, result.scores);
   return {};
 }
 
-Json row_json(const Row& row) {
-  const model::EvalSummary& summary = row.summary;
-  return {{"kv", row.kv.asked},
-          {"kv_resolved", row.kv.resolved},
-          {"bits_per_value", row.bits_per_value},
-          {"bits_per_value_asymptotic", row.bits_per_value_asymptotic},
-          {"ppl", summary.ppl},
-          {"nll", summary.nll},
-          {"delta_nll", summary.delta_nll},
-          {"delta_nll_low", summary.delta_nll_low},
-          {"delta_nll_high", summary.delta_nll_high},
-          {"kl_mean", summary.kl_mean},
-          {"kl_median", summary.kl_median},
-          {"kl_p99", summary.kl_p99},
-          {"top1", summary.top1}};
+Status measure_by_layer(const Work& work, EvalReport& report) {
+  const Options& options = work.options;
+  const Task& task = work.task;
+  OpenModel& open = work.open;
+  const std::vector<KvChoice>& choices = work.choices;
+  EvalState* const state = work.state;
+  std::vector<LayerRequest> requests(choices.size());
+  int64_t total = 0;
+  for (size_t i = 0; i < choices.size(); ++i) {
+    LayerRequest& request = requests[i];
+    request.format = choices[i].format;
+    request.ctx = task.ctx;
+    request.bos = chunk_bos(open);
+    request.tokens =
+        std::span(task.tokens)
+            .first(static_cast<size_t>(std::min(options.layer_chunks, task.chunks()) * task.ctx));
+    if (request.format.is_bf16()) continue;
+    for (int layer = 0; layer < open.model->config().num_layers; ++layer) {
+      const auto known = state != nullptr ? state->layer(i, layer) : std::nullopt;
+      if (known) {
+        report.rows[i].layers.push_back(*known);
+      } else {
+        request.layers.push_back(layer);
+      }
+    }
+    total += layer_tokens(request);
+  }
+  Progress progress(work.console, "evaluating layer by layer", total, "tokens");
+  int64_t done = 0;
+  for (size_t i = 0; i < requests.size(); ++i) {
+    requests[i].on_tokens = [&](int64_t tokens) -> Status {
+      progress.update(done += tokens, choices[i].asked);
+      return stop_if_asked();
+    };
+    requests[i].on_layer = [&](const LayerError& error) -> Status {
+      report.rows[i].layers.push_back(error);
+      return state != nullptr ? state->add_layer(i, error) : Status();
+    };
+    KVANT_TRY(measure_layers(options.model, open, requests[i]));
+  }
+  report.layer_chunks = std::min(options.layer_chunks, task.chunks());
+  return {};
 }
 
-std::string table_text(const std::vector<Row>& rows) {
-  Table table({"kv", "bits/value", "ppl", "ΔNLL [95 % interval]", "KL mean", "KL median", "KL 99 %",
-               "top-1"});
-  for (const Row& row : rows) {
-    const model::EvalSummary& summary = row.summary;
-    table.add_row({row.kv.asked, fmt::format("{:.2f}", row.bits_per_value),
-                   fmt::format("{:.4f}", summary.ppl),
-                   fmt::format("{:+.4f} [{:+.4f}, {:+.4f}]", summary.delta_nll,
-                               summary.delta_nll_low, summary.delta_nll_high),
-                   fmt::format("{:.5f}", summary.kl_mean), fmt::format("{:.5f}", summary.kl_median),
-                   fmt::format("{:.5f}", summary.kl_p99),
-                   fmt::format("{:.2f} %", 100 * summary.top1)});
+// The command that gives the same numbers.
+std::string command_line(const Options& options, const Task& task,
+                         const std::vector<KvChoice>& choices) {
+  std::string line = fmt::format("kvant eval {}", options.model.model);
+  std::vector<std::string> names;
+  for (const KvChoice& choice : choices) names.push_back(choice.asked);
+  line +=
+      fmt::format(" --kv {} --ctx {} --chunks {}", fmt::join(names, ","), task.ctx, task.chunks());
+  if (options.model.page_tokens != 64) {
+    line += fmt::format(" --page-tokens {}", options.model.page_tokens);
   }
-  return table.str();
+  if (!options.text.empty()) line += " --text " + options.text;
+  if (!options.kl_base.empty()) line += " --kl-base " + options.kl_base;
+  if (!options.model.plan.empty()) line += " --plan " + options.model.plan;
+  if (options.layer_chunks > 0) line += fmt::format(" --by-layer {}", options.layer_chunks);
+  return line;
 }
 
-Status report(Console& console, const Options& options, const Task& task,
-              const std::vector<Row>& rows) {
-  const int64_t scored = rows[0].summary.num_tokens;
-  const std::string base = task.base ? options.kl_base : rows[0].kv.asked;
-  if (!console.json()) {
-    console.note(fmt::format("{} chunks of {} tokens, {} tokens scored; ΔNLL and KL relative to {}",
-                             task.chunks(), task.ctx, scored, base));
-    return console.print(table_text(rows));
+EvalReport empty_report(const Options& options, const Task& task, const OpenModel& open,
+                        const std::vector<KvChoice>& choices) {
+  EvalReport report;
+  report.command = command_line(options, task, choices);
+  report.model = options.model.model;
+  report.text = options.text.empty() && !task.base ? kRegistersName : options.text;
+  report.base_is_row = !task.base;
+  report.base = task.base ? options.kl_base : choices[0].asked;
+  report.ctx = task.ctx;
+  report.chunks = task.chunks();
+  report.page_tokens = options.model.page_tokens;
+  for (const KvChoice& choice : choices) {
+    EvalRow row;
+    row.kv = choice.asked;
+    row.kv_resolved = choice.resolved;
+    row.bits_per_value_asymptotic = formats::asymptotic_bits_per_value(
+        choice.format, open.model->config().head_dim, options.model.page_tokens);
+    report.rows.push_back(std::move(row));
   }
-  Json object = json_object("eval");
-  object["model"] = options.model.model;
-  object["text"] = options.text.empty() && !task.base ? kRegistersName : options.text;
-  object["ctx"] = task.ctx;
-  object["chunks"] = task.chunks();
-  object["tokens_scored"] = scored;
-  object["base"] = base;
-  Json results = Json::array();
-  for (const Row& row : rows) results.push_back(row_json(row));
-  object["results"] = std::move(results);
-  return print_json(console, object);
+  return report;
 }
 
 Status run(Console& console, const Options& options) {
-  KVANT_ASSIGN(std::vector<KvChoice> choices, parse_kv(options.kv));
-  std::vector<Row> rows(choices.size());
-  for (size_t i = 0; i < rows.size(); ++i) rows[i].kv = std::move(choices[i]);
+  if (!options.resume.empty() && !options.save_logits.empty()) {
+    return Error(ErrorCode::kInvalidArgument,
+                 "--save-logits needs the predictions of all chunks and --resume keeps only their "
+                 "scores: give one of them");
+  }
+  KVANT_ASSIGN(const std::vector<KvChoice> choices, parse_kv(options.kv));
+  if (!options.report.empty()) KVANT_TRY(make_report_folder(options.report));
   KVANT_ASSIGN(OpenModel open, open_model(console, options.model));
   KVANT_ASSIGN(const Task task, make_task(options, open));
   Options sized = options;
   sized.model.context = task.ctx;
-  KVANT_TRY(measure(console, sized, task, open, rows));
-  return report(console, options, task, rows);
+  EvalReport report = empty_report(options, task, open, choices);
+  std::unique_ptr<EvalState> state;
+  if (!options.resume.empty()) {
+    KVANT_ASSIGN(const EvalIdentity identity, identity_of(options, task, open, report));
+    KVANT_ASSIGN(state, EvalState::open(options.resume, identity));
+  }
+  const Work work = {console, sized, task, open, choices, state.get()};
+  KVANT_TRY(measure(work, report));
+  if (options.layer_chunks > 0) KVANT_TRY(measure_by_layer(work, report));
+  if (!options.report.empty()) {
+    KVANT_TRY(write_eval_report(report, options.report));
+    console.note(fmt::format("report: {}/report.html and report.md", options.report));
+  }
+  if (console.json()) return print_json(console, eval_json(report));
+  console.note(fmt::format("{} chunks of {} tokens, {} tokens scored; ΔNLL and KL relative to {}",
+                           report.chunks, report.ctx, report.tokens_scored, report.base));
+  return console.print(eval_table(report));
 }
 
 CommandBody define(CLI::App& app) {
@@ -250,6 +369,16 @@ CommandBody define(CLI::App& app) {
                  "Compare with this logits file (from --save-logits, llama-perplexity or "
                  "bench/quality/exact_base.py) instead of the first format")
       ->type_name("FILE");
+  app.add_option("--report", options->report,
+                 "Write a report with plots into this folder: report.html, report.md, report.json")
+      ->type_name("DIR");
+  app.add_option("--by-layer", options->layer_chunks,
+                 "Also quantise one layer at a time, over the first N chunks")
+      ->type_name("N")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 24));
+  app.add_option("--resume", options->resume,
+                 "Keep what is finished in this file, and go on from there if it exists")
+      ->type_name("FILE");
   return [options](Console& console) { return run(console, *options); };
 }
 
@@ -261,6 +390,7 @@ const Command eval_command = {
     .examples =
         "kvant eval model.gguf --kv bf16,8bit,4bit\n"
         "kvant eval model.gguf --kv bf16,8bit,4bit --text wiki.txt --chunks 16\n"
+        "kvant eval model.gguf --kv bf16,8bit,4bit --by-layer 1 --report out --resume out.state\n"
         "kvant eval model.gguf --kv bf16 --text wiki.txt --save-logits base.kld\n"
         "kvant eval model.gguf --kv nvfp4,4bit --kl-base base.kld --json",
     .define = define,

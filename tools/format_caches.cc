@@ -5,11 +5,13 @@
 namespace kvant::tools {
 
 Result<FormatCaches> FormatCaches::create(const ModelOptions& options, OpenModel& open,
-                                          std::span<const formats::CacheFormat> formats,
-                                          int64_t context, int logit_rows) {
+                                          std::span<const Choice> choices, int64_t context,
+                                          int logit_rows) {
   FormatCaches result;
-  for (const formats::CacheFormat& format : formats) {
-    KVANT_ASSIGN(model::RuntimeOptions runtime, runtime_options(options, open, format, context));
+  for (const Choice& choice : choices) {
+    KVANT_ASSIGN(model::RuntimeOptions runtime,
+                 runtime_options(options, open, choice.format, context));
+    runtime.layer_formats = choice.layers;
     runtime.max_logit_rows = logit_rows;
     if (result.caches_.empty()) KVANT_TRY(open.model->reserve(runtime));
     KVANT_ASSIGN(auto cache, open.model->create_cache(runtime));

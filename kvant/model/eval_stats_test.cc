@@ -110,5 +110,84 @@ TEST(Summarize, IntervalIsPairedAndOfTheRightWidth) {
   }
 }
 
+TokenScores random_scores(size_t n, uint32_t seed, double kl) {
+  std::mt19937 random(seed);
+  std::exponential_distribution<double> exponential(1 / kl);
+  TokenScores scores;
+  for (size_t i = 0; i < n; ++i) {
+    scores.kl.push_back(static_cast<float>(exponential(random)));
+    scores.nll.push_back(3 + exponential(random));
+    scores.delta_nll.push_back(exponential(random) - kl);
+    scores.same_top.push_back(random() % 2);
+  }
+  return scores;
+}
+
+TEST(Summarize, BracketsTheMeanKl) {
+  const EvalSummary summary = summarize(random_scores(4000, 1, 0.01), 1000);
+  EXPECT_LT(summary.kl_low, summary.kl_mean);
+  EXPECT_GT(summary.kl_high, summary.kl_mean);
+  // 1.96 standard errors of independent values with a standard deviation of the mean.
+  EXPECT_NEAR(summary.kl_high - summary.kl_mean, 1.96 * 0.01 / std::sqrt(4000.0), 1e-4);
+}
+
+TEST(CompareKl, TellsFormatsApart) {
+  const TokenScores a = random_scores(2000, 1, 0.010);
+  const TokenScores worse = random_scores(2000, 2, 0.013);
+  const KlDifference clear = compare_kl(worse, a, 500);
+  EXPECT_GT(clear.low, 0);
+  EXPECT_LT(clear.p, 0.01);
+  EXPECT_NEAR(clear.mean, 0.003, 0.001);
+  const KlDifference mirrored = compare_kl(a, worse, 500);
+  EXPECT_NEAR(mirrored.mean, -clear.mean, 1e-12);
+  EXPECT_EQ(mirrored.p, clear.p);
+  // The same values with noise that the pairing removes.
+  TokenScores shifted = a;
+  for (float& kl : shifted.kl) kl += 1e-5f;
+  EXPECT_LT(compare_kl(shifted, a, 500).p, 0.01);
+  EXPECT_EQ(compare_kl(a, a, 500).p, 1);
+  // No difference: mostly not significant.
+  int significant = 0;
+  for (uint32_t seed = 10; seed < 30; ++seed) {
+    significant +=
+        compare_kl(random_scores(500, seed, 0.01), random_scores(500, seed + 100, 0.01), 500).p <
+        0.05;
+  }
+  EXPECT_LE(significant, 4);
+}
+
+TEST(ByPosition, AveragesOverChunks) {
+  TokenScores scores;
+  for (int chunk = 0; chunk < 2; ++chunk) {
+    for (int i = 0; i < 7; ++i) {
+      scores.kl.push_back(static_cast<float>(i + chunk));
+      scores.delta_nll.push_back(-i);
+      scores.nll.push_back(1);
+      scores.same_top.push_back(1);
+    }
+  }
+  const std::vector<PositionBin> bins = by_position(scores, 7, 8, 3);
+  ASSERT_EQ(bins.size(), 3u);  // of 3, 3 and 1 positions
+  EXPECT_EQ(bins[0].first, 8);
+  EXPECT_EQ(bins[0].last, 10);
+  EXPECT_EQ(bins[0].num_tokens, 6);
+  EXPECT_EQ(bins[0].kl_mean, 1.5);
+  EXPECT_EQ(bins[1].delta_nll, -4);
+  EXPECT_EQ(bins[2].first, 14);
+  EXPECT_EQ(bins[2].last, 14);
+  EXPECT_EQ(bins[2].kl_mean, 6.5);
+  EXPECT_EQ(by_position(scores, 7, 8, 100).size(), 7u);
+}
+
+TEST(TokenScores, PartsMakeTheWhole) {
+  const TokenScores whole = random_scores(10, 3, 1);
+  TokenScores joined = part(whole, 0, 4);
+  append(joined, part(whole, 4, 6));
+  EXPECT_EQ(joined.nll, whole.nll);
+  EXPECT_EQ(joined.delta_nll, whole.delta_nll);
+  EXPECT_EQ(joined.kl, whole.kl);
+  EXPECT_EQ(joined.same_top, whole.same_top);
+}
+
 }  // namespace
 }  // namespace kvant::model

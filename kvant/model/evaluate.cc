@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <utility>
 
 #include "kvant/base/check.h"
 
@@ -30,7 +31,7 @@ class Evaluation {
  public:
   explicit Evaluation(const EvalRequest& request)
       : request_(request),
-        scored_(request.ctx - 1 - request.ctx / 2),
+        scored_(scored_per_chunk(request.ctx)),
         max_rows_(std::clamp(kLogitsBufferBytes / (request.vocab * 4), int64_t{1}, kMaxRows)),
         chunk_(static_cast<size_t>(request.ctx)),
         base_(static_cast<size_t>(max_rows_ * request.vocab)),
@@ -41,20 +42,46 @@ class Evaluation {
     progress_.tokens_total = static_cast<int64_t>(request.tokens.size() * request.sources.size());
   }
 
-  Result<std::vector<EvalSummary>> run() {
+  Result<EvalResult> run() {
     const int64_t chunks = static_cast<int64_t>(request_.tokens.size()) / request_.ctx;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    if (!request_.done.empty()) take_done(chunks);
+    for (int64_t chunk = progress_.chunks_done; chunk < chunks; ++chunk) {
       KVANT_TRY(run_chunk(chunk));
       progress_.chunks_done = chunk + 1;
+      if (request_.on_chunk) KVANT_TRY(report_chunk(chunk));
     }
-    std::vector<EvalSummary> summaries;
-    for (const TokenScores& scores : scores_) {
-      summaries.push_back(summarize(scores, scored_));
+    EvalResult result;
+    result.scores = std::move(scores_);
+    for (const TokenScores& scores : result.scores) {
+      result.summaries.push_back(summarize(scores, scored_));
     }
-    return summaries;
+    return result;
   }
 
  private:
+  void take_done(int64_t chunks) {
+    scores_.assign(request_.done.begin(), request_.done.end());
+    for (const TokenScores& scores : scores_) {
+      KVANT_CHECK(scores.nll.size() == scores_[0].nll.size(), "scores of the same chunks");
+    }
+    const std::vector<double>& nll = scores_[0].nll;
+    progress_.chunks_done = static_cast<int64_t>(nll.size()) / scored_;
+    KVANT_CHECK(static_cast<int64_t>(nll.size()) % scored_ == 0 && progress_.chunks_done <= chunks,
+                "scores of whole chunks of this text");
+    first_nll_ = std::accumulate(nll.begin(), nll.end(), 0.0);
+    progress_.tokens_done =
+        progress_.chunks_done * request_.ctx * static_cast<int64_t>(scores_.size());
+    if (!nll.empty()) progress_.first_ppl = std::exp(first_nll_ / static_cast<double>(nll.size()));
+  }
+
+  Status report_chunk(int64_t chunk) const {
+    std::vector<TokenScores> of_chunk;
+    for (const TokenScores& scores : scores_) {
+      of_chunk.push_back(part(scores, chunk * scored_, scored_));
+    }
+    return request_.on_chunk(chunk, of_chunk);
+  }
+
   Status run_chunk(int64_t chunk) {
     const auto text =
         request_.tokens.subspan(static_cast<size_t>(chunk * request_.ctx), chunk_.size());
@@ -210,13 +237,16 @@ class Evaluation {
 
 }  // namespace
 
-Result<std::vector<EvalSummary>> evaluate(const EvalRequest& request) {
+Result<EvalResult> evaluate(const EvalRequest& request) {
   KVANT_CHECK(
       request.ctx >= 4 && !request.sources.empty() && request.pool != nullptr && request.vocab > 1,
       "a complete request");
   KVANT_CHECK(
       !request.tokens.empty() && request.tokens.size() % static_cast<size_t>(request.ctx) == 0,
       "whole chunks");
+  KVANT_CHECK(request.done.empty() ||
+                  (request.done.size() == request.sources.size() && request.save == nullptr),
+              "scores of every source, and nothing that needs the predictions behind them");
   for (const int32_t token : request.tokens) {
     if (token < 0 || token >= request.vocab) {
       return Error(

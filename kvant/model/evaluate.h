@@ -46,12 +46,26 @@ struct EvalRequest {
   const LogitsFile* base = nullptr;        // what KL and delta NLL refer to; null: the first source
   LogitsFileWriter* save = nullptr;        // receives the first source's predictions; null: none
   ThreadPool* pool = nullptr;
+  // Scores of the first chunks from an earlier run, [sources], or empty: evaluation goes on after
+  // them. Not together with `save`, which needs every prediction.
+  std::span<const TokenScores> done;
+  // Called after each chunk with its scores, [sources]; an error ends the evaluation. May be empty.
+  std::function<Status(int64_t chunk, std::span<const TokenScores> scores)> on_chunk;
   // Called after each step; an error (kCancelled) ends the evaluation and is returned.
   std::function<Status(const EvalProgress&)> on_progress;
 };
 
-// Summaries in the order of `sources`. Errors of the sources, the base, the writer and on_progress.
-Result<std::vector<EvalSummary>> evaluate(const EvalRequest& request);
+// Predictions that are scored in a chunk: its second half but for the last token's.
+constexpr int64_t scored_per_chunk(int64_t ctx) {
+  return ctx - 1 - ctx / 2;
+}
+
+struct EvalResult {
+  std::vector<TokenScores> scores;  // in the order of `sources`
+  std::vector<EvalSummary> summaries;
+};
+// Errors of the sources, the base, the writer and the callbacks.
+Result<EvalResult> evaluate(const EvalRequest& request);
 
 // The part of a text's tokens that is evaluated: whole chunks, at most `max_chunks` (0: all).
 // kInvalidArgument unless the text fills one chunk.

@@ -101,7 +101,7 @@ TEST_P(Evaluate, ScoresTheSecondHalfOfEachChunk) {
     EXPECT_EQ(whole->size(), static_cast<size_t>(2 * ctx));
     const auto result = evaluate(request(*whole, ctx, bos, sources));
     ASSERT_TRUE(result) << result.error().message();
-    const EvalSummary& summary = (*result)[0];
+    const EvalSummary& summary = result->summaries[0];
     EXPECT_EQ(summary.num_tokens, 2 * (ctx - 1 - ctx / 2));
     EXPECT_NEAR(summary.nll, expected_nll(tokens, ctx, bos), 1e-6);
     EXPECT_EQ(summary.kl_mean, 0);
@@ -120,10 +120,11 @@ TEST_F(Evaluate, ComparesWithTheFirstSource) {
   std::vector<LogitsSource*> sources = {&exact, &close, &exact, &far};
   const auto result = evaluate(request(tokens, 100, -1, sources));
   ASSERT_TRUE(result);
-  EXPECT_GT((*result)[1].kl_mean, 1e-5);
-  EXPECT_LT((*result)[1].kl_mean, (*result)[3].kl_mean);
-  EXPECT_LT((*result)[3].top1, 1);
-  EXPECT_NEAR((*result)[3].delta_nll, (*result)[3].nll - (*result)[0].nll, 1e-12);
+  EXPECT_GT(result->summaries[1].kl_mean, 1e-5);
+  EXPECT_LT(result->summaries[1].kl_mean, result->summaries[3].kl_mean);
+  EXPECT_LT(result->summaries[3].top1, 1);
+  EXPECT_NEAR(result->summaries[3].delta_nll, result->summaries[3].nll - result->summaries[0].nll,
+              1e-12);
 }
 
 TEST_F(Evaluate, ASavedBaseGivesTheSameComparison) {
@@ -150,12 +151,12 @@ TEST_F(Evaluate, ASavedBaseGivesTheSameComparison) {
   from_file.base = &*base;
   const auto compared = evaluate(from_file);
   ASSERT_TRUE(direct && compared);
-  EXPECT_NEAR((*compared)[0].kl_mean, 0, 5e-6);
-  EXPECT_NEAR((*compared)[0].delta_nll, 0, 1e-4);
-  EXPECT_NEAR((*compared)[1].kl_mean, (*direct)[1].kl_mean, 1e-5);
-  EXPECT_NEAR((*compared)[1].kl_p99, (*direct)[1].kl_p99, 1e-4);
-  EXPECT_NEAR((*compared)[1].delta_nll, (*direct)[1].delta_nll, 1e-4);
-  EXPECT_EQ((*compared)[1].top1, (*direct)[1].top1);
+  EXPECT_NEAR(compared->summaries[0].kl_mean, 0, 5e-6);
+  EXPECT_NEAR(compared->summaries[0].delta_nll, 0, 1e-4);
+  EXPECT_NEAR(compared->summaries[1].kl_mean, direct->summaries[1].kl_mean, 1e-5);
+  EXPECT_NEAR(compared->summaries[1].kl_p99, direct->summaries[1].kl_p99, 1e-4);
+  EXPECT_NEAR(compared->summaries[1].delta_nll, direct->summaries[1].delta_nll, 1e-4);
+  EXPECT_EQ(compared->summaries[1].top1, direct->summaries[1].top1);
   std::filesystem::remove(path);
 }
 
@@ -175,6 +176,52 @@ TEST_F(Evaluate, ReportsProgressAndStopsWhenAsked) {
   const auto result = evaluate(stopping);
   ASSERT_FALSE(result);
   EXPECT_EQ(result.error().code(), ErrorCode::kCancelled);
+}
+
+TEST_F(Evaluate, GoesOnAfterFinishedChunks) {
+  const std::vector<int32_t> tokens = text(400);
+  FakeSource exact;
+  FakeSource far(0.5f);
+  std::vector<LogitsSource*> sources = {&exact, &far};
+  const auto whole = evaluate(request(tokens, 100, -1, sources));
+  ASSERT_TRUE(whole);
+
+  std::vector<TokenScores> done(2);
+  EvalRequest interrupted = request(tokens, 100, -1, sources);
+  interrupted.on_chunk = [&](int64_t chunk, std::span<const TokenScores> scores) -> Status {
+    for (size_t i = 0; i < done.size(); ++i) append(done[i], scores[i]);
+    return chunk < 2 ? Status() : Status(Error(ErrorCode::kCancelled, "stop"));
+  };
+  ASSERT_FALSE(evaluate(interrupted));
+  ASSERT_EQ(done[0].nll.size(), 3u * 49);
+
+  EvalRequest rest = request(tokens, 100, -1, sources);
+  rest.done = done;
+  int restarts = exact.restarts;
+  int64_t first_progress = -1;
+  rest.on_progress = [&](const EvalProgress& progress) -> Status {
+    if (first_progress < 0) first_progress = progress.tokens_done;
+    EXPECT_GT(progress.first_ppl, 1);
+    return {};
+  };
+  const auto resumed = evaluate(rest);
+  ASSERT_TRUE(resumed);
+  EXPECT_EQ(exact.restarts - restarts, 1);  // only the fourth chunk
+  EXPECT_EQ(first_progress, 3 * 100 * 2 + 50);
+  for (size_t i = 0; i < 2; ++i) {
+    EXPECT_EQ(resumed->scores[i].nll, whole->scores[i].nll);
+    EXPECT_EQ(resumed->scores[i].kl, whole->scores[i].kl);
+    EXPECT_EQ(resumed->scores[i].same_top, whole->scores[i].same_top);
+    EXPECT_EQ(resumed->summaries[i].delta_nll_high, whole->summaries[i].delta_nll_high);
+  }
+
+  EvalRequest nothing_left = request(tokens, 100, -1, sources);
+  nothing_left.done = whole->scores;
+  restarts = exact.restarts;
+  const auto again = evaluate(nothing_left);
+  ASSERT_TRUE(again);
+  EXPECT_EQ(exact.restarts, restarts);
+  EXPECT_EQ(again->summaries[1].kl_mean, whole->summaries[1].kl_mean);
 }
 
 TEST_F(Evaluate, WrongInputIsAnError) {

@@ -52,11 +52,23 @@ backend::WorkspaceNeeds workspace_needs(const ModelConfig& config, const Runtime
   return needs;
 }
 
+// The backend must run every format that a layer has.
+Status check_formats(const backend::Backend& backend, const ModelConfig& config,
+                     const RuntimeOptions& runtime) {
+  const auto check = [&](const formats::CacheFormat& format) {
+    return backend.supports(format, config.head_dim, config.query_heads_per_kv_head());
+  };
+  KVANT_TRY(check(runtime.format));
+  for (const formats::CacheFormat& format : runtime.layer_formats) KVANT_TRY(check(format));
+  return {};
+}
+
 cache::CacheConfig cache_config(const ModelConfig& config, const backend::Backend& backend,
                                 const RuntimeOptions& runtime) {
   cache::CacheConfig cache;
   cache.layers = config.layer_geometry();
   cache.format = runtime.format;
+  cache.layer_formats = runtime.layer_formats;
   cache.plan = runtime.plan;
   cache.page_tokens = runtime.page_tokens;
   cache.layout = backend.info().page_layout;
@@ -82,7 +94,7 @@ Result<MemoryPlan> plan_memory(const ModelSource& source, const backend::Backend
                                const RuntimeOptions& runtime) {
   KVANT_TRY(check_runtime(runtime));
   const ModelConfig& config = source.config();
-  KVANT_TRY(backend.supports(runtime.format, config.head_dim, config.query_heads_per_kv_head()));
+  KVANT_TRY(check_formats(backend, config, runtime));
   MemoryPlan plan;
   KVANT_ASSIGN(plan.weights, plan_weights(source, backend));
   const cache::CacheConfig cache = cache_config(config, backend, runtime);
@@ -184,8 +196,7 @@ Result<std::unique_ptr<cache::KvCache>> Model::create_cache(const RuntimeOptions
                                                             Identity identity) const {
   const State& state = *state_;
   const ModelConfig& config = state.config();
-  KVANT_TRY(
-      state.backend->supports(runtime.format, config.head_dim, config.query_heads_per_kv_head()));
+  KVANT_TRY(check_formats(*state.backend, config, runtime));
   cache::CacheConfig cache = cache_config(config, *state.backend, runtime);
   std::string description = identity_json(config);
   if (identity == Identity::kWithWeights) {

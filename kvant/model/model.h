@@ -34,6 +34,9 @@ namespace kvant::model {
 // What buffers and caches are sized for.
 struct RuntimeOptions {
   formats::CacheFormat format;
+  // One for each layer, or empty: `format` for all. +sink, +recentN and +strict are those of
+  // `format`.
+  std::vector<formats::CacheFormat> layer_formats;
   const formats::QuantPlan* plan = nullptr;  // may be null; read when the cache is created
   int page_tokens = 64;
   int64_t context_tokens = 4096;  // longest sequence

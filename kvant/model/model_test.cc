@@ -73,6 +73,34 @@ TEST_P(AnyModel, ChunksDoNotChangeABit) {
   }
 }
 
+TEST_P(AnyModel, LayersMayHaveFormatsOfTheirOwn) {
+  Engine one = engine();
+  const std::vector<int32_t> tokens = random_tokens(90, kVocab, 4);
+  RuntimeOptions runtime = small_runtime("k=int4:channel,v=nvfp4");
+  const formats::CacheFormat quantised = runtime.format;
+  const formats::CacheFormat plain = must(formats::parse_cache_format("bf16"));
+  const size_t layers = static_cast<size_t>(one.model().config().num_layers);
+  const auto logits = [&](std::vector<formats::CacheFormat> formats) {
+    runtime.layer_formats = std::move(formats);
+    const auto cache = one.cache(runtime);
+    return one.logits(*cache, must(cache->add_sequence()), tokens, tokens.size());
+  };
+  const auto all = logits({});
+  EXPECT_EQ(logits(std::vector(layers, quantised)), all);
+  const auto none = logits(std::vector(layers, plain));
+  for (size_t layer = 0; layer < layers; ++layer) {
+    std::vector only(layers, plain);
+    only[layer] = quantised;
+    const auto some = logits(only);
+    EXPECT_NE(some, none) << layer;
+    EXPECT_NE(some, all) << layer;
+  }
+  runtime.layer_formats.pop_back();
+  const auto missing = one.model().create_cache(runtime);
+  ASSERT_FALSE(missing);
+  EXPECT_EQ(missing.error().code(), ErrorCode::kInvalidArgument);
+}
+
 TEST_P(AnyModel, ThreadsDoNotChangeABit) {
   Engine one = engine("cpu", 1);
   Engine three = engine("cpu", 3);

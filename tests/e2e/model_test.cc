@@ -1,8 +1,10 @@
 // What the commands that run a model promise, on SmolLM2: results, JSON fields, exit codes.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <nlohmann/json.hpp>
 #include <sstream>
 #include <string>
@@ -145,6 +147,68 @@ TEST_F(ModelCommands, EvalQuantisesAtAppend) {
   EXPECT_GT(rows[3]["kl_mean"], 1e-4);
   expect_error({"eval", model_, "--kv", "4bit+strict"}, 64, {"+strict", "int4:channel"});
   expect_error({"eval", model_, "--kv", "8bit+strict"}, 64, {"+strict", "one token", "+mean"});
+}
+
+TEST_F(ModelCommands, EvalGoesOnWhereItWasInterrupted) {
+  const std::string state = path("eval.state");
+  const std::vector<std::string> arguments = {"--kv",          "bf16,4bit", "--ctx",      "64",
+                                              "--chunks",      "6",         "--by-layer", "1",
+                                              "--page-tokens", "16"};
+  auto resumable = arguments;
+  resumable.insert(resumable.end(), {"--resume", state});
+  // Until a chunk is done.
+  ProgramOptions options;
+  auto command = resumable;
+  command.insert(command.begin(), {"eval", model_});
+  for (int wait = 400; wait < 60'000; wait += 200) {
+    options.interrupt_after_ms = wait;
+    const ProgramResult result = run_kvant(command, options);
+    ASSERT_EQ(result.exit_code, 130) << "done before it was interrupted: " << result.err;
+    std::ifstream in(state);
+    if (std::count(std::istreambuf_iterator<char>(in), {}, '\n') >= 2) break;
+  }
+  const json resumed = run_json("eval", resumable);
+  const json whole = run_json("eval", arguments);
+  EXPECT_EQ(resumed["results"], whole["results"]);
+  EXPECT_EQ(resumed["paired"], whole["paired"]);
+  EXPECT_EQ(run_json("eval", resumable)["results"], whole["results"]);  // with nothing left to do
+
+  const auto with = [&](const std::string& from, const std::string& to) {
+    auto changed = command;
+    std::replace(changed.begin(), changed.end(), from, to);
+    return changed;
+  };
+  expect_error(with("64", "128"), 64, {"another evaluation", "its ctx is 64, now it is 128"});
+  expect_error(with("bf16,4bit", "bf16,8bit"), 64, {"another evaluation", "kv"});
+  auto other_text = command;
+  other_text.insert(other_text.end(), {"--text", text_});
+  expect_error(other_text, 64, {"another evaluation", "text"});
+  expect_error({"eval", model_, "--resume", text_}, 65, {text_, "no state"});
+  expect_error({"eval", model_, "--resume", state, "--save-logits", path("x")}, 64);
+}
+
+TEST_F(ModelCommands, EvalWritesAReport) {
+  const std::string folder = path("out/report");
+  const json result =
+      run_json("eval", {"--kv", "bf16,8bit,4bit", "--ctx", "64", "--chunks", "2", "--page-tokens",
+                        "16", "--by-layer", "1", "--report", folder});
+  const json& row = result["results"][2];
+  ASSERT_EQ(row["by_layer"].size(), 30u);
+  for (const json& layer : row["by_layer"]) {
+    EXPECT_GT(layer["kl_mean"], 0);
+    EXPECT_LT(layer["kl_mean"], 0.05);
+  }
+  EXPECT_EQ(row["by_position"].front()["first"], 32);
+  EXPECT_EQ(row["by_position"].back()["last"], 62);
+  EXPECT_LT(row["kl_low"], row["kl_mean"]);
+  EXPECT_GT(row["kl_high"], row["kl_mean"]);
+  EXPECT_EQ(result["paired"].size(), 1u);
+  std::ifstream in(folder + "/report.json");
+  EXPECT_EQ(json::parse(in), result);
+  for (const char* name : {"report.md", "report.html", "kl-by-bits.svg", "kl-by-layer.svg"}) {
+    EXPECT_TRUE(fs::exists(folder + "/" + name)) << name;
+  }
+  expect_error({"eval", model_, "--report", text_}, 74, {text_});
 }
 
 TEST_F(ModelCommands, EvalRejectsWhatCannotBe) {
