@@ -8,9 +8,11 @@ namespace kvant::tools {
 
 // examples/data/registers.txt: prose, dialogue, dictionary, code and lists in turn.
 std::string_view registers_text();
-inline constexpr std::string_view kRegistersName = "bundled";  // as --json and reports call it
 
 // examples/data/novel.txt: prose of one kind.
 std::string_view novel_text();
+
+// What --json and reports call a text that is not a file.
+inline constexpr std::string_view kBundledName = "bundled";
 
 }  // namespace kvant::tools

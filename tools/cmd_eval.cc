@@ -299,7 +299,7 @@ EvalReport empty_report(const Options& options, const Task& task, const OpenMode
   EvalReport report;
   report.command = command_line(options, task, choices);
   report.model = options.model.model;
-  report.text = options.text.empty() && !task.base ? kRegistersName : options.text;
+  report.text = options.text.empty() && !task.base ? kBundledName : options.text;
   report.base_is_row = !task.base;
   report.base = task.base ? options.kl_base : choices[0].asked;
   report.ctx = task.ctx;

@@ -13,6 +13,7 @@ std::span<const Command* const> commands() {
       &run_command,
       &eval_command,
       &compare_command,
+      &needle_command,
       &plan_command,
       &bench_command,
       &tokenize_command,

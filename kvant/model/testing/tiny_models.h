@@ -26,6 +26,7 @@ struct TinyShape {
   int experts = 4;  // of qwen3moe
   formats::WeightType type = formats::WeightType::kQ8_0;
   uint32_t seed = 1;
+  bool tokenizer = false;  // one token a printable ASCII character; `vocab` is 100 or more then
 };
 
 inline std::vector<std::string> tiny_architectures() {
@@ -58,6 +59,7 @@ class TinyModelWriter {
       u32("expert_used_count", 2);
       u32("expert_feed_forward_length", 32);
     }
+    if (shape_.tokenizer) vocabulary();
     matrix("token_embd.weight", shape_.vocab, shape_.dim);
     for (int i = 0; i < shape_.layers; ++i) layer("blk." + std::to_string(i) + ".");
     norm("output_norm.weight", shape_.dim);
@@ -66,6 +68,23 @@ class TinyModelWriter {
   }
 
  private:
+  void vocabulary() {
+    std::vector<std::string> tokens = {"<s>", "</s>", "\u0120", "\u010A"};  // space and newline
+    for (char c = '!'; c <= '~'; ++c) tokens.emplace_back(1, c);
+    tokens.emplace_back("th");  // a byte-level vocabulary has at least one merge
+    while (static_cast<int>(tokens.size()) < shape_.vocab) {
+      tokens.push_back("<unused" + std::to_string(tokens.size()) + ">");
+    }
+    std::vector<int32_t> types(tokens.size(), 1);
+    types[0] = types[1] = 3;  // control tokens
+    builder_.string("tokenizer.ggml.model", "gpt2")
+        .string("tokenizer.ggml.pre", "gpt-2")
+        .strings("tokenizer.ggml.tokens", tokens)
+        .array("tokenizer.ggml.token_type", GgufValueType::kI32, types)
+        .strings("tokenizer.ggml.merges", {"t h"})
+        .u32("tokenizer.ggml.bos_token_id", 0)
+        .u32("tokenizer.ggml.eos_token_id", 1);
+  }
   bool is_moe() const { return arch_ == "qwen3moe"; }
   void u32(const std::string& key, int value) {
     builder_.u32(arch_ + "." + key, static_cast<uint32_t>(value));
