@@ -29,7 +29,7 @@ struct Row {
   int64_t depth = 0;
   Spread prefill;  // tokens per second
   Spread decode;
-  cache::CacheBytes cache;  // at the end of decoding
+  cache::CacheBytes cache;  // of the filled depth; at depth 0, at the end of decoding
 };
 
 // Any ids will do: speed does not depend on them. The same on every run.
@@ -50,7 +50,9 @@ class DepthBench {
 
   Status fill(std::span<const int32_t> tokens, const std::function<void(int64_t)>& on_step) {
     KVANT_ASSIGN(base_, cache_.add_sequence());
-    return extend(base_, tokens, 0, on_step);
+    KVANT_TRY(extend(base_, tokens, 0, on_step));
+    bytes_ = cache_.bytes();
+    return {};
   }
   // Tokens per second of `prompt` as one text after the filled depth.
   Result<double> prefill(std::span<const int32_t> prompt) {
@@ -70,7 +72,8 @@ class DepthBench {
     for (size_t i = 0; i < tokens.size() && done; ++i)
       done = extend(id, tokens.subspan(i, 1), 1, {});
     const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
-    bytes_ = cache_.bytes();
+    // Beside a filled sequence the copy's tokens would count without the pages that they share.
+    if (bytes_.tokens_now == 0) bytes_ = cache_.bytes();
     cache_.remove_sequence(id);
     KVANT_TRY(done);
     return static_cast<double>(tokens.size()) / seconds;
@@ -216,6 +219,7 @@ Status run(Console& console, const Options& options) {
 
 CommandBody define(CLI::App& app) {
   auto options = std::make_shared<Options>();
+  options->model.beyond_training = true;
   add_model_options(app, options->model);
   add_kv_option(app, options->kv, KvOption::kList);
   const auto count = CLI::Range(int64_t{0}, int64_t{1} << 24);

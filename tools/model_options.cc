@@ -181,7 +181,7 @@ Result<model::RuntimeOptions> runtime_options(const ModelOptions& options, const
   runtime.context_tokens = options.context > 0  ? options.context
                            : wanted_context > 0 ? wanted_context
                                                 : std::min(trained, kDefaultContext);
-  if (runtime.context_tokens > trained) {
+  if (runtime.context_tokens > trained && !options.beyond_training) {
     return Error(ErrorCode::kInvalidArgument,
                  fmt::format("a context of {} tokens; the model was trained for at most {}",
                              runtime.context_tokens, trained));

@@ -38,6 +38,7 @@ struct ModelOptions {
   int64_t context = 0;  // 0: not given
   int threads = 0;      // 0: one per processor
   bool deterministic = false;
+  bool beyond_training = false;  // longer contexts than trained for: where only speed counts
 };
 
 // Adds MODEL, --plan, --page-tokens, -c, -t, --deterministic, --weights, --device, --memory-limit.

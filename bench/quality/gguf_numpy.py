@@ -153,11 +153,21 @@ class Gguf:
     def __contains__(self, name):
         return name in self._tensors
 
-    def tensor(self, name):
-        dims, kind, offset = self._tensors[name]
+    def tensor_bytes(self):
+        """(name, bytes in the file) of all tensors."""
+        for name, (dims, kind, _) in self._tensors.items():
+            values, size, _ = self._block(name, kind)
+            yield name, int(np.prod(dims)) // values * size
+
+    @staticmethod
+    def _block(name, kind):
         if kind not in _BLOCKS:
             raise ValueError(f"tensor {name}: GGUF type {kind} is not supported")
-        values, size, dequantise = _BLOCKS[kind]
+        return _BLOCKS[kind]
+
+    def tensor(self, name):
+        dims, kind, offset = self._tensors[name]
+        values, size, dequantise = self._block(name, kind)
         count = int(np.prod(dims)) // values
         start = self._data + offset
         raw = self._bytes[start:start + count * size].reshape(count, size)
