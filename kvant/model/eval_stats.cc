@@ -173,9 +173,12 @@ KlDifference compare_kl(const TokenScores& a, const TokenScores& b, int64_t toke
       std::count_if(means.begin(), means.end(), [](double mean) { return mean <= 0; });
   KlDifference result;
   result.mean = mean_of(differences);
-  // The values themselves count as one more resample, so that p is never 0.
-  result.p = std::min(
-      1.0, 2 * static_cast<double>(std::min(up, down) + 1) / static_cast<double>(kResamples + 1));
+  // The values themselves count as one more resample, so that p is never 0. And resampling cannot
+  // show more than the signs of so many blocks could.
+  const double share =
+      static_cast<double>(std::min(up, down) + 1) / static_cast<double>(kResamples + 1);
+  const auto blocks = static_cast<double>(make_blocks(differences, tokens_per_chunk).size());
+  result.p = std::min(1.0, 2 * std::max(share, std::exp2(-blocks)));
   result.low = quantile(means, 0.025);
   result.high = quantile(means, 0.975);
   return result;

@@ -57,7 +57,9 @@ EvalSummary summarize(const TokenScores& scores, int64_t tokens_per_chunk);
 struct KlDifference {
   double mean = 0;           // of kl(a) - kl(b)
   double low = 0, high = 0;  // its 95 % interval, as above: each token's two values stay together
-  double p = 1;  // of the mean's sign, both sides; at least 2 / 2,001, as many as are resampled
+  // Of the mean's sign, both sides: at least 2 / 2,001, as many as are resampled, and 2 / 2^n of n
+  // resampled blocks.
+  double p = 1;
 };
 KlDifference compare_kl(const TokenScores& a, const TokenScores& b, int64_t tokens_per_chunk);
 

@@ -146,6 +146,8 @@ TEST(CompareKl, TellsFormatsApart) {
   for (float& kl : shifted.kl) kl += 1e-5f;
   EXPECT_LT(compare_kl(shifted, a, 500).p, 0.01);
   EXPECT_EQ(compare_kl(a, a, 500).p, 1);
+  // Two blocks say little, however far apart they are.
+  EXPECT_EQ(compare_kl(part(shifted, 0, 128), part(a, 0, 128), 64).p, 0.5);
   // No difference: mostly not significant.
   int significant = 0;
   for (uint32_t seed = 10; seed < 30; ++seed) {

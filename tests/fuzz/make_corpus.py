@@ -78,12 +78,23 @@ CONFIG = """{"model_type": "MODEL", "num_hidden_layers": 4, "hidden_size": 64, "
 "high_freq_factor": 4, "original_max_position_embeddings": 128}}"""
 
 
+def eval_state() -> bytes:
+    """A state of `kvant eval --resume` with two chunks and a layer, of the evaluation in eval_state_fuzz.cc."""
+    scores = {"nll": [1.5, 2.25, 3.0], "delta_nll": [-0.5, 0.0, 1e-9], "kl": [0.25, 1e-20, 0.0], "same_top": "101"}
+    lines = [{"kvant_eval_state": 1, "evaluation": {"ctx": 8}}]
+    lines += [{"chunk": chunk, "bits_per_value": [16.0, 4.75], "scores": [scores, scores]} for chunk in range(2)]
+    lines.append({"layer": 5, "format": 1, "kl_mean": 0.001, "delta_nll": -0.25})
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+
+
 def main() -> None:
     root = pathlib.Path(sys.argv[1])
     files = {
         "config_json/llama": CONFIG.replace("MODEL", "llama").encode(),
         "config_json/gemma3": CONFIG.replace("MODEL", "gemma3_text").encode(),
         "config_json/qwen3_moe": CONFIG.replace("MODEL", "qwen3_moe").encode(),
+        "eval_state/whole": eval_state(),
+        "eval_state/cut": eval_state()[:-9],
         "gguf/f32": gguf([("token_embd.weight", 0, (8, 3), 96), ("norm.weight", 0, (8,), 32)]),
         "gguf/q8_0": gguf([("blk.0.attn_q.weight", 8, (32, 2), 68)]),
         "gguf/q4_k": gguf([("blk.0.ffn_up.weight", 12, (256, 1), 144)]),
