@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "kvant/base/huge_page_arena.h"
 #include "kvant/base/mapped_file.h"
 #include "kvant/base/memory.h"
 #include "kvant/base/result.h"
@@ -60,6 +61,33 @@ TEST(ThreadPool, RethrowsAndStaysUsable) {
   std::atomic<int> sum{0};
   pool.parallel_for(10, [&](int64_t task, int) { sum += static_cast<int>(task); });
   EXPECT_EQ(sum.load(), 45);
+}
+
+TEST(HugePageArena, BuffersAreZeroAndApart) {
+  HugePageArena arena;
+  constexpr int64_t kSizes[] = {1, 4096, 5 << 20, 300 << 20, 12345};  // one is more than a mapping
+  std::vector<std::byte*> buffers;
+  for (const int64_t size : kSizes) {
+    auto* const buffer = static_cast<std::byte*>(arena.allocate(size));
+    ASSERT_NE(buffer, nullptr);
+    EXPECT_EQ(reinterpret_cast<uintptr_t>(buffer) % 4096, 0u);
+    for (const int64_t at : {int64_t{0}, size - 1}) EXPECT_EQ(buffer[at], std::byte{0});
+    for (const int64_t at : {int64_t{0}, size - 1}) buffer[at] = std::byte(buffers.size() + 1);
+    buffers.push_back(buffer);
+  }
+  for (size_t i = 0; i < buffers.size(); ++i) {
+    EXPECT_EQ(buffers[i][kSizes[i] - 1], std::byte(i + 1)) << i;
+  }
+  int elsewhere = 0;
+  EXPECT_FALSE(arena.deallocate(&elsewhere, sizeof(elsewhere)));
+  // What is left of a mapping keeps its bytes when a neighbour goes.
+  EXPECT_TRUE(arena.deallocate(buffers[1], kSizes[1]));
+  EXPECT_EQ(buffers[0][0], std::byte{1});
+  EXPECT_EQ(buffers[2][0], std::byte{3});
+  for (const size_t i : {0u, 2u, 3u, 4u}) EXPECT_TRUE(arena.deallocate(buffers[i], kSizes[i]));
+  auto* const again = static_cast<std::byte*>(arena.allocate(4096));
+  ASSERT_NE(again, nullptr);
+  EXPECT_EQ(*again, std::byte{0});
 }
 
 TEST(HostMemory, CountsAndLimits) {

@@ -9,6 +9,15 @@
 #include "kvant/base/check.h"
 
 namespace kvant {
+namespace {
+
+void* map(int64_t bytes) {
+  void* const pointer = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE,
+                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  return pointer == MAP_FAILED ? nullptr : pointer;
+}
+
+}  // namespace
 
 std::string_view memory_use_name(MemoryUse use) {
   switch (use) {
@@ -31,10 +40,9 @@ Result<void*> HostMemory::allocate(int64_t bytes, MemoryUse use) {
                      " in use, limit " + std::to_string(limit_bytes_) +
                      "; lower the context or raise the limit");
   }
-  // Anonymous mappings are zero-filled, page-aligned and given back to the system when freed.
-  void* pointer = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE,
-                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (pointer == MAP_FAILED) {
+  // Zero-filled, page-aligned and given back to the system when freed.
+  void* const pointer = use == MemoryUse::kWeights ? weights_.allocate(bytes) : map(bytes);
+  if (pointer == nullptr) {
     return Error(ErrorCode::kResourceExhausted,
                  "the system refused " + std::to_string(bytes) + " bytes for " +
                      std::string(memory_use_name(use)) + "; lower the context or free memory");
@@ -49,8 +57,10 @@ Result<void*> HostMemory::allocate(int64_t bytes, MemoryUse use) {
 
 void HostMemory::deallocate(void* pointer, int64_t bytes, MemoryUse use) {
   if (pointer == nullptr) return;
-  munmap(pointer, static_cast<size_t>(bytes));
   const std::lock_guard lock(mutex_);
+  if (use != MemoryUse::kWeights || !weights_.deallocate(pointer, bytes)) {
+    munmap(pointer, static_cast<size_t>(bytes));
+  }
   stats_.bytes_now[static_cast<size_t>(use)] -= bytes;
   stats_.total_now -= bytes;
 }

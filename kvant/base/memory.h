@@ -12,6 +12,7 @@
 #include <mutex>
 #include <string_view>
 
+#include "kvant/base/huge_page_arena.h"
 #include "kvant/base/result.h"
 
 namespace kvant {
@@ -55,8 +56,9 @@ class HostMemory final : public MemoryResource {
 
  private:
   const int64_t limit_bytes_;
-  mutable std::mutex mutex_;  // guards stats_
+  mutable std::mutex mutex_;  // guards what follows
   MemoryStats stats_;
+  HugePageArena weights_;  // every token reads all of them
 };
 
 // Owns one allocation of a MemoryResource, which must outlive it. Movable.
