@@ -150,9 +150,10 @@ class LlamaBench:
         return f"{os.path.basename(self._program)} {shlex.join(self._extra)}".strip() + (
             f", commit {self._commit}" if self._commit else "")
 
-    def _bench(self, cache, arguments):
+    def _bench(self, cache, arguments, repetitions=3):
         command = [self._program, "-m", self._model, *arguments, "-ctk", cache, "-ctv", cache, "-fa",
-                   "1", "-t", str(self._threads), "-r", "3", "-o", "json", *self._extra]
+                   "1", "-t", str(self._threads), "-r", str(repetitions), "-o", "json",
+                   *self._extra]
         output = _run(command, self.name)
         try:
             row = json.loads(output[output.index("["):])[-1]
@@ -165,7 +166,8 @@ class LlamaBench:
     def decode(self, cache, depth, tokens):
         if self._has_depth:
             return self._bench(cache, ["-p", "0", "-n", str(tokens), "-d", str(depth)])
-        return self._bench(cache, ["-p", "0", "-n", "0", "-gp", f"{depth},{tokens}"])
+        # Fills the context before each repetition; it warms up by itself.
+        return self._bench(cache, ["-p", "0", "-n", "0", "-gp", f"{depth},{tokens}"], 1)
 
     def prefill(self, cache, tokens):
         return self._bench(cache, ["-p", str(tokens), "-n", "0"])
