@@ -15,6 +15,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 
 PEER_CACHES = ("f16", "q8_0", "q4_0")
 
@@ -137,7 +138,7 @@ class LlamaBench:
             raise EngineError(f"--peer {argument}: expected NAME=PROGRAM [ARGUMENTS...]")
         self.name = name
         self.caches = PEER_CACHES
-        self._program, self._extra = words[0], words[1:]
+        self._program, self._extra = os.path.abspath(words[0]), words[1:]
         self._model, self._threads = model, threads
         text = _run([self._program, "--help"], name)
         self._has_depth = "--n-depth" in text
@@ -180,8 +181,9 @@ class LlamaBench:
                    str(chunks), "-b", str(batch), "-ub", str(batch), "-fa", "on", "-ctk", cache,
                    "-ctv", cache, "-t", str(self._threads), *_without_bench_options(self._extra)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace",
-                                  check=False)
+            with tempfile.TemporaryDirectory() as folder:  # it leaves a log where it runs
+                done = subprocess.run(command, capture_output=True, text=True, errors="replace",
+                                      check=False, cwd=folder)
         except OSError as error:
             raise EngineError(f"cannot start {command[0]}: {error.strerror}") from error
         found = re.search(r"Final estimate: PPL.*? = ([0-9.]+|-?nan)", done.stdout + done.stderr)

@@ -72,6 +72,8 @@ def parse(arguments):
                      + ", ".join(engines.PEER_CACHES))
     if not os.path.exists(options.model):
         parser.error(f"{options.model} does not exist")
+    options.model = os.path.abspath(options.model)
+    options.text = os.path.abspath(options.text) if options.text else None
     return options
 
 
