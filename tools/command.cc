@@ -14,6 +14,7 @@ std::span<const Command* const> commands() {
       &eval_command,
       &compare_command,
       &needle_command,
+      &calibrate_command,
       &plan_command,
       &bench_command,
       &tokenize_command,

@@ -41,6 +41,7 @@ extern const Command run_command;
 extern const Command eval_command;
 extern const Command compare_command;
 extern const Command needle_command;
+extern const Command calibrate_command;
 extern const Command plan_command;
 extern const Command bench_command;
 extern const Command tokenize_command;

@@ -124,13 +124,8 @@ Result<std::optional<formats::QuantPlan>> open_plan(Console& console, const Mode
                                                     const model::ModelSource& source) {
   if (options.plan.empty()) return std::optional<formats::QuantPlan>();
   KVANT_ASSIGN(formats::QuantPlan plan, formats::QuantPlan::load(options.plan));
-  const std::string geometry = source.config().geometry_id();
-  if (plan.geometry_id != geometry) {
-    return Error(
-        ErrorCode::kInvalidArgument,
-        fmt::format("{} was made for a model of geometry '{}', this one is '{}'; use the plan "
-                    "of this model",
-                    options.plan, plan.geometry_id, geometry));
+  if (Status fits = model::check_plan_geometry(plan, source.config()); !fits) {
+    return fits.error().with_context(options.plan);
   }
   KVANT_ASSIGN(const model::Sha256 weights, model::weights_id(source, model::default_cache_dir()));
   if (plan.weights_id != model::to_hex(weights)) {
@@ -142,8 +137,23 @@ Result<std::optional<formats::QuantPlan>> open_plan(Console& console, const Mode
   return std::optional<formats::QuantPlan>(std::move(plan));
 }
 
+void warn_of_left_out_scales(Console& console, const std::string& file,
+                             const formats::QuantPlan& plan, const formats::CacheFormat& format) {
+  const auto fitted = formats::fit_plan(plan, format);
+  if (!fitted || (!fitted->k_scales_left_out && !fitted->v_scales_left_out)) return;
+  const std::string name = formats::canonical_name(format);
+  console.warn(fmt::format(
+      "the scales of {} in {} are for {} and do not fit {}, which uses 1 instead; for its own: "
+      "kvant calibrate --kv {}",
+      !fitted->v_scales_left_out   ? "keys"
+      : !fitted->k_scales_left_out ? "values"
+                                   : "keys and values",
+      file, plan.kv, name, name));
+}
+
 Result<OpenModel> open_model(Console& console, const ModelOptions& options) {
   OpenModel open;
+  open.console = &console;
   KVANT_ASSIGN(std::unique_ptr<model::ModelSource> source, open_source(options));
   KVANT_ASSIGN(open.backend, open_backend(options));
   KVANT_ASSIGN(open.plan, open_plan(console, options, *source));
@@ -175,6 +185,10 @@ Result<model::RuntimeOptions> runtime_options(const ModelOptions& options, const
   model::RuntimeOptions runtime;
   runtime.format = format;
   runtime.plan = open.plan ? &*open.plan : nullptr;
+  if (open.plan && std::exchange(open.warned_of, formats::canonical_name(format)) !=
+                       formats::canonical_name(format)) {
+    warn_of_left_out_scales(*open.console, options.plan, *open.plan, format);
+  }
   runtime.page_tokens = options.page_tokens;
   const int64_t trained = model.config().context_length;
   const bool chosen = options.context > 0 || wanted_context > 0;

@@ -65,11 +65,17 @@ Result<std::unique_ptr<backend::Backend>> open_backend(const ModelOptions& optio
 Result<std::optional<formats::QuantPlan>> open_plan(Console& console, const ModelOptions& options,
                                                     const model::ModelSource& source);
 
+// Warns if `format` would read scales that are in the plan but were measured on other values.
+void warn_of_left_out_scales(Console& console, const std::string& file,
+                             const formats::QuantPlan& plan, const formats::CacheFormat& format);
+
 struct OpenModel {
   std::unique_ptr<backend::Backend> backend;
   std::unique_ptr<model::Model> model;
   std::optional<model::Tokenizer> tokenizer;  // none with random weights
   std::optional<formats::QuantPlan> plan;
+  Console* console = nullptr;     // where warnings go
+  mutable std::string warned_of;  // the format of the last one, which is not repeated
 };
 // Loads the weights, with progress.
 Result<OpenModel> open_model(Console& console, const ModelOptions& options);

@@ -1,7 +1,9 @@
 // Quantisation plan: which format each layer's K and V use, with scales, biases and factors.
 //
 // The output of calibration; a safetensors file (codecs.md section 6). Without a plan every layer
-// uses the format asked for with g = 1. Plain data.
+// uses the format asked for with g = 1. Plain data. Biases and scales are those of the values that
+// `kv` encodes (after +smooth and +rot, scales also after +bias or +mean): fit_plan makes them
+// those of another format.
 #pragma once
 
 #include <cstddef>
@@ -56,5 +58,22 @@ struct QuantPlan {
 // or implausible.
 Status check_plan(const QuantPlan& plan, const CacheFormat& format, int num_layers,
                   int num_kv_heads, int head_dim);
+
+// A plan made for one format as another needs it.
+struct FittedPlan {
+  QuantPlan plan;
+  // Scales that the plan has and the format would read, but which were measured on other values
+  // than the format encodes (other options of that side, or without the first page): left out, g
+  // = 1.
+  bool k_scales_left_out = false;
+  bool v_scales_left_out = false;
+};
+
+// Biases move to the frame of `format` (through the plan's factors and the rotation, in fp32; not a
+// bit changes where the frame is the same). Scales per KV head become one where the format reads
+// one. kCorruptData if plan.kv is no format or its factors are missing, kInvalidArgument if biases
+// or factors of keys before RoPE are wanted after it or the other way round. Call check_plan on the
+// result.
+Result<FittedPlan> fit_plan(const QuantPlan& plan, const CacheFormat& format);
 
 }  // namespace kvant::formats

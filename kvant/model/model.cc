@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <optional>
 #include <utility>
 
 #include "kvant/base/check.h"
@@ -63,13 +64,37 @@ Status check_formats(const backend::Backend& backend, const ModelConfig& config,
   return {};
 }
 
+// The plan as the layers' formats read it, checked against the model; nothing without a plan.
+Result<std::optional<formats::QuantPlan>> fitted_plan(const ModelConfig& config,
+                                                      const RuntimeOptions& runtime) {
+  if (runtime.plan == nullptr) return std::optional<formats::QuantPlan>();
+  KVANT_TRY(check_plan_geometry(*runtime.plan, config));
+  const auto fit = [&](const formats::CacheFormat& format) -> Result<formats::QuantPlan> {
+    KVANT_ASSIGN(formats::FittedPlan fitted, formats::fit_plan(*runtime.plan, format));
+    KVANT_TRY(formats::check_plan(fitted.plan, format, config.num_layers, config.num_kv_heads,
+                                  config.head_dim));
+    fitted.plan.layers.resize(config.num_layers);  // a file lists only layers that have something
+    return std::move(fitted.plan);
+  };
+  KVANT_ASSIGN(formats::QuantPlan plan, fit(runtime.format));
+  const size_t layers = std::min(runtime.layer_formats.size(), plan.layers.size());
+  for (size_t i = 0; i < layers; ++i) {
+    if (runtime.layer_formats[i] == runtime.format) continue;
+    KVANT_ASSIGN(const formats::QuantPlan other, fit(runtime.layer_formats[i]));
+    plan.layers[i] = other.layers[i];
+  }
+  return std::optional(std::move(plan));
+}
+
+// `plan` is copied from when the cache is created.
 cache::CacheConfig cache_config(const ModelConfig& config, const backend::Backend& backend,
-                                const RuntimeOptions& runtime) {
+                                const RuntimeOptions& runtime,
+                                const std::optional<formats::QuantPlan>& plan) {
   cache::CacheConfig cache;
   cache.layers = config.layer_geometry();
   cache.format = runtime.format;
   cache.layer_formats = runtime.layer_formats;
-  cache.plan = runtime.plan;
+  cache.plan = plan ? &*plan : nullptr;
   cache.page_tokens = runtime.page_tokens;
   cache.layout = backend.info().page_layout;
   cache.max_tokens = runtime.total_tokens > 0 ? runtime.total_tokens
@@ -80,6 +105,14 @@ cache::CacheConfig cache_config(const ModelConfig& config, const backend::Backen
 }
 
 }  // namespace
+
+Status check_plan_geometry(const formats::QuantPlan& plan, const ModelConfig& config) {
+  if (plan.geometry_id == config.geometry_id()) return {};
+  return Error(ErrorCode::kInvalidArgument,
+               fmt::format("the plan was made for a model of geometry '{}', this one is '{}'; use "
+                           "the plan of this model, or make one (`kvant calibrate`)",
+                           plan.geometry_id, config.geometry_id()));
+}
 
 int64_t MemoryPlan::total() const {
   return weights.matrices + weights.parameters + cache.stored_pages_reserved +
@@ -97,7 +130,8 @@ Result<MemoryPlan> plan_memory(const ModelSource& source, const backend::Backend
   KVANT_TRY(check_formats(backend, config, runtime));
   MemoryPlan plan;
   KVANT_ASSIGN(plan.weights, plan_weights(source, backend));
-  const cache::CacheConfig cache = cache_config(config, backend, runtime);
+  KVANT_ASSIGN(const auto quant_plan, fitted_plan(config, runtime));
+  const cache::CacheConfig cache = cache_config(config, backend, runtime, quant_plan);
   KVANT_ASSIGN(plan.cache, cache::plan_cache_bytes(cache));
   KVANT_ASSIGN(plan.groups, cache::plan_group_bytes(cache));
   plan.activations =
@@ -124,8 +158,12 @@ struct Model::State {
   std::vector<cache::StepSequence> step_sequences;
   std::vector<float> logits;  // [vocab_size], on the host
 
+  LayerObserver observer;                                 // may be empty
+  std::vector<float> observed_q, observed_k, observed_v;  // LayerRows
+
   const ModelConfig& config() const { return source->config(); }
   Status collect(std::span<const ForwardSequence> sequences, const cache::KvCache& cache);
+  Status observe(const StepContext& step, int layer);
   Status run_layers(const cache::KvCache& cache, const std::atomic<bool>* cancel, Activations& act);
   Status run_head(const Activations& act, const LogitsSink& sink);
   Status deliver(int64_t row, const void* activations_row, const LogitsSink& sink);
@@ -164,6 +202,10 @@ int64_t Model::context_tokens() const {
   return state_->runtime.context_tokens;
 }
 
+void Model::set_observer(LayerObserver observer) {
+  state_->observer = std::move(observer);
+}
+
 Status Model::reserve(const RuntimeOptions& runtime) {
   KVANT_TRY(check_runtime(runtime));
   State& state = *state_;
@@ -197,7 +239,8 @@ Result<std::unique_ptr<cache::KvCache>> Model::create_cache(const RuntimeOptions
   const State& state = *state_;
   const ModelConfig& config = state.config();
   KVANT_TRY(check_formats(*state.backend, config, runtime));
-  cache::CacheConfig cache = cache_config(config, *state.backend, runtime);
+  KVANT_ASSIGN(const auto quant_plan, fitted_plan(config, runtime));
+  cache::CacheConfig cache = cache_config(config, *state.backend, runtime, quant_plan);
   std::string description = identity_json(config);
   if (identity == Identity::kWithWeights) {
     KVANT_ASSIGN(const Sha256 weights, weights_id(*state.source, default_cache_dir()));
@@ -255,6 +298,23 @@ Status Model::State::collect(std::span<const ForwardSequence> sequences,
   return {};
 }
 
+Status Model::State::observe(const StepContext& step, int layer) {
+  const auto download = [&](const void* rows, int heads, std::vector<float>& host) {
+    const int64_t values = step.num_rows * heads * config().head_dim;
+    host.resize(static_cast<size_t>(values));
+    return backend->download_f32(rows, values, host.data());
+  };
+  KVANT_TRY(download(step.act.q, config().num_query_heads, observed_q));
+  KVANT_TRY(download(step.act.k, config().num_kv_heads, observed_k));
+  KVANT_TRY(download(step.act.v, config().num_kv_heads, observed_v));
+  KVANT_TRY(backend->synchronize());
+  return observer({.layer = layer,
+                   .positions = step.positions,
+                   .q = observed_q,
+                   .k = observed_k,
+                   .v = observed_v});
+}
+
 // Leaves the wanted rows of the residual stream in act.x.
 Status Model::State::run_layers(const cache::KvCache& cache, const std::atomic<bool>* cancel,
                                 Activations& act) {
@@ -268,10 +328,12 @@ Status Model::State::run_layers(const cache::KvCache& cache, const std::atomic<b
     const bool windowed = config().layer_window[i] > 0;
     const attention::RopeParams& rope = windowed ? weights.local_rope : weights.rope;
     const bool is_last = i + 1 == config().num_layers;
-    if (is_last && wanted_rows.empty()) {  // nothing reads what the last layer would compute
-      return project_and_append(step, layer, rope, cache, i, Projections::kKeysAndValues);
-    }
-    KVANT_TRY(project_and_append(step, layer, rope, cache, i, Projections::kAll));
+    const bool is_end = is_last && wanted_rows.empty();  // nothing reads what else it would compute
+    const bool queries = !is_end || observer != nullptr;
+    KVANT_TRY(project_and_append(step, layer, rope, cache, i,
+                                 queries ? Projections::kAll : Projections::kKeysAndValues));
+    if (observer != nullptr) KVANT_TRY(observe(step, i));
+    if (is_end) return {};
     KVANT_TRY(attend(step, rope, cache, i));
     if (is_last && wanted_rows.size() < ids.size()) {
       const int q_width = config().num_query_heads * config().head_dim;

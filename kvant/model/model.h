@@ -37,7 +37,9 @@ struct RuntimeOptions {
   // One for each layer, or empty: `format` for all. +sink, +recentN and +strict are those of
   // `format`.
   std::vector<formats::CacheFormat> layer_formats;
-  const formats::QuantPlan* plan = nullptr;  // may be null; read when the cache is created
+  // Scales, biases and factors, made for this geometry and any format that they can be fitted to
+  // (formats::fit_plan). May be null; read when the cache is created.
+  const formats::QuantPlan* plan = nullptr;
   int page_tokens = 64;
   int64_t context_tokens = 4096;  // longest sequence
   int max_sequences = 1;
@@ -45,6 +47,10 @@ struct RuntimeOptions {
   int max_step_tokens = 512;  // new tokens of one step, all sequences together
   int max_logit_rows = 16;    // rows of logits computed at once; more rows take several turns
 };
+
+// kInvalidArgument if the plan was made for another geometry. Whoever runs a model with a plan gets
+// the same check; this one needs no weights.
+Status check_plan_geometry(const formats::QuantPlan& plan, const ModelConfig& config);
 
 // Every byte that a model and its cache take from the backend's memory, by purpose.
 struct MemoryPlan {
@@ -73,6 +79,18 @@ struct ForwardSequence {
 // [vocab_size] and valid during the call. An error ends the step and is returned.
 using LogitsSink = std::function<Status(int64_t row, std::span<const float> logits)>;
 
+// What one layer works with in a step, in host memory: rows of the batch, valid during the call.
+struct LayerRows {
+  int layer = 0;
+  std::span<const int64_t> positions;  // [rows]
+  std::span<const float> q;            // [rows][query heads][head_dim], after RoPE
+  std::span<const float> k;            // [rows][KV heads][head_dim], as they enter the cache: after
+                                       // RoPE (before it with +prerope), not yet BF16
+  std::span<const float> v;            // like k
+};
+// An error ends the step and is returned.
+using LayerObserver = std::function<Status(const LayerRows& rows)>;
+
 class Model {
  public:
   struct LoadOptions {
@@ -94,6 +112,10 @@ class Model {
   enum class Identity { kGeometryOnly, kWithWeights };
   Result<std::unique_ptr<cache::KvCache>> create_cache(
       const RuntimeOptions& runtime, Identity identity = Identity::kGeometryOnly) const;
+
+  // From the next step on, `observer` sees every layer's queries, keys and values in order of the
+  // layers, at the cost of copying them to the host; an empty function ends that.
+  void set_observer(LayerObserver observer);
 
   // One step: appends the tokens to the cache, calls `sink` for the wanted logits, commits. On any
   // error (kInvalidArgument, kResourceExhausted, kNumericError, kCancelled) the cache is unchanged.
