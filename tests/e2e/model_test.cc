@@ -149,44 +149,6 @@ TEST_F(ModelCommands, EvalQuantisesAtAppend) {
   expect_error({"eval", model_, "--kv", "8bit+strict"}, 64, {"+strict", "one token", "+mean"});
 }
 
-TEST_F(ModelCommands, EvalGoesOnWhereItWasInterrupted) {
-  const std::string state = path("eval.state");
-  const std::vector<std::string> arguments = {"--kv",          "bf16,4bit", "--ctx",      "64",
-                                              "--chunks",      "6",         "--by-layer", "1",
-                                              "--page-tokens", "16"};
-  auto resumable = arguments;
-  resumable.insert(resumable.end(), {"--resume", state});
-  // Until a chunk is done.
-  ProgramOptions options;
-  auto command = resumable;
-  command.insert(command.begin(), {"eval", model_});
-  for (int wait = 400; wait < 60'000; wait += 200) {
-    options.interrupt_after_ms = wait;
-    const ProgramResult result = run_kvant(command, options);
-    ASSERT_EQ(result.exit_code, 130) << "done before it was interrupted: " << result.err;
-    std::ifstream in(state);
-    if (std::count(std::istreambuf_iterator<char>(in), {}, '\n') >= 2) break;
-  }
-  const json resumed = run_json("eval", resumable);
-  const json whole = run_json("eval", arguments);
-  EXPECT_EQ(resumed["results"], whole["results"]);
-  EXPECT_EQ(resumed["paired"], whole["paired"]);
-  EXPECT_EQ(run_json("eval", resumable)["results"], whole["results"]);  // with nothing left to do
-
-  const auto with = [&](const std::string& from, const std::string& to) {
-    auto changed = command;
-    std::replace(changed.begin(), changed.end(), from, to);
-    return changed;
-  };
-  expect_error(with("64", "128"), 64, {"another evaluation", "its ctx is 64, now it is 128"});
-  expect_error(with("bf16,4bit", "bf16,8bit"), 64, {"another evaluation", "kv"});
-  auto other_text = command;
-  other_text.insert(other_text.end(), {"--text", text_});
-  expect_error(other_text, 64, {"another evaluation", "text"});
-  expect_error({"eval", model_, "--resume", text_}, 65, {text_, "no state"});
-  expect_error({"eval", model_, "--resume", state, "--save-logits", path("x")}, 64);
-}
-
 TEST_F(ModelCommands, EvalWritesAReport) {
   const std::string folder = path("out/report");
   const json result =

@@ -56,11 +56,14 @@ void pump(Pipe& in, Pipe& out, Pipe& err, const ProgramOptions& options, pid_t c
   const auto elapsed_ms = [&] {
     return std::chrono::duration_cast<std::chrono::milliseconds>(Clock::now() - start).count();
   };
+  const auto interrupt_now = [&] {
+    return (options.interrupt_after_ms >= 0 && elapsed_ms() >= options.interrupt_after_ms) ||
+           (options.interrupt_when && options.interrupt_when());
+  };
   while (out.read_end >= 0 || err.read_end >= 0) {
     const bool keep_stdin_open = options.interrupt_after_ms >= 0 && !interrupted;
     if (fed == options.input.size() && !keep_stdin_open) Pipe::close_end(in.write_end);
-    if (options.interrupt_after_ms >= 0 && !interrupted &&
-        elapsed_ms() >= options.interrupt_after_ms) {
+    if (!interrupted && interrupt_now()) {
       kill(child, SIGINT);
       interrupted = true;
     }

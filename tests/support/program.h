@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -18,7 +19,8 @@ struct ProgramOptions {
   std::string stdout_to;        // a file for stdout instead of ProgramResult::out, e.g. "/dev/full"
   int close_stdout_after = -1;  // closes the reading end of stdout after that many bytes; -1: never
   int interrupt_after_ms = -1;  // sends SIGINT after that time, with stdin still open; -1: never
-  int timeout_ms = 300'000;     // then the program is killed and exit_code is 137
+  std::function<bool()> interrupt_when;  // sends SIGINT as soon as it is true, asked every 20 ms
+  int timeout_ms = 300'000;              // then the program is killed and exit_code is 137
   std::vector<std::string> environment;  // "NAME=value", added
 };
 
