@@ -23,7 +23,9 @@ import time
 import llama_cpp as lib
 import numpy as np
 
-CACHE_TYPES = {"f16": lib.GGML_TYPE_F16, "q8_0": lib.GGML_TYPE_Q8_0, "q4_0": lib.GGML_TYPE_Q4_0}
+CACHE_TYPES = {"f16": lib.GGML_TYPE_F16, "q8_0": lib.GGML_TYPE_Q8_0, "q5_1": lib.GGML_TYPE_Q5_1,
+               "q5_0": lib.GGML_TYPE_Q5_0, "q4_1": lib.GGML_TYPE_Q4_1, "q4_0": lib.GGML_TYPE_Q4_0,
+               "iq4_nl": lib.GGML_TYPE_IQ4_NL}
 FLASH_ATTENTION_ON = 1
 BATCH = 2048  # llama.cpp's defaults: a batch of 2048 tokens, computed 512 at a time
 MICRO_BATCH = 512

@@ -22,6 +22,10 @@ def _halves(raw, at):
     return _f32(raw[:, at:at + 2].copy().view("<f2"))
 
 
+def _bf16(raw):
+    return (raw.copy().view("<u2").astype(np.uint32) << 16).view(np.float32)
+
+
 def _nibbles(raw):
     """Low nibbles of all bytes, then high nibbles (the order inside a block of 32)."""
     return np.concatenate([raw & 15, raw >> 4], axis=1)
@@ -93,6 +97,7 @@ _BLOCKS = {
     8: (32, 34, _q8_0),
     12: (256, 144, _q4_k),
     14: (256, 210, _q6_k),
+    30: (1, 2, _bf16),
 }
 
 
@@ -109,17 +114,21 @@ class Gguf:
         if version not in (2, 3):
             raise ValueError(f"{path}: GGUF version {version} is not supported (2 and 3 are)")
         self.metadata = {}
+        self.value_at = {}                              # where each key's value starts in the file
         for _ in range(num_keys):
             key = self._string()
-            self.metadata[key] = self._value(self._unpack("<I")[0])
+            kind = self._unpack("<I")[0]
+            self.value_at[key] = self._at
+            self.metadata[key] = self._value(kind)
+        self.metadata_end = self._at
         self._tensors = {}
         for _ in range(num_tensors):
             name = self._string()
             dims = self._unpack(f"<{self._unpack('<I')[0]}Q")
             kind, offset = self._unpack("<IQ")
             self._tensors[name] = (dims, kind, offset)
-        alignment = self.metadata.get("general.alignment", 32)
-        self._data = -(-self._at // alignment) * alignment
+        self.alignment = self.metadata.get("general.alignment", 32)
+        self._data = -(-self._at // self.alignment) * self.alignment
 
     def _unpack(self, layout):
         size = struct.calcsize(layout)
@@ -152,6 +161,15 @@ class Gguf:
 
     def __contains__(self, name):
         return name in self._tensors
+
+    def head(self):
+        """The file's bytes up to the tensor table: magic, version, counts and metadata."""
+        return bytearray(self._bytes[:self.metadata_end])
+
+    def tensor_dims(self):
+        """(name, dimensions in the file's order: columns first) of all tensors, in the file's order."""
+        for name, (dims, _, _) in self._tensors.items():
+            yield name, dims
 
     def tensor_bytes(self):
         """(name, bytes in the file) of all tensors."""
