@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <fstream>
@@ -102,6 +103,25 @@ TEST(HostMemory, CountsAndLimits) {
   }
   EXPECT_EQ(memory.stats().total_now, 0);
   EXPECT_EQ(memory.stats().total_peak, 600'000);
+}
+
+TEST(HostMemory, PagesStartOnHugePagesAndOthersStayApart) {
+  HostMemory memory;
+  constexpr int64_t kHugePage = 2 << 20;
+  for (const int64_t bytes : {kHugePage - 128, kHugePage, 3 * kHugePage + 128}) {
+    auto pages = Buffer::create(memory, bytes, MemoryUse::kPages);
+    auto more = Buffer::create(memory, bytes, MemoryUse::kPages);
+    ASSERT_TRUE(pages && more);
+    if (bytes >= kHugePage) {
+      EXPECT_EQ(reinterpret_cast<uintptr_t>(pages->data()) % kHugePage, 0u);
+    }
+    for (const int64_t at : {int64_t{0}, bytes - 1}) EXPECT_EQ(pages->data()[at], std::byte{0});
+    std::fill_n(pages->data(), bytes, std::byte{1});
+    std::fill_n(more->data(), bytes, std::byte{2});
+    pages = Buffer();  // gives back its own bytes only
+    EXPECT_EQ(std::count(more->data(), more->data() + bytes, std::byte{2}), bytes);
+  }
+  EXPECT_EQ(memory.stats().total_now, 0);
 }
 
 TEST(MappedFile, DroppedPagesReadTheSame) {

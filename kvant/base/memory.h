@@ -43,8 +43,8 @@ class MemoryResource {
   virtual void copy(void* target, const void* source, int64_t bytes) = 0;
 };
 
-// Host memory with an optional limit in bytes (0: none). Pages are touched only when written, so a
-// large reservation costs nothing until it is used.
+// Host memory with an optional limit in bytes (0: none). Memory is touched only when written (pages
+// of the cache 2 MiB at a time), so a large reservation costs nothing until it is used.
 class HostMemory final : public MemoryResource {
  public:
   explicit HostMemory(int64_t limit_bytes = 0) : limit_bytes_(limit_bytes) {}
