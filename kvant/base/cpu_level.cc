@@ -18,17 +18,17 @@ std::string_view cpu_level_name(CpuLevel level) {
   return "scalar";
 }
 
-#if defined(__x86_64__)
 namespace {
+
+#if defined(__x86_64__)
 // clang 14 does not know "f16c" as a name for __builtin_cpu_supports.
 bool has_f16c() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
 }
-}  // namespace
 #endif
 
-CpuLevel detect_cpu_level() {
+CpuLevel ask_processor() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
@@ -40,6 +40,14 @@ CpuLevel detect_cpu_level() {
   if (avx2) return CpuLevel::kAvx2;
 #endif
   return CpuLevel::kScalar;
+}
+
+}  // namespace
+
+CpuLevel detect_cpu_level() {
+  // Once: under a hypervisor each CPUID instruction is a trap of many microseconds.
+  static const CpuLevel level = ask_processor();
+  return level;
 }
 
 Result<CpuLevel> choose_cpu_level() {

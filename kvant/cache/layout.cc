@@ -262,16 +262,17 @@ int64_t bf16_side_offset(SideRole role, int page_tokens, int head_dim) {
 }
 
 int64_t bf16_offset(Layout layout, const SideShape& shape, int token, int channel) {
-  if (layout == Layout::kCpu) {
-    return shape.role == SideRole::kKeys ? cpu_bf16_key_offset(shape.head_dim, token, channel)
-                                         : cpu_bf16_value_offset(shape.page_tokens, token, channel);
-  }
   return code_place(layout, shape, token, channel).fields[0].bit / 8;
 }
 
 void write_bf16_row(Layout layout, const SideShape& shape, std::byte* unit, int token,
                     const uint16_t* row) {
   std::byte* codes = unit + bf16_side_offset(shape.role, shape.page_tokens, shape.head_dim);
+  if (layout == Layout::kCpu) {
+    internal::write_cpu_bf16_row(shape.page_tokens, shape.head_dim,
+                                 reinterpret_cast<uint8_t*>(codes), shape.role, token, row);
+    return;
+  }
   for (int channel = 0; channel < shape.head_dim; ++channel)
     std::memcpy(codes + bf16_offset(layout, shape, token, channel), &row[channel], 2);
 }
@@ -386,6 +387,11 @@ void read_bf16_side(Layout layout, int page_tokens, int head_dim, const std::byt
                     SideRole role, int num_tokens, float* rows) {
   const SideShape shape = bf16_shape(role, page_tokens, head_dim);
   const std::byte* codes = unit + bf16_side_offset(role, page_tokens, head_dim);
+  if (layout == Layout::kCpu) {
+    internal::read_cpu_bf16_side(page_tokens, head_dim, reinterpret_cast<const uint8_t*>(codes),
+                                 role, num_tokens, rows);
+    return;
+  }
   for (int token = 0; token < num_tokens; ++token) {
     float* row = rows + static_cast<int64_t>(token) * head_dim;
     for (int channel = 0; channel < head_dim; ++channel) {

@@ -271,13 +271,17 @@ TEST(Layout, Bf16TokensAreReadBackFromEveryLayout) {
       for (int token = page_tokens - 1; token >= 0; --token)
         write_f32_token(layout, page_tokens, head_dim, unit.data(), token,
                         k.data() + token * head_dim, v.data() + token * head_dim);
-      std::vector<float> read(k.size());
-      read_bf16_side(layout, page_tokens, head_dim, unit.data(), SideRole::kKeys, page_tokens,
-                     read.data());
-      for (size_t i = 0; i < k.size(); ++i) ASSERT_EQ(read[i], from_bf16(to_bf16(k[i])));
-      read_bf16_side(layout, page_tokens, head_dim, unit.data(), SideRole::kValues, page_tokens,
-                     read.data());
-      for (size_t i = 0; i < v.size(); ++i) ASSERT_EQ(read[i], from_bf16(to_bf16(v[i])));
+      for (const int num_tokens : {1, 15, 16, 27, page_tokens}) {
+        const size_t n = static_cast<size_t>(num_tokens * head_dim);
+        std::vector<float> read(n + 1, 7.0f);
+        read_bf16_side(layout, page_tokens, head_dim, unit.data(), SideRole::kKeys, num_tokens,
+                       read.data());
+        for (size_t i = 0; i < n; ++i) ASSERT_EQ(read[i], from_bf16(to_bf16(k[i]))) << i;
+        read_bf16_side(layout, page_tokens, head_dim, unit.data(), SideRole::kValues, num_tokens,
+                       read.data());
+        for (size_t i = 0; i < n; ++i) ASSERT_EQ(read[i], from_bf16(to_bf16(v[i]))) << i;
+        ASSERT_EQ(read[n], 7.0f);
+      }
     }
   }
 }

@@ -25,6 +25,8 @@ using formats::SideParams;
 
 namespace {
 
+// Up to so many keys in items of one token, handing them out costs more than writing them.
+constexpr int64_t kAloneValues = 2048;
 constexpr int kRowsPerTask = 16;  // tokens; tasks start at multiples of it, so none share a word
 
 // Values that BF16 holds as Inf or NaN: at or above the midpoint of its largest value and 2^128.
@@ -187,10 +189,16 @@ Result<EncodeStats> append(const AppendArgs& args, ThreadPool& pool, CpuLevel le
 
   list_rows(view, workspace.items);
   std::atomic<int64_t> non_finite{0};
-  pool.parallel_for(static_cast<int64_t>(workspace.items.size()), [&](int64_t i, int worker) {
+  const auto append_item = [&](int64_t i, int worker) {
     const int64_t count = append_rows(call, workspace.items[i], call.scratch(worker));
     if (count > 0) non_finite.fetch_add(count, std::memory_order_relaxed);
-  });
+  };
+  const auto num_items = static_cast<int64_t>(workspace.items.size());
+  if (num_items * view.head_dim <= kAloneValues) {
+    for (int64_t i = 0; i < num_items; ++i) append_item(i, 0);
+  } else {
+    pool.parallel_for(num_items, append_item);
+  }
   EncodeStats stats;
   stats.non_finite = non_finite.load();
   if (view.closes.empty()) return stats;
