@@ -129,7 +129,7 @@ class RotatingCache {
         }
         cache_->commit_step();
         done += n;
-        if (Console::stop_requested()) return Console::cancelled();
+        KVANT_TRY(Console::check_stop());
         progress.update(s * before + done);
       }
     }
@@ -357,7 +357,7 @@ Result<Row> measure(Console& console, const Options& options, const std::string&
   std::vector<double> times;
   const double start = now(options.clock());
   for (int call = 0; call < 3 || now(options.clock()) < start + options.seconds; ++call) {
-    if (Console::stop_requested()) return Console::cancelled();
+    KVANT_TRY(Console::check_stop());
     args.group_layer = call % cache.num_copies();
     const double begin = now(options.clock());
     KVANT_TRY(backend->attention(args));

@@ -88,6 +88,9 @@ void Console::install_signal_handlers() {
 bool Console::stop_requested() {
   return g_stop_requested.load(std::memory_order_relaxed);
 }
+Status Console::check_stop() {
+  return stop_requested() ? Status(cancelled()) : Status();
+}
 const std::atomic<bool>& Console::stop_flag() {
   return g_stop_requested;
 }
@@ -314,6 +317,10 @@ Result<std::string> read_file(const std::string& path) {
   Result<std::string> text = read_to_end(fd, "'" + path + "'");
   ::close(fd);
   return text;
+}
+
+Result<std::string> read_file_or(const std::string& path, std::string_view otherwise) {
+  return path.empty() ? std::string(otherwise) : read_file(path);
 }
 
 Status write_file(const std::string& path, std::string_view bytes) {

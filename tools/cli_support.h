@@ -62,6 +62,7 @@ class Console {
   // True once Ctrl-C (or SIGTERM) came, or the reader of stdout has gone. Long work polls it and
   // returns cancelled(). Callable from any thread.
   static bool stop_requested();
+  static Status check_stop();  // cancelled() once that is true
   // The flag itself, for engine calls that take one.
   static const std::atomic<bool>& stop_flag();
   static Error cancelled();
@@ -129,6 +130,8 @@ Result<int64_t> parse_bytes(std::string_view text);
 Result<std::string> read_stdin();
 // Whole file; "-" is stdin. kNotFound, kIoError, each naming the path.
 Result<std::string> read_file(const std::string& path);
+// The same, or `otherwise` for an empty path.
+Result<std::string> read_file_or(const std::string& path, std::string_view otherwise);
 // Replaces `path` by `bytes` so that a failure leaves the old file as it was. kIoError naming the
 // path.
 Status write_file(const std::string& path, std::string_view bytes);

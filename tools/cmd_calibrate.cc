@@ -61,12 +61,8 @@ std::vector<int32_t> spread_chunks(std::span<const int32_t> whole, int64_t ctx, 
 Result<Corpus> read_corpus(const Options& options, const OpenModel& open) {
   KVANT_ASSIGN(const model::Tokenizer* tokenizer, need_tokenizer(open));
   Corpus corpus;
-  std::string text(novel_text());
-  corpus.name = kBundledName;
-  if (!options.text.empty()) {
-    KVANT_ASSIGN(text, read_file(options.text));
-    corpus.name = options.text;
-  }
+  KVANT_ASSIGN(const std::string text, read_file_or(options.text, novel_text()));
+  corpus.name = options.text.empty() ? kBundledName : options.text;
   corpus.sha256 = model::to_hex(model::sha256(text));
   KVANT_ASSIGN(const std::vector<int32_t> tokens,
                tokenizer->encode(

@@ -94,7 +94,7 @@ Status encode(Console& console, const Codec& codec, float global_scale) {
   std::vector<uint8_t> codes(static_cast<size_t>(std::min(step, num_rows) * code_bytes));
   formats::EncodeStats total;
   for (int64_t row = 0; row < num_rows; row += step) {
-    if (Console::stop_requested()) return Console::cancelled();
+    KVANT_TRY(Console::check_stop());
     const int64_t rows = std::min(step, num_rows - row);
     std::memcpy(x.data(), input.data() + row * dim * 4, static_cast<size_t>(rows * dim * 4));
     const formats::EncodeStats stats = codec.encode_rows(x.data(), rows, global_scale, codes.data(),
@@ -127,7 +127,7 @@ Status decode(Console& console, const Codec& codec, float global_scale) {
   const int64_t step = std::max<int64_t>(1, kValuesAtOnce / dim);
   std::vector<float> x(static_cast<size_t>(std::min(step, num_rows) * dim));
   for (int64_t row = 0; row < num_rows; row += step) {
-    if (Console::stop_requested()) return Console::cancelled();
+    KVANT_TRY(Console::check_stop());
     const int64_t rows = std::min(step, num_rows - row);
     codec.decode_rows(codes + row * code_bytes, scales + row * scale_bytes, rows, global_scale,
                       x.data());

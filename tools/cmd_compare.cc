@@ -110,7 +110,7 @@ Status measure(Console& console, const Options& options, OpenModel& open,
   request.pool = &pool;
   request.on_progress = [&](const model::EvalProgress& now) -> Status {
     progress.update(now.tokens_done);
-    return Console::stop_requested() ? Status(Console::cancelled()) : Status();
+    return Console::check_stop();
   };
   KVANT_ASSIGN(const model::EvalResult result, model::evaluate(request));
   for (size_t i = 0; i < rows.size(); ++i) {

@@ -62,12 +62,7 @@ Result<int64_t> asked_ctx(const Options& options) {
 }
 
 Result<std::vector<int32_t>> tokenize(const Options& options, const OpenModel& open) {
-  std::string text;
-  if (options.text.empty()) {
-    text = registers_text();
-  } else {
-    KVANT_ASSIGN(text, read_file(options.text));
-  }
+  KVANT_ASSIGN(const std::string text, read_file_or(options.text, registers_text()));
   KVANT_ASSIGN(const model::Tokenizer* tokenizer, need_tokenizer(open));
   return tokenizer->encode(text,
                            {.bos = model::Bos::kAsModel, .special = model::SpecialInText::kIgnore});
@@ -174,18 +169,12 @@ struct Work {
   OpenModel& open;
   const std::vector<KvChoice>& choices;
   EvalState* state;  // null: nothing is kept
+
+  Status measure(EvalReport& report) const;
+  Status measure_by_layer(EvalReport& report) const;
 };
 
-Status stop_if_asked() {
-  return Console::stop_requested() ? Status(Console::cancelled()) : Status();
-}
-
-Status measure(const Work& work, EvalReport& report) {
-  const Options& options = work.options;
-  const Task& task = work.task;
-  OpenModel& open = work.open;
-  const std::vector<KvChoice>& choices = work.choices;
-  EvalState* const state = work.state;
+Status Work::measure(EvalReport& report) const {
   const int vocab = open.model->config().vocab_size;
   std::vector<FormatCaches::Choice> formats;
   for (const KvChoice& choice : choices) formats.push_back({choice.format, {}});
@@ -193,8 +182,8 @@ Status measure(const Work& work, EvalReport& report) {
                FormatCaches::create(options.model, open, formats, task.ctx, kLogitRows));
   KVANT_ASSIGN(const auto writer, make_writer(options, task, vocab));
   ThreadPool pool(options.model.threads);
-  Progress progress(work.console, "evaluating",
-                    static_cast<int64_t>(task.tokens.size() * caches.size()), "tokens");
+  Progress progress(console, "evaluating", static_cast<int64_t>(task.tokens.size() * caches.size()),
+                    "tokens");
   std::vector<double> bits(caches.size());
 
   model::EvalRequest request;
@@ -209,8 +198,8 @@ Status measure(const Work& work, EvalReport& report) {
   if (state != nullptr && state->data().chunks > 0) {
     request.done = state->data().scores;
     bits = state->data().bits_per_value;
-    work.console.note(fmt::format("'{}' has {} of {} chunks", options.resume, state->data().chunks,
-                                  task.chunks()));
+    console.note(fmt::format("'{}' has {} of {} chunks", options.resume, state->data().chunks,
+                             task.chunks()));
   }
   request.on_chunk = [&](int64_t chunk, std::span<const model::TokenScores> scores) -> Status {
     for (size_t i = 0; i < bits.size(); ++i) bits[i] = caches[i].cache().bytes().bits_per_value();
@@ -219,7 +208,7 @@ Status measure(const Work& work, EvalReport& report) {
   request.on_progress = [&](const model::EvalProgress& now) -> Status {
     progress.update(now.tokens_done,
                     now.first_ppl > 0 ? fmt::format("ppl {:.3f}", now.first_ppl) : std::string());
-    return stop_if_asked();
+    return Console::check_stop();
   };
   KVANT_ASSIGN(const model::EvalResult result, model::evaluate(request));
   if (writer) KVANT_TRY(writer->finish());
@@ -232,12 +221,7 @@ Status measure(const Work& work, EvalReport& report) {
   return {};
 }
 
-Status measure_by_layer(const Work& work, EvalReport& report) {
-  const Options& options = work.options;
-  const Task& task = work.task;
-  OpenModel& open = work.open;
-  const std::vector<KvChoice>& choices = work.choices;
-  EvalState* const state = work.state;
+Status Work::measure_by_layer(EvalReport& report) const {
   std::vector<LayerRequest> requests(choices.size());
   int64_t total = 0;
   for (size_t i = 0; i < choices.size(); ++i) {
@@ -259,12 +243,12 @@ Status measure_by_layer(const Work& work, EvalReport& report) {
     }
     total += layer_tokens(request);
   }
-  Progress progress(work.console, "evaluating layer by layer", total, "tokens");
+  Progress progress(console, "evaluating layer by layer", total, "tokens");
   int64_t done = 0;
   for (size_t i = 0; i < requests.size(); ++i) {
     requests[i].on_tokens = [&](int64_t tokens) -> Status {
       progress.update(done += tokens, choices[i].asked);
-      return stop_if_asked();
+      return Console::check_stop();
     };
     requests[i].on_layer = [&](const LayerError& error) -> Status {
       report.rows[i].layers.push_back(error);
@@ -335,8 +319,8 @@ Status run(Console& console, const Options& options) {
     KVANT_ASSIGN(state, EvalState::open(options.resume, identity));
   }
   const Work work = {console, sized, task, open, choices, state.get()};
-  KVANT_TRY(measure(work, report));
-  if (options.layer_chunks > 0) KVANT_TRY(measure_by_layer(work, report));
+  KVANT_TRY(work.measure(report));
+  if (options.layer_chunks > 0) KVANT_TRY(work.measure_by_layer(report));
   if (!options.report.empty()) {
     KVANT_TRY(write_eval_report(report, options.report));
     console.note(fmt::format("report: {}/report.html and report.md", options.report));

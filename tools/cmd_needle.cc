@@ -129,7 +129,7 @@ class LengthRun {
         progress_.update(done_ += tokens,
                          fmt::format("{} of {} tokens", model::needle_task_name(task), length));
         cell.bits_per_value = caches[i]->bytes().bits_per_value();
-        return Console::stop_requested() ? Status(Console::cancelled()) : Status();
+        return Console::check_stop();
       };
       KVANT_ASSIGN(
           const model::NeedleScore score,
@@ -200,12 +200,7 @@ Json cells_json(const std::vector<KvChoice>& choices, const std::vector<Cell>& c
 Status run(Console& console, const Options& options) {
   KVANT_ASSIGN(const std::vector<KvChoice> choices, parse_kv(options.kv, "bf16,4bit"));
   KVANT_ASSIGN(const std::vector<model::NeedleTask> tasks, asked_tasks(options));
-  std::string text;
-  if (options.text.empty()) {
-    text = novel_text();
-  } else {
-    KVANT_ASSIGN(text, read_file(options.text));
-  }
+  KVANT_ASSIGN(const std::string text, read_file_or(options.text, novel_text()));
   KVANT_ASSIGN(OpenModel open, open_model(console, options.model));
   KVANT_ASSIGN(const model::Tokenizer* tokenizer, need_tokenizer(open));
   KVANT_ASSIGN(const model::NeedleMaker maker, model::NeedleMaker::create(*tokenizer, text));

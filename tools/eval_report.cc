@@ -132,32 +132,32 @@ std::string markdown_cell(const std::string& text) {
   return cell;
 }
 
+std::string markdown_row(const std::vector<std::string>& cells) {
+  std::string row = "|";
+  for (const std::string& cell : cells) row += fmt::format(" {} |", markdown_cell(cell));
+  return row + '\n';
+}
+
 std::string markdown_table(const ReportTable& table) {
-  std::string text = fmt::format("## {}\n\n{}\n\n|", table.title, table.note);
-  for (const std::string& name : table.header) text += fmt::format(" {} |", markdown_cell(name));
-  text += "\n|";
+  std::string text =
+      fmt::format("## {}\n\n{}\n\n{}|", table.title, table.note, markdown_row(table.header));
   for (size_t i = 0; i < table.header.size(); ++i) text += i == 0 ? "---|" : "---:|";
   text += '\n';
-  for (const auto& row : table.rows) {
-    text += '|';
-    for (const std::string& cell : row) text += fmt::format(" {} |", markdown_cell(cell));
-    text += '\n';
-  }
+  for (const auto& row : table.rows) text += markdown_row(row);
   return text + '\n';
 }
 
+std::string html_row(const std::vector<std::string>& cells, const char* tag) {
+  std::string row = "<tr>";
+  for (const auto& cell : cells) row += fmt::format("<{0}>{1}</{0}>", tag, escape_markup(cell));
+  return row + "</tr>\n";
+}
+
 std::string html_table(const ReportTable& table) {
-  std::string text = fmt::format("<h2>{}</h2>\n<p>{}</p>\n<div class='wide'><table>\n<tr>",
-                                 escape_markup(table.title), escape_markup(table.note));
-  for (const std::string& name : table.header) {
-    text += fmt::format("<th>{}</th>", escape_markup(name));
-  }
-  text += "</tr>\n";
-  for (const auto& row : table.rows) {
-    text += "<tr>";
-    for (const std::string& cell : row) text += fmt::format("<td>{}</td>", escape_markup(cell));
-    text += "</tr>\n";
-  }
+  std::string text = fmt::format("<h2>{}</h2>\n<p>{}</p>\n<div class='wide'><table>\n{}",
+                                 escape_markup(table.title), escape_markup(table.note),
+                                 html_row(table.header, "th"));
+  for (const auto& row : table.rows) text += html_row(row, "td");
   return text + "</table></div>\n";
 }
 
