@@ -49,9 +49,9 @@ class EvalResume : public ModelCommands {
   }
 
   // Enough of everything that it is not done before it is interrupted.
-  const std::vector<std::string> arguments_ = {"--kv",       "bf16,4bit", "--ctx",         "64",
-                                               "--chunks",   "120",       "--page-tokens", "16",
-                                               "--by-layer", "10"};
+  const std::vector<std::string> arguments_ = {
+      "--kv",          "bf16,4bit", "--ctx",      "64", "--chunks", "300",
+      "--page-tokens", "16",        "--by-layer", "50", "-t",       "1"};
   std::vector<std::string> resumable_;
   std::string state_;
 };
@@ -62,11 +62,11 @@ TEST_F(EvalResume, EvalGoesOnWhereItWasInterrupted) {
   EXPECT_EQ(whole["results"][1]["by_layer"].size(), 3u);
   interrupt_at("chunk", 1);
   EXPECT_GE(finished("chunk"), 1);
-  EXPECT_LT(finished("chunk"), 120);
+  EXPECT_LT(finished("chunk"), 300);
   interrupt_at("chunk", finished("chunk") + 1);
   EXPECT_EQ(finished("layer"), 0);
   const json resumed = run_json("eval", resumable_);
-  EXPECT_EQ(finished("chunk"), 120);
+  EXPECT_EQ(finished("chunk"), 300);
   EXPECT_EQ(finished("layer"), 3);
   EXPECT_EQ(resumed["results"], whole["results"]);
   EXPECT_EQ(resumed["paired"], whole["paired"]);
@@ -75,7 +75,7 @@ TEST_F(EvalResume, EvalGoesOnWhereItWasInterrupted) {
 
 TEST_F(EvalResume, AStateServesOneEvaluation) {
   auto command = resumable_;
-  std::replace(command.begin(), command.end(), std::string("120"), std::string("1"));
+  std::replace(command.begin(), command.end(), std::string("300"), std::string("1"));
   run_json("eval", command);
   command.insert(command.begin(), {"eval", model_});
   const auto with = [&](const std::string& from, const std::string& to) {
