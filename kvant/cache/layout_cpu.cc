@@ -4,6 +4,7 @@
 
 #include "kvant/base/check.h"
 #include "kvant/cache/layout.h"
+#include "kvant/cache/word_vectors.h"
 
 namespace kvant::cache::internal {
 
@@ -49,19 +50,31 @@ void transpose_bytes(uint64_t x[8]) {
   }
 }
 
-// The low nibbles of eight bytes, packed; and back.
-uint32_t pack_nibbles(uint64_t x) {
-  x &= 0x0f0f0f0f0f0f0f0full;
-  x = (x | x >> 4) & 0x00ff00ff00ff00ffull;
-  x = (x | x >> 8) & 0x0000ffff0000ffffull;
-  return static_cast<uint32_t>(x | x >> 16);
-}
-
+// Eight nibbles to the low halves of eight bytes.
 uint64_t spread_nibbles(uint32_t word) {
   uint64_t x = word;
   x = (x | x << 16) & 0x0000ffff0000ffffull;
   x = (x | x << 8) & 0x00ff00ff00ff00ffull;
   return (x | x << 4) & 0x0f0f0f0f0f0f0f0full;
+}
+
+using Doubles = uint64_t __attribute__((vector_size(16)));
+
+// The lowest eight elements of kBits to eight bytes.
+template <int kBits>
+uint64_t spread_bits(uint64_t x) {
+  constexpr uint64_t kOne = (1u << kBits) - 1, kTwo = (1u << 2 * kBits) - 1;
+  constexpr uint64_t kFour = (1u << 4 * kBits) - 1;
+  x = (x & kFour) | (x & kFour << 4 * kBits) << (32 - 4 * kBits);
+  constexpr uint64_t kPairs = kTwo | kTwo << 32;
+  x = (x & kPairs) | (x & kPairs << 2 * kBits) << (16 - 2 * kBits);
+  constexpr uint64_t kSingles = kOne | kOne << 16 | kOne << 32 | kOne << 48;
+  return (x & kSingles) | (x & kSingles << kBits) << (8 - kBits);
+}
+
+// Two-bit codes of four rows, joined to bytes.
+Bytes join_four(const Bytes (&codes)[4]) {
+  return codes[0] | codes[1] << 2 | codes[2] << 4 | codes[3] << 6;
 }
 
 // Sixteen columns of e = 32 / kBits rows: word j holds element j of every row. `rows` are 2 * kBits
@@ -72,13 +85,20 @@ struct Columns;
 template <>
 struct Columns<4> {
   static void pack(const uint8_t* rows, int64_t stride, uint8_t* words) {
-    uint64_t x[8];
-    for (int r = 0; r < 8; ++r) x[r] = load<uint64_t>(rows + r * stride);
-    transpose_bytes(x);
-    for (int b = 0; b < 8; ++b) {
-      store(words + 8 * b, pack_nibbles(x[b]));
-      store(words + 8 * b + 4, pack_nibbles(x[b] >> 4));
+    Halves pairs[4];  // [byte][row]: of rows 2i and 2i + 1
+    for (int i = 0; i < 4; ++i) {
+      const uint8_t* row = rows + 2 * i * stride;
+      pairs[i] = (Halves)interleave_low(eight_bytes(row), eight_bytes(row + stride));
     }
+    const auto a = (Words)interleave_low(pairs[0], pairs[1]);
+    const auto b = (Words)interleave_low(pairs[2], pairs[3]);
+    const auto c = (Words)interleave_high(pairs[0], pairs[1]);
+    const auto d = (Words)interleave_high(pairs[2], pairs[3]);
+    // Two bytes of all eight rows each: four elements.
+    store_elements(interleave_low(a, b), words);
+    store_elements(interleave_high(a, b), words + 16);
+    store_elements(interleave_low(c, d), words + 32);
+    store_elements(interleave_high(c, d), words + 48);
   }
   static void unpack(const uint8_t* words, int64_t stride, uint8_t* rows) {
     uint64_t x[8];
@@ -89,14 +109,25 @@ struct Columns<4> {
     transpose_bytes(x);
     for (int r = 0; r < 8; ++r) store(rows + r * stride, x[r]);
   }
+
+ private:
+  static Bytes eight_bytes(const uint8_t* p) { return (Bytes)Doubles{load<uint64_t>(p), 0}; }
+  // The nibbles of each half's bytes, one after the other.
+  static Halves join_nibbles(Halves x) { return (x | x >> 4) & 0xff; }
+  static void store_elements(Words two_bytes, uint8_t* words) {
+    const auto x = (Halves)two_bytes;
+    const auto all = (Words)low_bytes(join_nibbles(x & 0x0f0f), join_nibbles(x >> 4 & 0x0f0f));
+    store_words(words, __builtin_shufflevector(all, all, 0, 2, 1, 3));
+  }
 };
 
 template <>
 struct Columns<8> {
   static void pack(const uint8_t* rows, int64_t stride, uint8_t* words) {
-    for (int j = 0; j < kTile; ++j) {
-      for (int r = 0; r < 4; ++r) words[4 * j + r] = rows[r * stride + j];
-    }
+    const Bytes x[4] = {load_vector<Bytes>(rows), load_vector<Bytes>(rows + stride),
+                        load_vector<Bytes>(rows + 2 * stride),
+                        load_vector<Bytes>(rows + 3 * stride)};
+    store_byte_columns(x, words);
   }
   static void unpack(const uint8_t* words, int64_t stride, uint8_t* rows) {
     for (int r = 0; r < 4; ++r) {
@@ -108,9 +139,11 @@ struct Columns<8> {
 template <>
 struct Columns<16> {
   static void pack(const uint8_t* rows, int64_t stride, uint8_t* words) {
-    for (int j = 0; j < kTile; ++j) {
-      store(words + 4 * j, load<uint16_t>(rows + 2 * j));
-      store(words + 4 * j + 2, load<uint16_t>(rows + stride + 2 * j));
+    for (int j = 0; j < kTile; j += 8) {
+      const auto a = load_vector<Halves>(rows + 2 * j);
+      const auto b = load_vector<Halves>(rows + stride + 2 * j);
+      store_words(words + 4 * j, interleave_low(a, b));
+      store_words(words + 4 * j + 16, interleave_high(a, b));
     }
   }
   static void unpack(const uint8_t* words, int64_t stride, uint8_t* rows) {
@@ -124,13 +157,16 @@ struct Columns<16> {
 template <>
 struct Columns<2> {
   static void pack(const uint8_t* rows, int64_t stride, uint8_t* words) {
-    uint32_t x[kTile];
-    for (int r = 0; r < kTile; ++r) x[r] = load<uint32_t>(rows + r * stride);
-    for (int j = 0; j < kTile; ++j) {
-      uint32_t word = 0;
-      for (int r = 0; r < kTile; ++r) word |= ((x[r] >> (2 * j)) & 3u) << (2 * r);
-      store(words + 4 * j, word);
+    Bytes quarters[4];
+    for (int r = 0; r < kTile; r += 4) {
+      Bytes codes[4];
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t x = load<uint32_t>(rows + (r + i) * stride);
+        codes[i] = (Bytes)Doubles{spread_bits<2>(x), spread_bits<2>(x >> 16)};
+      }
+      quarters[r / 4] = join_four(codes);
     }
+    store_byte_columns(quarters, words);
   }
   static void unpack(const uint8_t* words, int64_t stride, uint8_t* rows) {
     uint32_t x[kTile] = {};
@@ -145,21 +181,22 @@ struct Columns<2> {
 // Sixteen channels of sixteen 3-bit tokens (six bytes a channel): 16 words of low bits, 16
 // half-words of high bits.
 void pack_three_bit(const uint8_t* rows, int64_t stride, uint8_t* group) {
-  uint32_t low[kTile] = {};
-  uint32_t high[kTile] = {};
-  for (int r = 0; r < kTile; ++r) {
-    const uint64_t x = load<uint32_t>(rows + r * stride) |
-                       static_cast<uint64_t>(load<uint16_t>(rows + r * stride + 4)) << 32;
-    for (int j = 0; j < kTile; ++j) {
-      const uint32_t code = static_cast<uint32_t>(x >> (3 * j));
-      low[j] |= (code & 3u) << (2 * r);
-      high[j] |= ((code >> 2) & 1u) << r;
+  Bytes low[4];
+  Bytes high[2] = {};
+  for (int r = 0; r < kTile; r += 4) {
+    Bytes codes[4];
+    for (int i = 0; i < 4; ++i) {
+      const uint8_t* row = rows + (r + i) * stride;
+      const uint64_t x = load<uint32_t>(row) | static_cast<uint64_t>(load<uint16_t>(row + 4)) << 32;
+      codes[i] = (Bytes)Doubles{spread_bits<3>(x), spread_bits<3>(x >> 24)};
+      high[r / 8] |= (codes[i] >> 2) << (r % 8 + i);
+      codes[i] &= 3;
     }
+    low[r / 4] = join_four(codes);
   }
-  for (int j = 0; j < kTile; ++j) {
-    store(group + 4 * j, low[j]);
-    store(group + 4 * kTile + 2 * j, static_cast<uint16_t>(high[j]));
-  }
+  store_byte_columns(low, group);
+  store_words(group + 4 * kTile, interleave_low(high[0], high[1]));
+  store_words(group + 5 * kTile, interleave_high(high[0], high[1]));
 }
 
 void unpack_three_bit(const uint8_t* group, int64_t stride, uint8_t* rows) {
@@ -181,7 +218,21 @@ template <bool kToCpu>
 void convert_key_words(int64_t row_words, int page_tokens, const uint8_t* source, uint8_t* target) {
   for (int tile = 0; tile < page_tokens / kTile; ++tile) {
     const int64_t start = tile * row_words * kTile * 4;
-    for (int64_t w = 0; w < row_words; ++w) {
+    const int64_t whole = row_words / 4 * 4;
+    for (int64_t w = 0; w < whole; w += 4) {
+      for (int t = 0; t < kTile; t += 4) {
+        Words x[4];
+        const int64_t planar = start + (t * row_words + w) * 4;
+        const int64_t cpu = start + (w * kTile + t) * 4;
+        const int64_t planar_step = row_words * 4, cpu_step = kTile * 4;
+        for (int i = 0; i < 4; ++i)
+          x[i] = load_words(source + (kToCpu ? planar + i * planar_step : cpu + i * cpu_step));
+        transpose(x);
+        for (int i = 0; i < 4; ++i)
+          store_words(target + (kToCpu ? cpu + i * cpu_step : planar + i * planar_step), x[i]);
+      }
+    }
+    for (int64_t w = whole; w < row_words; ++w) {
       for (int t = 0; t < kTile; ++t) {
         const int64_t planar = start + (t * row_words + w) * 4;
         const int64_t cpu = start + (w * kTile + t) * 4;
@@ -271,17 +322,14 @@ void convert_scales_of_width(const SideShape& shape, const ScaleGrid& grid, cons
   const bool by_channel = formats::format_info(shape.format.base).axis == BlockAxis::kToken;
   const int rows_per_run = !by_channel && shape.role == SideRole::kKeys ? kTile : grid.num_rows;
   // cpu: [run][block][part][row in run] with runs of 16 rows for K and one run otherwise.
-  for (int row = 0; row < grid.num_rows; ++row) {
-    const int64_t run = row / rows_per_run;
-    const int64_t in_run = row % rows_per_run;
-    for (int block = 0; block < grid.num_blocks; ++block) {
-      for (int part = 0; part < grid.num_parts; ++part) {
-        const int64_t planar =
-            (static_cast<int64_t>(row) * grid.num_blocks + block) * grid.num_parts + part;
-        const int64_t cpu =
-            ((run * grid.num_blocks + block) * grid.num_parts + part) * rows_per_run + in_run;
-        std::memcpy(target + (kToCpu ? cpu : planar) * kBytes,
-                    source + (kToCpu ? planar : cpu) * kBytes, kBytes);
+  const int64_t entries = static_cast<int64_t>(grid.num_blocks) * grid.num_parts;
+  for (int first = 0; first < grid.num_rows; first += rows_per_run) {
+    const int64_t start = first * entries * kBytes;
+    for (int64_t entry = 0; entry < entries; ++entry) {
+      for (int row = 0; row < rows_per_run; ++row) {
+        const int64_t planar = start + (row * entries + entry) * kBytes;
+        const int64_t cpu = start + (entry * rows_per_run + row) * kBytes;
+        std::memcpy(target + (kToCpu ? cpu : planar), source + (kToCpu ? planar : cpu), kBytes);
       }
     }
   }

@@ -13,6 +13,7 @@ namespace {
 // Eight 32-bit lanes. F: fp32, I: int32, M: a mask with all bits of a lane equal.
 struct V {
   static constexpr int kLanes = 8;
+  static constexpr bool kDivides = true;
   using F = __m256;
   using I = __m256i;
   using M = __m256i;
@@ -24,6 +25,10 @@ struct V {
   static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static F mul_add(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }   // fl(a b + c)
+  static F sub_mul(F c, F a, F b) { return _mm256_fnmadd_ps(a, b, c); }  // fl(c - a b)
+
+  static F fmin(F a, F b) { return _mm256_min_ps(a, b); }
 
   static I iload(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static void istore(void* p, I a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a); }
@@ -48,8 +53,12 @@ struct V {
   static M is_zero(F a) {
     return _mm256_castps_si256(_mm256_cmp_ps(a, _mm256_setzero_ps(), _CMP_EQ_OQ));
   }
+  static M less(F a, F b) { return _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+  static M less_equal(F a, F b) { return _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_LE_OQ)); }
+  static M both(M a, M b) { return _mm256_and_si256(a, b); }
   static bool any(M m) { return _mm256_movemask_epi8(m) != 0; }
   static I select(M m, I yes, I no) { return _mm256_blendv_epi8(no, yes, m); }
+  static F fselect(M m, F yes, F no) { return _mm256_blendv_ps(no, yes, _mm256_castsi256_ps(m)); }
   static I clear(M m, I a) { return _mm256_andnot_si256(m, a); }  // 0 where m
 
   static int32_t reduce_max(I a) {
@@ -64,12 +73,24 @@ struct V {
     b = _mm_min_epi32(b, _mm_shuffle_epi32(b, 0xb1));
     return _mm_cvtsi128_si32(b);
   }
-  // Sum of sixteen values as the tree of codecs.md section 3, +46.
-  static float tree_sum(const F* a) {
-    const __m256 eight = _mm256_add_ps(a[0], a[1]);
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+  // x[i][j] becomes x[j][i].
+  static void transpose(F* x) {
+    F t[8];
+    for (int i = 0; i < 8; i += 2) {
+      t[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+      t[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+    }
+    F q[8];  // q[r + c] has rows r to r + 3 of columns c and c + 4
+    for (int r = 0; r < 8; r += 4) {
+      q[r] = _mm256_shuffle_ps(t[r], t[r + 2], 0x44);
+      q[r + 1] = _mm256_shuffle_ps(t[r], t[r + 2], 0xee);
+      q[r + 2] = _mm256_shuffle_ps(t[r + 1], t[r + 3], 0x44);
+      q[r + 3] = _mm256_shuffle_ps(t[r + 1], t[r + 3], 0xee);
+    }
+    for (int c = 0; c < 4; ++c) {
+      x[c] = _mm256_permute2f128_ps(q[c], q[4 + c], 0x20);
+      x[4 + c] = _mm256_permute2f128_ps(q[c], q[4 + c], 0x31);
+    }
   }
 
   // Codes 0..255 (or -128..127 for the signed version) to bytes.
@@ -91,6 +112,13 @@ struct V {
     const __m128i pairs = _mm_maddubs_epi16(bytes, _mm_set1_epi16(0x1001));
     const int32_t packed = _mm_cvtsi128_si32(_mm_packus_epi16(pairs, pairs));
     std::memcpy(p, &packed, 4);
+  }
+  // a[0], b[0], a[1], b[1], ...
+  static void store_pairs(uint8_t* p, I a, I b) {
+    const __m256i low = _mm256_unpacklo_epi32(a, b), high = _mm256_unpackhi_epi32(a, b);
+    auto* const out = reinterpret_cast<__m256i*>(p);
+    _mm256_storeu_si256(out, _mm256_permute2x128_si256(low, high, 0x20));
+    _mm256_storeu_si256(out + 1, _mm256_permute2x128_si256(low, high, 0x31));
   }
   static void store_words(uint16_t* p, I a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),

@@ -13,6 +13,7 @@ namespace {
 // Sixteen 32-bit lanes. F: fp32, I: int32, M: one bit a lane.
 struct V {
   static constexpr int kLanes = 16;
+  static constexpr bool kDivides = false;
   using F = __m512;
   using I = __m512i;
   using M = __mmask16;
@@ -24,6 +25,10 @@ struct V {
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F mul_add(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }   // fl(a b + c)
+  static F sub_mul(F c, F a, F b) { return _mm512_fnmadd_ps(a, b, c); }  // fl(c - a b)
+
+  static F fmin(F a, F b) { return _mm512_min_ps(a, b); }
 
   static I iload(const void* p) { return _mm512_loadu_si512(p); }
   static void istore(void* p, I a) { _mm512_storeu_si512(p, a); }
@@ -46,8 +51,12 @@ struct V {
   static M greater(I a, I b) { return _mm512_cmpgt_epi32_mask(a, b); }
   static M equal(I a, I b) { return _mm512_cmpeq_epi32_mask(a, b); }
   static M is_zero(F a) { return _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_EQ_OQ); }
+  static M less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+  static M less_equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
+  static M both(M a, M b) { return static_cast<M>(a & b); }
   static bool any(M m) { return m != 0; }
   static I select(M m, I yes, I no) { return _mm512_mask_blend_epi32(m, no, yes); }
+  static F fselect(M m, F yes, F no) { return _mm512_mask_blend_ps(m, no, yes); }
   static I clear(M m, I a) { return _mm512_maskz_mov_epi32(static_cast<M>(~m), a); }  // 0 where m
 
   static int32_t reduce_max(I a) {
@@ -64,12 +73,36 @@ struct V {
     b = _mm_min_epi32(b, _mm_shuffle_epi32(b, 0xb1));
     return _mm_cvtsi128_si32(b);
   }
-  // Sum of sixteen values as the tree of codecs.md section 3, +46.
-  static float tree_sum(const F* a) {
-    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(*a), _mm512_extractf32x8_ps(*a, 1));
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+  // x[i][j] becomes x[j][i].
+  static void transpose(F* x) {
+    F t[16];
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+      t[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+    }
+    const auto low = [&](int a, int b) {
+      return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[a]), _mm512_castps_pd(t[b])));
+    };
+    const auto high = [&](int a, int b) {
+      return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[a]), _mm512_castps_pd(t[b])));
+    };
+    F q[16];  // q[r + c] has rows r to r + 3 of columns c, c + 4, c + 8, c + 12
+    for (int r = 0; r < 16; r += 4) {
+      q[r] = low(r, r + 2);
+      q[r + 1] = high(r, r + 2);
+      q[r + 2] = low(r + 1, r + 3);
+      q[r + 3] = high(r + 1, r + 3);
+    }
+    for (int c = 0; c < 4; ++c) {
+      const F a = _mm512_shuffle_f32x4(q[c], q[4 + c], 0x44);
+      const F b = _mm512_shuffle_f32x4(q[8 + c], q[12 + c], 0x44);
+      x[c] = _mm512_shuffle_f32x4(a, b, 0x88);
+      x[4 + c] = _mm512_shuffle_f32x4(a, b, 0xdd);
+      const F d = _mm512_shuffle_f32x4(q[c], q[4 + c], 0xee);
+      const F e = _mm512_shuffle_f32x4(q[8 + c], q[12 + c], 0xee);
+      x[8 + c] = _mm512_shuffle_f32x4(d, e, 0x88);
+      x[12 + c] = _mm512_shuffle_f32x4(d, e, 0xdd);
+    }
   }
 
   // Codes 0..255 (or -128..127 for the signed version) to bytes.
@@ -81,6 +114,14 @@ struct V {
   static void store_nibbles(uint8_t* p, I a) {
     const __m128i pairs = _mm_maddubs_epi16(_mm512_cvtepi32_epi8(a), _mm_set1_epi16(0x1001));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(pairs, pairs));
+  }
+  // a[0], b[0], a[1], b[1], ...
+  static void store_pairs(uint8_t* p, I a, I b) {
+    const __m512i low = _mm512_unpacklo_epi32(a, b), high = _mm512_unpackhi_epi32(a, b);
+    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    _mm512_storeu_si512(p, _mm512_permutex2var_epi64(low, first, high));
+    _mm512_storeu_si512(p + 64, _mm512_permutex2var_epi64(low, second, high));
   }
   static void store_words(uint16_t* p, I a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a));
