@@ -238,28 +238,39 @@ void Codec::decode_rows(const uint8_t* codes, const uint8_t* scales, int64_t num
 
 EncodeStats Codec::encode_page(const float* x, int page_tokens, const SideParams& params,
                                const PlanarSide& out) const {
-  check_global_scale(params.global_scale);
-  std::vector<float> scratch;
-  const bool smooth = side_.smooth && params.smooth != nullptr;
-  const bool bias = side_.bias && params.bias != nullptr;
-  if (smooth || side_.rotate || bias || side_.mean) {
-    scratch.assign(x, x + static_cast<int64_t>(page_tokens) * head_dim_);
-    float* y = scratch.data();
-    if (smooth) page_->divide_row(y, page_tokens, head_dim_, params.smooth);
-    if (side_.rotate) {
-      const int block = rotation_block(head_dim_);
-      page_->rotate(y, page_tokens, head_dim_, block, rotation_scale(block));
-    }
-    if (bias) page_->subtract_row(y, page_tokens, head_dim_, params.bias);
-    if (side_.mean) {
-      page_->column_mean(y, page_tokens, head_dim_, out.mean);
-      page_->subtract_row(y, page_tokens, head_dim_, bf16_row(out.mean, head_dim_).data());
-    }
-    x = y;
+  if (!side_.smooth && !side_.rotate && !side_.bias && !side_.mean) {
+    check_global_scale(params.global_scale);
+    return encode_terms_taken(x, page_tokens, params.global_scale, out);
   }
+  std::vector<float> scratch(x, x + static_cast<int64_t>(page_tokens) * head_dim_);
+  return encode_page_in_place(scratch.data(), page_tokens, params, out);
+}
+
+EncodeStats Codec::encode_page_in_place(float* x, int page_tokens, const SideParams& params,
+                                        const PlanarSide& out) const {
+  check_global_scale(params.global_scale);
+  if (side_.smooth && params.smooth != nullptr) {
+    page_->divide_row(x, page_tokens, head_dim_, params.smooth);
+  }
+  if (side_.rotate) {
+    const int block = rotation_block(head_dim_);
+    page_->rotate(x, page_tokens, head_dim_, block, rotation_scale(block));
+  }
+  if (side_.bias && params.bias != nullptr) {
+    page_->subtract_row(x, page_tokens, head_dim_, params.bias);
+  }
+  if (side_.mean) {
+    page_->column_mean(x, page_tokens, head_dim_, out.mean);
+    page_->subtract_row(x, page_tokens, head_dim_, bf16_row(out.mean, head_dim_).data());
+  }
+  return encode_terms_taken(x, page_tokens, params.global_scale, out);
+}
+
+EncodeStats Codec::encode_terms_taken(const float* x, int page_tokens, float global_scale,
+                                      const PlanarSide& out) const {
   EncodeStats stats;
   internal::EncodeRun run = {};
-  run.global_scale = params.global_scale;
+  run.global_scale = global_scale;
   run.codes = out.codes;
   run.scales = out.scales;
   run.non_finite = &stats.non_finite;
@@ -272,7 +283,7 @@ EncodeStats Codec::encode_page(const float* x, int page_tokens, const SideParams
   run.num_blocks = head_dim_;
   run.block_len = page_tokens;
   run.row_stride = head_dim_;
-  run.max_plain_bits = max_plain_bits(side_.base, params.global_scale);
+  run.max_plain_bits = max_plain_bits(side_.base, global_scale);
   run.scalar = scalar_->encode;
   (kernels_->encode != nullptr ? kernels_->encode : scalar_->encode)(run);
   return stats;

@@ -81,6 +81,9 @@ class Codec {
   // has any of these terms.
   EncodeStats encode_page(const float* x, int page_tokens, const SideParams& params,
                           const PlanarSide& out) const;
+  // The same without scratch: x is overwritten.
+  EncodeStats encode_page_in_place(float* x, int page_tokens, const SideParams& params,
+                                   const PlanarSide& out) const;
 
   // What attention reads: the inverse of encode_page, fp32 [page_tokens][head_dim]. With
   // `Frame::kStored` the result stays rotated and divided by smooth, without mean or bias (what a
@@ -91,6 +94,8 @@ class Codec {
 
  private:
   Codec() = default;
+  EncodeStats encode_terms_taken(const float* x, int page_tokens, float global_scale,
+                                 const PlanarSide& out) const;
   void encode_blocks(const float* x, int64_t num_rows, internal::EncodeRun run) const;
   void decode_blocks(const uint8_t* codes, const uint8_t* scales, int64_t num_rows,
                      float global_scale, float* x) const;

@@ -133,41 +133,43 @@ int64_t append_rows(const AppendCall& call, const AttentionItem& item, float* sc
   return non_finite;
 }
 
-struct PageCodecs {
-  Codec k;
-  Codec v;
+// One side of one head's unit of a full page: what a task closes.
+struct SideOfPage {
+  const CloseItem& item;
+  int head = 0;
+  cache::SideRole role = cache::SideRole::kKeys;
 };
 
-// Encodes one head's unit of a full page.
-EncodeStats close_unit(const AppendCall& call, const CloseItem& item, int head,
-                       const PageCodecs* codecs, float* rows) {
+// Returns how many values saturated.
+int64_t close_side(const AppendCall& call, const SideOfPage& part, const Codec& codec,
+                   float* rows) {
   const GroupView& view = call.view;
   const int layer = call.args.group_layer;
   const int d = view.head_dim;
   const int tokens = view.page_tokens;
-  const PageKind& from = view.kinds[item.source.kind];
-  const PageKind& to = view.kinds[item.target.kind];
-  const std::byte* source = from.unit(item.source, layer, head);
-  std::byte* target = to.unit(item.target, layer, head);
-  if (codecs == nullptr) {  // a sink page that was staged
-    std::copy_n(source, from.units[layer].bytes, target);
-    return {};
-  }
+  const bool keys = part.role == cache::SideRole::kKeys;
+  const PageKind& from = view.kinds[part.item.source.kind];
+  const PageKind& to = view.kinds[part.item.target.kind];
+  const std::byte* source = from.unit(part.item.source, layer, part.head);
+  std::byte* target = to.unit(part.item.target, layer, part.head);
   const auto& sections = to.units[layer];
+  const int64_t begin = keys ? 0 : sections.v_codes;
+  const int64_t end = keys ? sections.v_codes : sections.bytes;
+  if (part.item.target.kind != cache::kKindStored) {  // a sink page that was staged
+    std::copy(source + begin, source + end, target + begin);
+    return 0;
+  }
+  const cache::SideShape shape{codec.side(), part.role, tokens, d};
   auto* planar = reinterpret_cast<std::byte*>(rows + static_cast<int64_t>(tokens) * d);
-  std::fill_n(planar, sections.bytes, std::byte{0});
-  const cache::UnitShape shape{codecs->k.side(), codecs->v.side(), tokens, d};
-
-  cache::read_bf16_side(from.layout, tokens, d, source, cache::SideRole::kKeys, tokens, rows);
-  EncodeStats stats = codecs->k.encode_page(rows, tokens, view.layers[layer].k[head],
-                                            cache::side_of_unit(planar, sections, shape.keys()));
-  cache::read_bf16_side(from.layout, tokens, d, source, cache::SideRole::kValues, tokens, rows);
-  const EncodeStats values =
-      codecs->v.encode_page(rows, tokens, view.layers[layer].v[head],
-                            cache::side_of_unit(planar, sections, shape.values()));
-  stats.saturated += values.saturated;
-  cache::convert_unit(shape, cache::Layout::kPlanar, planar, to.layout, target);
-  return stats;
+  const formats::PlanarSide encoded = cache::side_of_unit(planar, sections, shape);
+  const SideParams& params =
+      keys ? view.layers[layer].k[part.head] : view.layers[layer].v[part.head];
+  cache::read_bf16_side(from.layout, tokens, d, source, part.role, tokens, rows);
+  const EncodeStats stats = codec.encode_page_in_place(rows, tokens, params, encoded);
+  std::fill(target + begin, target + end, std::byte{0});  // padding
+  cache::convert_side(shape, cache::Layout::kPlanar, {encoded.codes, encoded.scales, encoded.mean},
+                      to.layout, cache::side_of_unit(target, sections, shape));
+  return stats.saturated;
 }
 
 }  // namespace
@@ -206,15 +208,15 @@ Result<EncodeStats> append(const AppendArgs& args, ThreadPool& pool, CpuLevel le
   const PageKind& stored = view.kinds[cache::kKindStored];
   KVANT_ASSIGN(Codec k, Codec::create(stored.k_format[args.group_layer], view.head_dim, level));
   KVANT_ASSIGN(Codec v, Codec::create(stored.v_format[args.group_layer], view.head_dim, level));
-  const PageCodecs codecs{std::move(k), std::move(v)};
   std::atomic<int64_t> saturated{0};
-  const int64_t num_units = static_cast<int64_t>(view.closes.size()) * view.num_kv_heads;
-  pool.parallel_for(num_units, [&](int64_t i, int worker) {
-    const CloseItem& item = view.closes[i / view.num_kv_heads];
-    const bool copy = item.target.kind != cache::kKindStored;
-    const EncodeStats unit = close_unit(call, item, static_cast<int>(i % view.num_kv_heads),
-                                        copy ? nullptr : &codecs, call.scratch(worker));
-    if (unit.saturated > 0) saturated.fetch_add(unit.saturated, std::memory_order_relaxed);
+  const int64_t num_sides = static_cast<int64_t>(view.closes.size()) * view.num_kv_heads * 2;
+  pool.parallel_for(num_sides, [&](int64_t i, int worker) {
+    const bool keys = i % 2 == 0;
+    const SideOfPage part{.item = view.closes[i / 2 / view.num_kv_heads],
+                          .head = static_cast<int>(i / 2 % view.num_kv_heads),
+                          .role = keys ? cache::SideRole::kKeys : cache::SideRole::kValues};
+    const int64_t count = close_side(call, part, keys ? k : v, call.scratch(worker));
+    if (count > 0) saturated.fetch_add(count, std::memory_order_relaxed);
   });
   stats.saturated = saturated.load();
   return stats;
