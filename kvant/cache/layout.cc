@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "kvant/base/check.h"
-#include "kvant/base/small_floats.h"
 
 namespace kvant::cache {
 
@@ -253,30 +252,6 @@ void convert_generic(const SideShape& shape, Layout from, const ConstPlanarSide&
   }
 }
 
-SideShape bf16_shape(SideRole role, int page_tokens, int head_dim) {
-  return {formats::SideFormat{}, role, page_tokens, head_dim};
-}
-
-int64_t bf16_side_offset(SideRole role, int page_tokens, int head_dim) {
-  return role == SideRole::kKeys ? 0 : static_cast<int64_t>(page_tokens) * head_dim * 2;
-}
-
-int64_t bf16_offset(Layout layout, const SideShape& shape, int token, int channel) {
-  return code_place(layout, shape, token, channel).fields[0].bit / 8;
-}
-
-void write_bf16_row(Layout layout, const SideShape& shape, std::byte* unit, int token,
-                    const uint16_t* row) {
-  std::byte* codes = unit + bf16_side_offset(shape.role, shape.page_tokens, shape.head_dim);
-  if (layout == Layout::kCpu) {
-    internal::write_cpu_bf16_row(shape.page_tokens, shape.head_dim,
-                                 reinterpret_cast<uint8_t*>(codes), shape.role, token, row);
-    return;
-  }
-  for (int channel = 0; channel < shape.head_dim; ++channel)
-    std::memcpy(codes + bf16_offset(layout, shape, token, channel), &row[channel], 2);
-}
-
 }  // namespace
 
 ElementPlace code_place(Layout layout, const SideShape& shape, int token, int channel) {
@@ -361,44 +336,6 @@ void convert_unit(const UnitShape& shape, Layout from, const std::byte* source, 
   for (const SideShape& side : {shape.keys(), shape.values()}) {
     convert_side(side, from, side_of_unit(source, sections, side), to,
                  side_of_unit(target, sections, side));
-  }
-}
-
-void write_bf16_token(Layout layout, int page_tokens, int head_dim, std::byte* unit, int token,
-                      const uint16_t* k, const uint16_t* v) {
-  write_bf16_row(layout, bf16_shape(SideRole::kKeys, page_tokens, head_dim), unit, token, k);
-  write_bf16_row(layout, bf16_shape(SideRole::kValues, page_tokens, head_dim), unit, token, v);
-}
-
-void write_f32_token(Layout layout, int page_tokens, int head_dim, std::byte* unit, int token,
-                     const float* k, const float* v) {
-  constexpr int kMaxHeadDim = 512;
-  KVANT_CHECK(head_dim <= kMaxHeadDim, "head_dim is at most 512");
-  uint16_t k16[kMaxHeadDim];
-  uint16_t v16[kMaxHeadDim];
-  for (int i = 0; i < head_dim; ++i) {
-    k16[i] = to_bf16(k[i]);
-    v16[i] = to_bf16(v[i]);
-  }
-  write_bf16_token(layout, page_tokens, head_dim, unit, token, k16, v16);
-}
-
-void read_bf16_side(Layout layout, int page_tokens, int head_dim, const std::byte* unit,
-                    SideRole role, int num_tokens, float* rows) {
-  const SideShape shape = bf16_shape(role, page_tokens, head_dim);
-  const std::byte* codes = unit + bf16_side_offset(role, page_tokens, head_dim);
-  if (layout == Layout::kCpu) {
-    internal::read_cpu_bf16_side(page_tokens, head_dim, reinterpret_cast<const uint8_t*>(codes),
-                                 role, num_tokens, rows);
-    return;
-  }
-  for (int token = 0; token < num_tokens; ++token) {
-    float* row = rows + static_cast<int64_t>(token) * head_dim;
-    for (int channel = 0; channel < head_dim; ++channel) {
-      uint16_t bits;
-      std::memcpy(&bits, codes + bf16_offset(layout, shape, token, channel), 2);
-      row[channel] = from_bf16(bits);
-    }
   }
 }
 

@@ -113,11 +113,6 @@ void planar_to_cpu(const SideShape& shape, const formats::ConstPlanarSide& sourc
                    const formats::PlanarSide& target);
 void cpu_to_planar(const SideShape& shape, const formats::ConstPlanarSide& source,
                    const formats::PlanarSide& target);
-// One side of BF16 units in `cpu` layout (layout_cpu_bf16.cc); `codes` is the side's section.
-void read_cpu_bf16_side(int page_tokens, int head_dim, const uint8_t* codes, SideRole role,
-                        int num_tokens, float* rows);
-void write_cpu_bf16_row(int page_tokens, int head_dim, uint8_t* codes, SideRole role, int token,
-                        const uint16_t* row);
 }  // namespace internal
 
 }  // namespace kvant::cache

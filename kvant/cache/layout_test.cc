@@ -286,6 +286,33 @@ TEST(Layout, Bf16TokensAreReadBackFromEveryLayout) {
   }
 }
 
+// Rounding, overflow, NaN and signed zeros are those of to_bf16 in every layout.
+TEST(Layout, RowsAreRoundedLikeSingleValues) {
+  constexpr int kHeadDim = 256, kTokens = 16;
+  std::vector<float> k(kHeadDim), v(kHeadDim);
+  for (uint32_t i = 0; i < kHeadDim; ++i) {
+    k[i] = std::bit_cast<float>(i << 24 | (i % 4 * 0x4000u + i % 3 + 0x3fffu));
+    v[i] = std::bit_cast<float>(i << 24 | 0x00ff8000u | i % 2 << 16);
+  }
+  v[1] = std::bit_cast<float>(0x7f800001u);
+  v[2] = std::bit_cast<float>(0xff800000u);
+  v[3] = -0.0f;
+  for (const Layout layout : {Layout::kPlanar, Layout::kCpu, Layout::kSm90}) {
+    std::vector<std::byte> unit(formats::unit_sections({}, {}, kTokens, kHeadDim).bytes);
+    write_f32_token(layout, kTokens, kHeadDim, unit.data(), 5, k.data(), v.data());
+    std::vector<float> read(kTokens * kHeadDim);
+    for (const SideRole role : {SideRole::kKeys, SideRole::kValues}) {
+      const std::vector<float>& x = role == SideRole::kKeys ? k : v;
+      read_bf16_side(layout, kTokens, kHeadDim, unit.data(), role, kTokens, read.data());
+      for (int c = 0; c < kHeadDim; ++c) {
+        ASSERT_EQ(std::bit_cast<uint32_t>(read[5 * kHeadDim + c]),
+                  std::bit_cast<uint32_t>(from_bf16(to_bf16(x[c]))))
+            << c;
+      }
+    }
+  }
+}
+
 // The inline offsets of layout.h are the definition's.
 TEST(Layout, Bf16OffsetsOfTheCpuLayoutAgreeWithTheDefinition) {
   const SideShape k{{}, SideRole::kKeys, 64, 80};
