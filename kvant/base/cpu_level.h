@@ -11,8 +11,8 @@ namespace kvant {
 enum class CpuLevel {
   kScalar = 0,  // baseline x86-64 or any other processor
   kAvx2 = 1,    // AVX2, FMA, F16C
-  kAvx512 =
-      2,  // AVX-512 F, BW, DQ, VL, VBMI, VNNI, BF16 (Zen 4 and later, Sapphire Rapids and later)
+  kAvx512 = 2,  // AVX-512 F, BW, DQ, VL, VBMI, VBMI2, VNNI, BF16 (Zen 4 and later, Sapphire Rapids
+                // and later)
 };
 
 std::string_view cpu_level_name(CpuLevel level);  // "scalar", "avx2", "avx512"

@@ -15,7 +15,9 @@ using backend::testing::RigOptions;
 namespace {
 
 constexpr int kPage = 16;
-constexpr double kMaxError = 1e-5;  // fp32 against float64 on the decoded cache
+// Against float64 on the decoded cache; integer products round queries and weights
+// (backend/cpu/attention_integer.h).
+constexpr double kMaxError = 3e-4;
 
 // A full-attention layer and a window layer, keys with RoPE applied by attention where the format
 // asks for it.

@@ -16,6 +16,7 @@ namespace {
 
 constexpr int kMaxHeadDim = 256;
 constexpr int kMaxGroup = 16;
+constexpr int kRunsPerThread = 8;  // of one call: even shares although threads differ in speed
 
 const AttentionKernels& kernels_of(CpuLevel level) {
 #if defined(__x86_64__)
@@ -37,7 +38,7 @@ int64_t count_items(const GroupView& view, int block_tokens) {
 void list_items(const Call& call, int block_tokens, std::vector<AttentionItem>& items) {
   items.clear();
   const GroupView& view = call.view;
-  int64_t tasks = 0, partials = 0;
+  int64_t partials = 0;
   for (size_t s = 0; s < view.sequences.size(); ++s) {
     const SequenceView& seq = view.sequences[s];
     const int blocks = (seq.num_new_tokens + block_tokens - 1) / block_tokens;
@@ -55,9 +56,7 @@ void list_items(const Call& call, int block_tokens, std::vector<AttentionItem>& 
         }
         item.num_splits =
             (first + item.num_tokens - 1) / attention::kSplitTokens + 1 - item.first_split;
-        item.first_task = tasks;
         item.first_partial = partials;
-        tasks += item.num_splits;
         partials += item.num_splits * item.num_tokens * call.group;
         items.push_back(item);
       }
@@ -101,7 +100,7 @@ void run_items(const Call& call, ThreadPool& pool, AttentionWorkspace& workspace
 
 // The same operations with the splits of an item on different threads.
 void run_splits(const Call& call, ThreadPool& pool, AttentionWorkspace& workspace,
-                const WorkspaceLayout& layout, int64_t num_tasks, int64_t num_partials) {
+                const WorkspaceLayout& layout, int64_t num_splits, int64_t num_partials) {
   Cutter partial_cutter(workspace.data + layout.partials_at);
   const PartialRows partials = take_partials(partial_cutter, num_partials, call.width());
   const auto partial_of = [&](const AttentionItem& item, int64_t n) {
@@ -111,17 +110,26 @@ void run_splits(const Call& call, ThreadPool& pool, AttentionWorkspace& workspac
     Cutter own(workspace.data + layout.workers_at + worker * layout.worker_bytes);
     return take_worker(own, call.head_dim, call.view.page_tokens);
   };
-  workspace.task_item.clear();
+  // Runs of splits: a thread that stays in a sequence has its next page fetched in time.
+  const int64_t run = std::max<int64_t>(1, num_splits / (kRunsPerThread * pool.num_threads()));
+  workspace.runs.clear();
   for (size_t i = 0; i < workspace.items.size(); ++i) {
-    workspace.task_item.insert(workspace.task_item.end(),
-                               static_cast<size_t>(workspace.items[i].num_splits),
-                               static_cast<int32_t>(i));
+    for (int64_t n = 0; n < workspace.items[i].num_splits; n += run) {
+      workspace.runs.push_back({static_cast<int32_t>(i), n});
+    }
   }
-  pool.parallel_for(num_tasks, [&](int64_t t, int worker) {
-    const AttentionItem& item = workspace.items[workspace.task_item[t]];
-    Task task(call, item, memory_of(worker));
-    const int64_t n = t - item.first_task;
-    task.run_split(item.first_split + n, partial_of(item, n));
+  pool.parallel_for(static_cast<int64_t>(workspace.runs.size()), [&](int64_t t, int worker) {
+    const auto [index, begin] = workspace.runs[t];
+    const AttentionItem& item = workspace.items[index];
+    const int64_t end = std::min(begin + run, item.num_splits);
+    const WorkerMemory memory = memory_of(worker);
+    Task task(call, item, memory);
+    task.read_until(item.first_split + end);
+    for (int64_t n = begin; n < end; ++n) {
+      // Through memory of its own: rows of neighbouring splits share cache lines.
+      task.run_split(item.first_split + n, memory.split);
+      task.copy_split(partial_of(item, n), memory.split);
+    }
   });
   pool.parallel_for(static_cast<int64_t>(workspace.items.size()), [&](int64_t i, int worker) {
     const AttentionItem& item = workspace.items[i];
@@ -189,13 +197,14 @@ Status attention(const AttentionArgs& args, ThreadPool& pool, CpuLevel level,
   if (workspace.items.empty()) return {};
   const AttentionItem& last = workspace.items.back();
   const int64_t num_items = static_cast<int64_t>(workspace.items.size());
-  const int64_t num_tasks = last.first_task + last.num_splits;
+  int64_t num_splits = 0;
+  for (const AttentionItem& item : workspace.items) num_splits += item.num_splits;
   const int64_t num_partials = last.first_partial + last.num_splits * last.num_tokens * call.group;
   const bool split_keys =
-      pool.num_threads() > 1 && num_items < enough && num_tasks > num_items &&
+      pool.num_threads() > 1 && num_items < enough && num_splits > num_items &&
       layout.partials_at + partial_bytes(num_partials, call.width()) <= workspace.bytes;
   if (split_keys) {
-    run_splits(call, pool, workspace, layout, num_tasks, num_partials);
+    run_splits(call, pool, workspace, layout, num_splits, num_partials);
   } else {
     run_items(call, pool, workspace, layout);
   }

@@ -2,6 +2,7 @@
 // defined KVANT_LEVEL, the level's namespace. See attention_kernels.h for what each pass does.
 
 #include "kvant/backend/cpu/attention_kernels.h"
+#include "kvant/backend/cpu/attention_scales-inl.h"
 #include "kvant/backend/cpu/attention_simd.h"
 
 namespace kvant::backend::cpu::KVANT_LEVEL {
@@ -20,28 +21,6 @@ constexpr int kTileVectors = 1;
 #endif
 
 constexpr float kInfinity = __builtin_huge_valf();
-
-template <int N>
-struct Int {
-  static constexpr int value = N;
-};
-
-template <int N, typename Fn>
-KVANT_INLINE void unroll(Fn&& f) {
-  if constexpr (N > 0) {
-    unroll<N - 1>(f);
-    f(Int<N - 1>{});
-  }
-}
-
-// Calls f(Int<n>) for n in [1, N].
-template <int N, typename Fn>
-KVANT_INLINE void with_count(int n, Fn&& f) {
-  if constexpr (N > 1) {
-    if (n < N) return with_count<N - 1>(n, f);
-  }
-  f(Int<N>{});
-}
 
 // ---- codes ----
 
@@ -171,39 +150,6 @@ constexpr bool is_table() {
 
 // ---- scales ----
 
-struct ScalePair {
-  F scale;
-  F zero;
-};
-
-// Sixteen scales (and zeros, which lie `zero_offset` bytes further) at element `index`.
-KVANT_INLINE ScalePair load_scales(PageScale kind, const uint8_t* p, int index, int zero_offset) {
-  switch (kind) {
-    case PageScale::kE4m3: {
-      // Never negative: the code shifted into f16, 2^-8 of the value.
-      const F half = from_half(shl(load_u8(p + index), 7));
-      return {mul(half, bcast(kE4m3Factor)), zero()};
-    }
-    case PageScale::kE8m0: return {as_float(shl(load_u8(p + index), 23)), zero()};
-    case PageScale::kF16: return {from_half(load_u16(p + 2 * index)), zero()};
-    case PageScale::kF16Pair:
-      return {from_half(load_u16(p + 2 * index)), from_half(load_u16(p + 2 * index + zero_offset))};
-    case PageScale::kF32: return {as_float(load_i(p + 4 * index)), zero()};
-    default: return {bcast(1.0f), zero()};
-  }
-}
-
-KVANT_INLINE int scale_stride(PageScale kind) {  // bytes of one scale, a pair counted whole
-  switch (kind) {
-    case PageScale::kE4m3:
-    case PageScale::kE8m0: return 1;
-    case PageScale::kF16: return 2;
-    case PageScale::kF16Pair:
-    case PageScale::kF32: return 4;
-    default: return 0;
-  }
-}
-
 enum class Apply { kNothing, kScale, kPair };
 
 template <Apply A>
@@ -284,8 +230,8 @@ void decode_k_channels(const DecodeArgs& a) {
   float* scale = a.scratch;
   float* zero_point = a.scratch + a.head_dim;
   for (int c = 0; c < a.head_dim; c += kLanes) {
-    store(scale + c, from_half(load_u16(a.scales + 2 * c)));
-    store(zero_point + c, from_half(load_u16(a.scales + 2 * (a.head_dim + c))));
+    store(scale + c, load_f16(a.scales + 2 * c));
+    store(zero_point + c, load_f16(a.scales + 2 * (a.head_dim + c)));
   }
   fetch_scales(a, 4 * a.head_dim);
   const F levels = load(R::values());
@@ -455,8 +401,6 @@ void values(const ValueArgs& a) {
 
 // ---- softmax ----
 
-constexpr int kMaxTiles = 8;  // of a page of 128 tokens
-
 KVANT_INLINE uint16_t visible_lanes(const SoftmaxArgs& a, int64_t position, int tile) {
   const int64_t first = a.page_begin + tile * kLanes;
   const auto clip = [](int64_t x) { return static_cast<int>(x < 0 ? 0 : x > kLanes ? kLanes : x); };
@@ -466,40 +410,71 @@ KVANT_INLINE uint16_t visible_lanes(const SoftmaxArgs& a, int64_t position, int 
   return static_cast<uint16_t>(lane_range(begin, end) | lane_range(0, sinks < end ? sinks : end));
 }
 
-void softmax(const SoftmaxArgs& a) {
-  const F multiplier = bcast(a.multiplier);
-  const F masked = bcast(-kInfinity);
-  for (int r = 0; r < a.rows; ++r) {
-    float* s = a.s + static_cast<int64_t>(r) * a.page_tokens;
-    const int64_t position = a.first_position + r / a.group;
-    const F offset = bcast(a.offset != nullptr ? a.offset[r] : 0.0f);
-    F x[kMaxTiles];
-    F largest = masked;
-    for (int tile = 0; tile < a.num_tiles; ++tile) {
-      F score = fma(load(s + tile * kLanes), multiplier, offset);
+// Whether every row sees every token of the tiles.
+bool all_visible(const SoftmaxArgs& a) {
+  const int64_t last = a.first_position + (a.rows - 1) / a.group;
+  return a.page_begin + a.num_tiles * kLanes <= a.first_position + 1 &&
+         (a.window <= 0 || last - a.window < a.page_begin);
+}
+
+// M rows from `row` on go together: one alone is a chain of latencies.
+template <int M, bool Masked>
+void softmax_rows(const SoftmaxArgs& a, int row) {
+  float* s = a.s + static_cast<int64_t>(row) * a.page_tokens;
+  F largest[M];
+  unroll<M>([&](auto m) { largest[m.value] = bcast(-kInfinity); });
+  for (int tile = 0; tile < a.num_tiles; ++tile) {
+    unroll<M>([&](auto m) {
+      float* x = s + m.value * a.page_tokens + tile * kLanes;
+      F score = fma(load(x), bcast(a.multiplier), bcast(a.offset[row + m.value]));
       if (a.softcap > 0.0f) {
         score = mul(bcast(a.softcap), tanh_lanes(div(score, bcast(a.softcap))));
       }
-      x[tile] = select(visible_lanes(a, position, tile), masked, score);
-      largest = max(largest, x[tile]);
-    }
-    const float old_max = a.max[r];
-    const float page_max = max_lanes(largest);
-    const float new_max = old_max > page_max ? old_max : page_max;
-    const F base = bcast(new_max);
-    F sum = zero();
-    for (int tile = 0; tile < a.num_tiles; ++tile) {
-      const F weight = exp_lanes(sub(x[tile], base));
-      sum = add(sum, weight);
-      store(s + tile * kLanes, mul(weight, bcast(a.weight_scale)));
-    }
-    float factor[kLanes];
-    store(factor, exp_lanes(sub(bcast(old_max), base)));
-    const float page_sum = sum_lanes(sum);
-    a.factor[r] = factor[0];
-    a.max[r] = new_max;
-    a.sum[r] = a.sum[r] * factor[0] + page_sum;
-    a.share[r] = a.share[r] * factor[0] + (a.add_to_share ? page_sum : 0.0f);
+      if constexpr (Masked) {
+        const int64_t position = a.first_position + (row + m.value) / a.group;
+        score = select(visible_lanes(a, position, tile), bcast(-kInfinity), score);
+      }
+      store(x, score);
+      largest[m.value] = max(largest[m.value], score);
+    });
+  }
+  float base[M], page_sum[M];
+  F sum[M];
+  max_rows(largest, base);
+  unroll<M>([&](auto m) {
+    const float old_max = a.max[row + m.value];
+    if (old_max > base[m.value]) base[m.value] = old_max;
+    sum[m.value] = zero();
+  });
+  for (int tile = 0; tile < a.num_tiles; ++tile) {
+    unroll<M>([&](auto m) {
+      float* x = s + m.value * a.page_tokens + tile * kLanes;
+      const F weight = exp_lanes(sub(load(x), bcast(base[m.value])));
+      sum[m.value] = add(sum[m.value], weight);
+      store(x, mul(weight, bcast(a.weight_scale)));
+    });
+  }
+  sum_rows(sum, page_sum);
+  alignas(64) float change[kLanes] = {};
+  unroll<M>([&](auto m) { change[m.value] = a.max[row + m.value] - base[m.value]; });
+  alignas(64) float factor[kLanes];
+  store(factor, exp_lanes(load(change)));
+  unroll<M>([&](auto m) {
+    const int r = row + m.value;
+    a.factor[r] = factor[m.value];
+    a.max[r] = base[m.value];
+    a.sum[r] = a.sum[r] * factor[m.value] + page_sum[m.value];
+    a.share[r] = a.share[r] * factor[m.value] + (a.add_to_share ? page_sum[m.value] : 0.0f);
+  });
+}
+
+void softmax(const SoftmaxArgs& a) {
+  const bool visible = all_visible(a);
+  for (int r = 0; r < a.rows; r += kTileRows) {
+    with_count<kTileRows>(a.rows - r, [&](auto m) {
+      constexpr int M = decltype(m)::value;
+      visible ? softmax_rows<M, false>(a, r) : softmax_rows<M, true>(a, r);
+    });
   }
 }
 
@@ -587,8 +562,14 @@ void pre_rope(const PreRopeArgs& a) {
 
 }  // namespace
 
+#if defined(__AVX512VNNI__)
+constexpr const IntegerKernels* kInteger = &kIntegerKernels;
+#else
+constexpr const IntegerKernels* kInteger = nullptr;
+#endif
+
 extern const AttentionKernels kAttentionKernels;
 const AttentionKernels kAttentionKernels = {decode_k, decode_v, scores,     softmax, values,
-                                            pre_rope, dot_rows, scale_rows, merge};
+                                            pre_rope, dot_rows, scale_rows, merge,   kInteger};
 
 }  // namespace kvant::backend::cpu::KVANT_LEVEL

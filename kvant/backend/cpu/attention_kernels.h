@@ -12,6 +12,8 @@
 
 #include <cstdint>
 
+#include "kvant/backend/cpu/attention_integer.h"
+
 namespace kvant::backend::cpu {
 
 enum class Code : uint8_t { kBf16, kF16, kE4m3, kE5m2, kS8, kE2m1, kU4, kU3, kU2 };
@@ -71,7 +73,7 @@ struct SoftmaxArgs {
   int window = 0;
   int sink_tokens = 0;
   float multiplier = 1.0f;
-  const float* offset = nullptr;  // [rows] or null
+  const float* offset = nullptr;  // [rows]
   float softcap = 0.0f;
   float weight_scale = 1.0f;
   float* max = nullptr;    // [rows]
@@ -135,6 +137,8 @@ struct AttentionKernels {
   void (*scale_rows)(float* acc, int64_t stride, int rows, int width, const float* factor);
   // to = merge(to, from) for `rows` rows of `width` values (problem.h).
   void (*merge)(const PartialRows& to, const PartialRows& from, int rows, int width);
+  // Products with the codes as they are stored; null where the level has none.
+  const IntegerKernels* integer;
 };
 
 namespace scalar {

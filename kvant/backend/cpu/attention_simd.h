@@ -114,6 +114,16 @@ KVANT_INLINE I as_int(F a) {
 KVANT_INLINE F from_half(I a) {
   return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(a.v))};
 }
+// Sixteen f16.
+KVANT_INLINE F load_f16(const void* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)))};
+}
+// Sixteen E4M3 that are not negative, 2^-8 of their values: shifted into f16 by one place less than
+// the exponent's bias asks for.
+KVANT_INLINE F load_e4m3(const uint8_t* p) {
+  const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return {_mm512_cvtph_ps(_mm256_slli_epi16(wide, 7))};
+}
 // (a & mask) | (b & ~mask)
 KVANT_INLINE I merge_bits(I mask, I a, I b) {
   return {_mm512_ternarylogic_epi32(mask.v, a.v, b.v, 0xca)};
@@ -400,6 +410,28 @@ KVANT_INLINE F lookup(const Table& t, I index) {
 
 // ---- on every level ----
 
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
+template <int N, typename Fn>
+KVANT_INLINE void unroll(Fn&& f) {
+  if constexpr (N > 0) {
+    unroll<N - 1>(f);
+    f(Int<N - 1>{});
+  }
+}
+
+// Calls f(Int<n>) for n in [1, N].
+template <int N, typename Fn>
+KVANT_INLINE void with_count(int n, Fn&& f) {
+  if constexpr (N > 1) {
+    if (n < N) return with_count<N - 1>(n, f);
+  }
+  f(Int<N>{});
+}
+
 // Sum of the lanes as a binary tree: lanes i and i + 8, then + 4, + 2, + 1.
 #if defined(__AVX2__)
 KVANT_INLINE __m256 lower_half(F a) {
@@ -416,17 +448,40 @@ KVANT_INLINE __m256 upper_half(F a) {
   return a.hi;
 #endif
 }
-KVANT_INLINE float sum_lanes(F a) {
-  const __m256 eight = _mm256_add_ps(lower_half(a), upper_half(a));
-  __m128 x = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
-  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+// op over the lanes of each of M <= 4 rows, in an order that does not depend on M. Rows go
+// together: one alone is a chain of latencies.
+template <int M, typename Op8, typename Op4>
+KVANT_INLINE void reduce_rows(const F (&a)[M], float* out, Op8 op8, Op4 op4) {
+  static_assert(M <= 4);
+  __m256 e[4];
+  for (int i = 0; i < 4; ++i)
+    e[i] = op8(lower_half(a[i < M ? i : 0]), upper_half(a[i < M ? i : 0]));
+  const __m256 x = op8(_mm256_unpacklo_ps(e[0], e[1]), _mm256_unpackhi_ps(e[0], e[1]));
+  const __m256 y = op8(_mm256_unpacklo_ps(e[2], e[3]), _mm256_unpackhi_ps(e[2], e[3]));
+  const __m256d low = _mm256_unpacklo_pd(_mm256_castps_pd(x), _mm256_castps_pd(y));
+  const __m256d high = _mm256_unpackhi_pd(_mm256_castps_pd(x), _mm256_castps_pd(y));
+  const __m256 both = op8(_mm256_castpd_ps(low), _mm256_castpd_ps(high));
+  alignas(16) float four[4];
+  _mm_store_ps(four, op4(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
+  for (int i = 0; i < M; ++i) out[i] = four[i];
 }
-KVANT_INLINE float max_lanes(F a) {
-  const __m256 eight = _mm256_max_ps(lower_half(a), upper_half(a));
-  __m128 x = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
-  return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+template <int M>
+KVANT_INLINE void sum_rows(const F (&a)[M], float* out) {
+  reduce_rows(
+      a, out, [](__m256 x, __m256 y) { return _mm256_add_ps(x, y); },
+      [](__m128 x, __m128 y) { return _mm_add_ps(x, y); });
+}
+template <int M>
+KVANT_INLINE void max_rows(const F (&a)[M], float* out) {
+  reduce_rows(
+      a, out, [](__m256 x, __m256 y) { return _mm256_max_ps(x, y); },
+      [](__m128 x, __m128 y) { return _mm_max_ps(x, y); });
+}
+KVANT_INLINE float sum_lanes(F a) {
+  float sum;
+  const F one[1] = {a};
+  sum_rows(one, &sum);
+  return sum;
 }
 #else
 KVANT_INLINE float sum_lanes(F a) {
@@ -440,6 +495,23 @@ KVANT_INLINE float max_lanes(F a) {
     for (int i = 0; i < n; ++i) a.v[i] = a.v[i] > a.v[i + n] ? a.v[i] : a.v[i + n];
   }
   return a.v[0];
+}
+template <int M>
+KVANT_INLINE void sum_rows(const F (&a)[M], float* out) {
+  for (int i = 0; i < M; ++i) out[i] = sum_lanes(a[i]);
+}
+template <int M>
+KVANT_INLINE void max_rows(const F (&a)[M], float* out) {
+  for (int i = 0; i < M; ++i) out[i] = max_lanes(a[i]);
+}
+#endif
+
+#if !defined(__AVX512F__)
+KVANT_INLINE F load_f16(const void* p) {
+  return from_half(load_u16(p));
+}
+KVANT_INLINE F load_e4m3(const uint8_t* p) {
+  return from_half(shl(load_u8(p), 7));
 }
 #endif
 

@@ -34,6 +34,10 @@ void fetch_next(const void* data, int64_t bytes, int64_t next_unit) {
   }
 }
 
+const PageKind& stored_kind(const Call& call) {
+  return call.view.kinds[cache::kKindStored];
+}
+
 bool is_untouched(const PartialRows& p, int row) {
   return p.max[row] == kMinusInfinity && p.sum[row] == 0.0f;
 }
@@ -61,7 +65,14 @@ struct Task::ScoreTerms {
 };
 
 Task::Task(const Call& call, const AttentionItem& item, const WorkerMemory& memory)
-    : call_(call), item_(item), sequence_(call.view.sequences[item.sequence]), memory_(memory) {
+    : call_(call),
+      item_(item),
+      sequence_(call.view.sequences[item.sequence]),
+      memory_(memory),
+      k_decoder_(page_decoder(stored_kind(call).k_format[call.args.group_layer],
+                              call.k_params[item.kv_head], call.head_dim)),
+      v_decoder_(page_decoder(stored_kind(call).v_format[call.args.group_layer],
+                              call.v_params[item.kv_head], call.head_dim)) {
   const auto* q = static_cast<const float*>(call.args.q);
   const int64_t row_values = static_cast<int64_t>(call.group) * call.head_dim;
   const int64_t token_values =
@@ -80,6 +91,7 @@ void Task::prepare_frame(const SideFormat& k_format, const SideParams& params) {
   if (frame_ready_ && frame_ == wanted) return;
   frame_ = wanted;
   frame_ready_ = true;
+  rounded_block_ = 0;
   const int d = call_.head_dim;
   std::memcpy(memory_.q_stored, memory_.q_plain,
               static_cast<size_t>(rows()) * static_cast<size_t>(d) * sizeof(float));
@@ -142,20 +154,19 @@ void Task::finish_pre_rope(const Pass& pass, const SideFormat& format, const Sid
   call_.kernels.pre_rope(a);
 }
 
-// scale * q . (mean + bias) for the pass's rows.
-const float* Task::add_terms(const Pass& pass, const float* q, const uint16_t* mean) {
-  float* offset = memory_.offset;
-  std::fill_n(offset, pass.rows(), 0.0f);
+// Adds q . mean and q . bias to the offsets of the pass's rows and multiplies all by the scale.
+void Task::add_terms(const Pass& pass, const float* q, const uint16_t* mean) {
   if (mean != nullptr) {
     for (int c = 0; c < call_.head_dim; ++c) {
       memory_.row[c] = std::bit_cast<float>(static_cast<uint32_t>(mean[c]) << 16);
     }
-    call_.kernels.dot_rows(q, pass.rows(), call_.head_dim, memory_.row, offset);
+    call_.kernels.dot_rows(q, pass.rows(), call_.head_dim, memory_.row, memory_.dot);
   }
   for (int r = 0; r < pass.rows(); ++r) {
-    offset[r] = (offset[r] + memory_.bias_dot[pass.row_begin + r]) * call_.args.params.scale;
+    const float dot = mean != nullptr ? memory_.dot[r] : 0.0f;
+    memory_.offset[r] =
+        (memory_.offset[r] + dot + memory_.bias_dot[pass.row_begin + r]) * call_.args.params.scale;
   }
-  return offset;
 }
 
 Task::ScoreTerms Task::score_page(const Pass& pass, const PageKind& kind, const std::byte* unit) {
@@ -165,36 +176,100 @@ Task::ScoreTerms Task::score_page(const Pass& pass, const PageKind& kind, const 
   const SideFormat& format = kind.k_format[layer];
   const SideParams& params = call_.k_params[item_.kv_head];
   const bool plain_page = is_plain(pass.entry.kind);
-  const PageDecoder decoder = plain_page ? PageDecoder{} : page_decoder(format, params, d);
+  const PageDecoder decoder = plain_page ? PageDecoder{} : k_decoder_;
   const auto* mean = plain_page || !format.mean
                          ? nullptr
                          : reinterpret_cast<const uint16_t*>(unit + sections.k_mean);
 
-  if (mean != nullptr) fetch_next(mean, 2 * d, pass.next_unit);
-  call_.kernels.decode_k(
-      decode_args(pass, decoder, unit + sections.k_codes, unit + sections.k_scales));
   const bool plain_query = plain_page || call_.pre_rope;
-  ScoreTerms terms;
-  terms.multiplier = call_.args.params.scale;
-  if (call_.pre_rope) {
-    finish_pre_rope(pass, format, params, mean, decoder.factor);
-  } else {
-    terms.multiplier *= decoder.factor;
-  }
   if (!plain_query) prepare_frame(format, params);
-
-  ScoreArgs a;
-  a.q =
+  ScoreTerms terms;
+  terms.multiplier = call_.args.params.scale * decoder.factor;
+  terms.offset = memory_.offset;
+  const float* q =
       (plain_query ? memory_.q_plain : memory_.q_stored) + static_cast<int64_t>(pass.row_begin) * d;
-  a.k = memory_.page;
+  std::fill_n(memory_.offset, pass.rows(), 0.0f);
+  if (call_.kernels.integer != nullptr && !plain_query && integer_keys(decoder)) {
+    score_codes(pass, decoder, unit, sections);
+  } else {
+    if (mean != nullptr) fetch_next(mean, 2 * d, pass.next_unit);
+    call_.kernels.decode_k(
+        decode_args(pass, decoder, unit + sections.k_codes, unit + sections.k_scales));
+    if (call_.pre_rope) {
+      finish_pre_rope(pass, format, params, mean, decoder.factor);
+      terms.multiplier = call_.args.params.scale;
+    }
+    ScoreArgs a;
+    a.q = q;
+    a.k = memory_.page;
+    a.s = memory_.s;
+    a.rows = pass.rows();
+    a.head_dim = d;
+    a.page_tokens = call_.view.page_tokens;
+    a.num_tiles = pass.num_tiles();
+    call_.kernels.scores(a);
+  }
+  if (!plain_query) add_terms(pass, q, format.mean ? mean : nullptr);
+  return terms;
+}
+
+// Scores from codes as they are stored; leaves q . zero of the channels, if they have zeros, in
+// offset.
+void Task::score_codes(const Pass& pass, const PageDecoder& decoder, const std::byte* unit,
+                       const formats::UnitSections& sections) {
+  const auto* scales = reinterpret_cast<const uint8_t*>(unit + sections.k_scales);
+  IntegerScoreArgs a;
+  a.q = round_queries(pass, decoder, scales);
+  a.codes = reinterpret_cast<const uint8_t*>(unit + sections.k_codes);
+  a.scales = scales;
+  a.code = decoder.code;
+  a.scale = decoder.scale;
+  a.block = decoder.scale == PageScale::kChannelPair ? call_.head_dim : decoder.block;
   a.s = memory_.s;
   a.rows = pass.rows();
-  a.head_dim = d;
+  a.head_dim = call_.head_dim;
   a.page_tokens = call_.view.page_tokens;
   a.num_tiles = pass.num_tiles();
-  call_.kernels.scores(a);
-  if (!plain_query && (mean != nullptr || format.bias)) terms.offset = add_terms(pass, a.q, mean);
-  return terms;
+  a.fetch = fetch_ahead(pass, unit + sections.k_codes, sections.v_codes - sections.k_codes);
+  call_.kernels.integer->scores(a);
+  if (decoder.scale == PageScale::kChannelPair) {
+    for (int r = 0; r < pass.rows(); ++r) memory_.offset[r] = a.q.sum[r * (call_.head_dim / 16)];
+  }
+}
+
+// The pass's rows of q_integer. Scales per channel make them a matter of each page.
+IntegerRows Task::round_queries(const Pass& pass, const PageDecoder& decoder,
+                                const uint8_t* scales) {
+  RoundQueriesArgs a;
+  a.head_dim = call_.head_dim;
+  a.code = decoder.code;
+  if (decoder.scale == PageScale::kChannelPair) {
+    a.q = memory_.q_stored + static_cast<int64_t>(pass.row_begin) * call_.head_dim;
+    a.rows = pass.rows();
+    a.block = call_.head_dim;
+    a.channel = scales;
+    a.out = memory_.q_integer;
+    rounded_block_ = 0;
+    call_.kernels.integer->round_queries(a);
+    return a.out;
+  }
+  if (rounded_block_ != decoder.block || rounded_code_ != decoder.code) {
+    a.q = memory_.q_stored;
+    a.rows = rows();
+    a.block = decoder.block;
+    a.out = memory_.q_integer;
+    rounded_block_ = decoder.block;
+    rounded_code_ = decoder.code;
+    call_.kernels.integer->round_queries(a);
+  }
+  return rows_from(memory_.q_integer, pass.row_begin, call_.head_dim);
+}
+
+// The same section of the unit that is read next.
+FetchAhead Task::fetch_ahead(const Pass& pass, const std::byte* section, int64_t bytes) const {
+  if (pass.next_unit == 0) return {};
+  return {reinterpret_cast<const uint8_t*>(section) + pass.next_unit,
+          static_cast<int>((bytes + 63) / 64)};
 }
 
 void Task::run_pass(Pass pass, const PartialRows& out) {
@@ -204,11 +279,9 @@ void Task::run_pass(Pass pass, const PartialRows& out) {
   const PageKind& kind = view.kinds[pass.entry.kind];
   const std::byte* unit = kind.unit(pass.entry, layer, item_.kv_head);
   pass.next_unit = distance_to_next(pass, unit);
-  const auto& sections = kind.units[layer];
   const SideFormat& v_format = kind.v_format[layer];
   const bool plain_page = is_plain(pass.entry.kind);
-  const PageDecoder decoder =
-      plain_page ? PageDecoder{} : page_decoder(v_format, call_.v_params[item_.kv_head], d);
+  const PageDecoder decoder = plain_page ? PageDecoder{} : v_decoder_;
   const ScoreTerms terms = score_page(pass, kind, unit);
 
   const PartialRows rows_out = rows_from(out, pass.row_begin);
@@ -233,25 +306,54 @@ void Task::run_pass(Pass pass, const PartialRows& out) {
   softmax.factor = memory_.factor;
   call_.kernels.softmax(softmax);
 
-  call_.kernels.decode_v(
-      decode_args(pass, decoder, unit + sections.v_codes, unit + sections.v_scales));
   const bool rotated = call_.rotated_v && !plain_page && v_format.rotate;
-  ValueArgs values;
-  values.p = memory_.s;
-  values.v = memory_.page;
-  values.factor = memory_.factor;
-  values.acc = rows_out.acc + (rotated ? d : 0);
-  values.acc_stride = rows_out.stride;
-  values.rows = pass.rows();
-  values.head_dim = d;
-  values.page_tokens = view.page_tokens;
-  values.token_begin = pass.token_begin;
-  values.token_end = pass.token_end;
-  call_.kernels.values(values);
+  PartialRows target = rows_out;
+  target.acc += rotated ? d : 0;
+  add_values(pass, decoder, unit, target);
   if (call_.rotated_v) {  // the other accumulator follows the new maximum too
     call_.kernels.scale_rows(rows_out.acc + (rotated ? 0 : d), rows_out.stride, pass.rows(), d,
                              memory_.factor);
   }
+}
+
+// Adds the weights in memory_.s times the page's values to out.acc.
+void Task::add_values(const Pass& pass, const PageDecoder& decoder, const std::byte* unit,
+                      const PartialRows& out) {
+  const auto& sections = call_.view.kinds[pass.entry.kind].units[call_.args.group_layer];
+  if (call_.kernels.integer != nullptr && integer_values(decoder)) {
+    IntegerValueArgs a;
+    a.p = memory_.s;
+    a.codes = reinterpret_cast<const uint8_t*>(unit + sections.v_codes);
+    a.scales = reinterpret_cast<const uint8_t*>(unit + sections.v_scales);
+    a.code = decoder.code;
+    a.scale = decoder.scale;
+    a.block = decoder.block;
+    a.factor = memory_.factor;
+    a.acc = out.acc;
+    a.acc_stride = out.stride;
+    a.rows = pass.rows();
+    a.head_dim = call_.head_dim;
+    a.page_tokens = call_.view.page_tokens;
+    a.num_tiles = pass.num_tiles();
+    a.scratch = memory_.integer_scratch;
+    a.fetch = fetch_ahead(pass, unit + sections.v_codes, sections.bytes - sections.v_codes);
+    call_.kernels.integer->values(a);
+    return;
+  }
+  call_.kernels.decode_v(
+      decode_args(pass, decoder, unit + sections.v_codes, unit + sections.v_scales));
+  ValueArgs a;
+  a.p = memory_.s;
+  a.v = memory_.page;
+  a.factor = memory_.factor;
+  a.acc = out.acc;
+  a.acc_stride = out.stride;
+  a.rows = pass.rows();
+  a.head_dim = call_.head_dim;
+  a.page_tokens = call_.view.page_tokens;
+  a.token_begin = pass.token_begin;
+  a.token_end = pass.token_end;
+  call_.kernels.values(a);
 }
 
 PageEntry Task::entry_of(int64_t page, bool bf16) const {
@@ -312,6 +414,7 @@ int64_t Task::distance_to_next(const Pass& pass, const std::byte* unit) const {
   const int64_t next = pass.page + 1;
   const int64_t boundary = (next + sequence_.recent_pages + 1) * call_.view.page_tokens;
   if (boundary > first_position()) return 0;
+  if (next * call_.view.page_tokens / attention::kSplitTokens >= end_split_) return 0;
   const PageEntry entry = sequence_.stored[next];
   if (!entry.valid()) return 0;
   const PageKind& kind = call_.view.kinds[entry.kind];
@@ -350,6 +453,17 @@ void Task::clear_total(const PartialRows& total) const {
   std::fill_n(total.max, rows(), kMinusInfinity);
   std::fill_n(total.sum, rows(), 0.0f);
   std::fill_n(total.share, rows(), 0.0f);
+}
+
+void Task::copy_split(const PartialRows& to, const PartialRows& split) const {
+  for (int r = 0; r < rows(); ++r) {
+    to.max[r] = split.max[r];
+    to.sum[r] = split.sum[r];
+    to.share[r] = split.share[r];
+    if (!is_untouched(split, r)) {
+      std::copy_n(split.acc + r * split.stride, call_.width(), to.acc + r * to.stride);
+    }
+  }
 }
 
 void Task::merge_split(const PartialRows& total, const PartialRows& split) const {

@@ -4,6 +4,8 @@
 // Private to kvant/backend/cpu; attention.cc shares the tasks out.
 #pragma once
 
+#include <limits>
+
 #include "kvant/backend/backend.h"
 #include "kvant/backend/cpu/attention_kernels.h"
 #include "kvant/backend/cpu/attention_workspace.h"
@@ -54,13 +56,22 @@ struct WorkerMemory {
   float* s = nullptr;       // [kMaxQueryRows][page_tokens]: scores, then weights
   float* offset = nullptr;  // [kMaxQueryRows]
   float* bias_dot = nullptr;
+  float* dot = nullptr;
   float* factor = nullptr;
-  float* row = nullptr;       // [head_dim]
+  float* row = nullptr;   // [head_dim]
+  IntegerRows q_integer;  // q_stored, or its products with the scales of a page's channels
+  uint8_t* integer_scratch = nullptr;
   float* page_cos = nullptr;  // [pages of a split][head_dim / 2]
   float* page_sin = nullptr;
   PartialRows split;
   PartialRows total;
 };
+
+inline IntegerRows rows_from(const IntegerRows& q, int64_t row, int head_dim) {
+  const int64_t blocks = row * (head_dim / 16);
+  return {q.hi + row * head_dim, q.lo + row * head_dim, q.scale + row,
+          q.start + blocks,      q.rest + blocks,       q.sum + blocks};
+}
 
 WorkerMemory take_worker(Cutter& cutter, int head_dim, int page_tokens);
 
@@ -96,10 +107,13 @@ class Task {
 
   int rows() const { return item_.num_tokens * call_.group; }
 
+  // Splits from `split` on are not this task's: nothing of them is fetched ahead.
+  void read_until(int64_t split) { end_split_ = split; }
   // Partial results of all rows over the keys of one split; rows that read none of them keep
   // sum = 0 and max = -inf.
   void run_split(int64_t split, const PartialRows& out);
   void clear_total(const PartialRows& total) const;
+  void copy_split(const PartialRows& to, const PartialRows& split) const;
   void merge_split(const PartialRows& total, const PartialRows& split) const;
   // Divides by the sum of weights, undoes V's terms and writes the output rows. Uses up `total`.
   void write_rows(const PartialRows& total) const;
@@ -115,9 +129,15 @@ class Task {
   int64_t distance_to_next(const Pass& pass, const std::byte* unit) const;
   DecodeArgs decode_args(const Pass& pass, const PageDecoder& decoder, const std::byte* codes,
                          const std::byte* scales) const;
+  FetchAhead fetch_ahead(const Pass& pass, const std::byte* section, int64_t bytes) const;
   void run_pass(Pass pass, const PartialRows& out);
+  void add_values(const Pass& pass, const PageDecoder& decoder, const std::byte* unit,
+                  const PartialRows& out);
   ScoreTerms score_page(const Pass& pass, const cache::PageKind& kind, const std::byte* unit);
-  const float* add_terms(const Pass& pass, const float* q, const uint16_t* mean);
+  void score_codes(const Pass& pass, const PageDecoder& decoder, const std::byte* unit,
+                   const formats::UnitSections& sections);
+  void add_terms(const Pass& pass, const float* q, const uint16_t* mean);
+  IntegerRows round_queries(const Pass& pass, const PageDecoder& decoder, const uint8_t* scales);
   void prepare_frame(const formats::SideFormat& k_format, const formats::SideParams& params);
   void finish_pre_rope(const Pass& pass, const formats::SideFormat& format,
                        const formats::SideParams& params, const uint16_t* mean, float factor);
@@ -127,8 +147,14 @@ class Task {
   const AttentionItem& item_;
   const cache::SequenceView& sequence_;
   const WorkerMemory memory_;
+  const PageDecoder k_decoder_;  // of stored pages
+  const PageDecoder v_decoder_;
+  int64_t end_split_ = std::numeric_limits<int64_t>::max();
   QueryFrame frame_;
   bool frame_ready_ = false;
+  // What q_integer holds of all rows in this frame, if anything.
+  Code rounded_code_{};
+  int rounded_block_ = 0;
 };
 
 }  // namespace kvant::backend::cpu

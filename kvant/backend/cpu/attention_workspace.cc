@@ -59,8 +59,16 @@ WorkerMemory take_worker(Cutter& cutter, int head_dim, int page_tokens) {
   w.s = cutter.take<float>(static_cast<int64_t>(kMaxQueryRows) * page_tokens);
   w.offset = cutter.take<float>(kMaxQueryRows);
   w.bias_dot = cutter.take<float>(kMaxQueryRows);
+  w.dot = cutter.take<float>(kMaxQueryRows);
   w.factor = cutter.take<float>(kMaxQueryRows);
   w.row = cutter.take<float>(d);
+  w.q_integer.hi = cutter.take<int8_t>(kMaxQueryRows * d);
+  w.q_integer.lo = cutter.take<int8_t>(kMaxQueryRows * d);
+  w.q_integer.scale = cutter.take<float>(kMaxQueryRows);
+  w.q_integer.start = cutter.take<int32_t>(kMaxQueryRows * (d / 16));
+  w.q_integer.rest = cutter.take<int32_t>(kMaxQueryRows * (d / 16));
+  w.q_integer.sum = cutter.take<float>(kMaxQueryRows * (d / 16));
+  w.integer_scratch = cutter.take<uint8_t>(integer_scratch_bytes(kMaxQueryRows, head_dim));
   const int64_t split_pages = attention::kSplitTokens / page_tokens;
   w.page_cos = cutter.take<float>(split_pages * d / 2);
   w.page_sin = cutter.take<float>(split_pages * d / 2);

@@ -21,15 +21,20 @@ struct AttentionItem {
   int32_t num_tokens = 0;
   int64_t first_split = 0;
   int64_t num_splits = 0;
-  int64_t first_task = 0;  // if splits run in parallel: its tasks and its partial rows
-  int64_t first_partial = 0;
+  int64_t first_partial = 0;  // if splits run in parallel: its partial rows
+};
+
+// Consecutive splits of an item, for one thread.
+struct SplitRun {
+  int32_t item = 0;
+  int64_t first = 0;  // relative to the item's first split
 };
 
 struct AttentionWorkspace {
   std::byte* data = nullptr;  // aligned to 64
   int64_t bytes = 0;
   std::vector<AttentionItem> items;  // keeps its capacity
-  std::vector<int32_t> task_item;    // parallel splits: the item of each task
+  std::vector<SplitRun> runs;        // if splits run in parallel
 };
 
 // Byte offsets inside the block: [shared tables][worker x num_threads][partial rows].

@@ -35,6 +35,19 @@ PageScale scale_of(const formats::FormatInfo& info) {
 
 }  // namespace
 
+bool integer_keys(const PageDecoder& decoder) {
+  const auto is = [&](Code code, PageScale scale, int block) {
+    return decoder.code == code && decoder.scale == scale && decoder.block == block;
+  };
+  return is(Code::kE2m1, PageScale::kE4m3, 16) || is(Code::kE2m1, PageScale::kE8m0, 32) ||
+         is(Code::kS8, PageScale::kF16, 32) || is(Code::kU4, PageScale::kF16Pair, 32) ||
+         decoder.scale == PageScale::kChannelPair;
+}
+
+bool integer_values(const PageDecoder& decoder) {
+  return integer_keys(decoder) && decoder.scale != PageScale::kChannelPair;
+}
+
 PageDecoder page_decoder(const formats::SideFormat& side, const formats::SideParams& params,
                          int head_dim) {
   const formats::FormatInfo& info = formats::format_info(side.base);

@@ -16,6 +16,11 @@ struct PageDecoder {
   float factor = 1.0f;
 };
 
+// Whether a side's codes are small integers that products can use as they are stored: what
+// attention_integer.h has kernels for.
+bool integer_keys(const PageDecoder& decoder);
+bool integer_values(const PageDecoder& decoder);
+
 PageDecoder page_decoder(const formats::SideFormat& side, const formats::SideParams& params,
                          int head_dim);
 

@@ -1,0 +1,64 @@
+// What the integer products of keys and of values have in common; included by
+// attention_integer_avx512.cc only.
+#pragma once
+
+#include "kvant/backend/cpu/attention_integer.h"
+#include "kvant/backend/cpu/attention_kernels.h"
+#include "kvant/backend/cpu/attention_scales-inl.h"
+#include "kvant/backend/cpu/attention_simd.h"
+
+namespace kvant::backend::cpu::avx512 {
+namespace {
+
+// Unrolled bodies must not become functions: their sums live in registers.
+#define KVANT_ALWAYS __attribute__((always_inline))
+
+// 2 * E2M1 * `factor` + `offset`, entry for entry of the code.
+#define KVANT_E2M1(factor, offset)                                                                 \
+  (offset), factor + (offset), 2 * factor + (offset), 3 * factor + (offset),                       \
+      4 * factor + (offset), 6 * factor + (offset), 8 * factor + (offset), 12 * factor + (offset), \
+      (offset), -factor + (offset), -2 * factor + (offset), -3 * factor + (offset),                \
+      -4 * factor + (offset), -6 * factor + (offset), -8 * factor + (offset),                      \
+      -12 * factor + (offset)
+// vpermb looks at six bits, of which the upper two are the neighbour's.
+alignas(64) constexpr int8_t kUnsignedE2m1[64] = {KVANT_E2M1(1, 12), KVANT_E2M1(1, 12),
+                                                  KVANT_E2M1(1, 12), KVANT_E2M1(1, 12)};
+alignas(64) constexpr int8_t kE2m1Times8[64] = {KVANT_E2M1(8, 0), KVANT_E2M1(8, 0),
+                                                KVANT_E2M1(8, 0), KVANT_E2M1(8, 0)};
+#undef KVANT_E2M1
+
+KVANT_INLINE __m512i bcast_dword(const void* p) {
+  int32_t x;
+  __builtin_memcpy(&x, p, sizeof(x));
+  return _mm512_set1_epi32(x);
+}
+
+constexpr int kMaxRows = 4;  // of a register tile
+
+// Spreads the lines of a FetchAhead over the steps of a pass.
+class Fetcher {
+ public:
+  Fetcher(const FetchAhead& fetch, int steps)
+      : line_(fetch.line),
+        end_(fetch.line == nullptr ? nullptr : fetch.line + 64 * static_cast<int64_t>(fetch.lines)),
+        lines_a_step_((fetch.lines + steps - 1) / steps) {}
+  KVANT_INLINE void step() {
+    for (int i = 0; i < lines_a_step_ && line_ < end_; ++i, line_ += 64) {
+      __builtin_prefetch(line_, 0, 3);
+    }
+  }
+
+ private:
+  const uint8_t* line_;
+  const uint8_t* end_;
+  int lines_a_step_;
+};
+
+// An index for a permute.
+template <typename T, int N>
+struct alignas(64) Order {
+  T at[N];
+};
+
+}  // namespace
+}  // namespace kvant::backend::cpu::avx512

@@ -1,0 +1,109 @@
+// Integer products of attention: queries and weights rounded to 16 bits against codes as they are
+// stored, four multiplications a lane (VNNI). For K and V formats whose elements are small integers
+// times a scale; the others are decoded to fp32 (attention_kernels.h).
+//
+// Rounding, documented because it is the only difference from fp32 products:
+//   - a query is rounded to 16 bits of its largest channel (of the largest product of channel and
+//     channel scale, where K has scales per channel);
+//   - values become integers below 2^14: a block's scale is taken relative to the power of two of
+//     its token's largest one. E4M3 scales are exact down to 2^-10 of it, f16 ones are rounded to
+//     2^-13;
+//   - weights times those powers are rounded to what keeps the sum over 64 tokens within 31 bits:
+//     15 bits if one token has all the weight, 11 if all have the same. A token so counts by what
+//     it contributes: a weight of nearly one on a value of nearly zero does not drown others.
+// The error is about 1e-4 of the output (relative L2 against float64), whatever the context.
+// All sums of products are exact. Everything depends on one query row and one page only (ADR 0003).
+//
+// Included by sources built for a SIMD level: no containers, nothing with code.
+#pragma once
+
+#include <cstdint>
+
+namespace kvant::backend::cpu {
+
+enum class Code : uint8_t;
+enum class PageScale : uint8_t;
+
+// Query rows as integers: x = scale * (256 * hi + lo), channels in the order of K's words.
+struct IntegerRows {
+  int8_t* hi = nullptr;    // [rows][head_dim]
+  int8_t* lo = nullptr;    // [rows][head_dim]
+  float* scale = nullptr;  // [rows]
+  // Of each block of K, [rows][head_dim / 16]: the sum of the integers times minus the codes'
+  // offset, as 256 * start + (rest >> 24 unsigned), and that sum itself. With scales per channel
+  // there is one block, and its sum is q . zero.
+  int32_t* start = nullptr;
+  int32_t* rest = nullptr;
+  float* sum = nullptr;
+};
+
+struct RoundQueriesArgs {
+  const float* q = nullptr;  // [rows][head_dim]
+  int rows = 0;
+  int head_dim = 0;
+  Code code{};
+  int block = 0;                     // of K; head_dim for scales per channel
+  const uint8_t* channel = nullptr;  // f16 scales of the channels, then their zeros; or null
+  IntegerRows out;
+};
+
+// Lines to fetch while a pass computes, evenly: the memory is then never idle and never ahead.
+struct FetchAhead {
+  const uint8_t* line = nullptr;
+  int lines = 0;
+};
+
+// s[r][t] = q[r] . k[t] for t in [0, 16 * num_tiles); without q . zero of channels.
+struct IntegerScoreArgs {
+  IntegerRows q;
+  const uint8_t* codes = nullptr;
+  const uint8_t* scales = nullptr;
+  Code code{};
+  PageScale scale{};
+  int block = 0;
+  float* s = nullptr;  // [rows][page_tokens]
+  int rows = 0;
+  int head_dim = 0;
+  int page_tokens = 0;
+  int num_tiles = 0;
+  FetchAhead fetch;
+};
+
+// acc[r] = acc[r] * factor[r] + sum over t of p[r][t] * v[t].
+struct IntegerValueArgs {
+  const float* p = nullptr;  // [rows][page_tokens]; of tokens from 16 * num_tiles on: not read
+  const uint8_t* codes = nullptr;
+  const uint8_t* scales = nullptr;
+  Code code{};
+  PageScale scale{};
+  int block = 0;
+  const float* factor = nullptr;
+  float* acc = nullptr;
+  int64_t acc_stride = 0;
+  int rows = 0;
+  int head_dim = 0;
+  int page_tokens = 0;
+  int num_tiles = 0;
+  uint8_t* scratch = nullptr;  // integer_scratch_bytes()
+  FetchAhead fetch;
+};
+
+struct IntegerKernels {
+  void (*round_queries)(const RoundQueriesArgs& args);
+  void (*scores)(const IntegerScoreArgs& args);
+  void (*values)(const IntegerValueArgs& args);
+};
+
+constexpr int kMaxIntegerHeadDim = 256;
+
+// What values() needs for up to `rows` rows.
+constexpr int64_t integer_scratch_bytes(int rows, int head_dim) {
+  // Weights of 64 tokens and their factors; scales and zeros of all blocks.
+  return int64_t{rows} * (128 + 4) + head_dim / 16 * (128 + 256) + 256;
+}
+
+namespace avx512 {
+extern const IntegerKernels kIntegerKernels;
+}
+
+}  // namespace kvant::backend::cpu

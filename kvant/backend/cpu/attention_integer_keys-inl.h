@@ -1,0 +1,394 @@
+// Integer products of queries and keys; included by attention_integer_avx512.cc only.
+#pragma once
+
+#include "kvant/backend/cpu/attention_integer-inl.h"
+
+namespace kvant::backend::cpu::avx512 {
+namespace {
+
+constexpr int kKeyTiles = 2;
+constexpr float kLargestQuery = 32512.0f;  // 127 * 256: the low byte may round it up
+
+// What products with K's codes as bytes have to be multiplied by, and what was added to the bytes
+// to make them unsigned.
+float code_factor(Code code) {
+  return code == Code::kE2m1 ? 0.5f : 1.0f;
+}
+int code_offset(Code code) {
+  return code == Code::kE2m1 ? 12 : code == Code::kS8 ? 128 : 0;
+}
+
+// Where packing (store_bytes()) leaves each channel of 64 that key_bytes() takes out of K's words
+// in turn: words hold four, eight or sixteen channels.
+template <int kBits>
+constexpr Order<int8_t, 64> order_of_channels() {
+  Order<int8_t, 64> order{};
+  for (int i = 0; i < 64; ++i) {
+    const int place = i % 16;  // byte place % 4 of vector place / 4
+    const int channel = kBits == 8   ? place
+                        : kBits == 4 ? place / 8 * 8 + place % 4 * 2 + place / 4 % 2
+                                     : place % 4 * 4 + place / 4;
+    order.at[i] = static_cast<int8_t>(channel / 4 * 16 + i / 16 * 4 + channel % 4);
+  }
+  return order;
+}
+alignas(64) constexpr Order<int8_t, 64> kOrderOf8Bits = order_of_channels<8>();
+alignas(64) constexpr Order<int8_t, 64> kOrderOf4Bits = order_of_channels<4>();
+alignas(64) constexpr Order<int8_t, 64> kOrderOf2Bits = order_of_channels<2>();
+
+__m512i packed_order(Code code) {
+  const bool two = code == Code::kU3 || code == Code::kU2;
+  return _mm512_load_si512((code == Code::kS8 ? kOrderOf8Bits
+                            : two             ? kOrderOf2Bits
+                                              : kOrderOf4Bits)
+                               .at);
+}
+
+// 64 integers of at most 16 bits as their low bytes, signed, and what remains, divided by 256.
+KVANT_INLINE void store_bytes(const __m512i* x, __m512i order, __mmask64 valid, int8_t* lo,
+                              int8_t* hi) {
+  const __m512i a = _mm512_packs_epi32(x[0], x[1]);
+  const __m512i b = _mm512_packs_epi32(x[2], x[3]);
+  const __m512i low = _mm512_set1_epi16(255), half = _mm512_set1_epi16(128);
+  const __m512i lows = _mm512_packus_epi16(_mm512_and_si512(a, low), _mm512_and_si512(b, low));
+  const __m512i highs = _mm512_packs_epi16(_mm512_srai_epi16(_mm512_add_epi16(a, half), 8),
+                                           _mm512_srai_epi16(_mm512_add_epi16(b, half), 8));
+  _mm512_mask_storeu_epi8(lo, valid, _mm512_permutexvar_epi8(order, lows));
+  _mm512_mask_storeu_epi8(hi, valid, _mm512_permutexvar_epi8(order, highs));
+}
+
+// Rounds `rows` <= kMaxRows rows of `x` [rows][head_dim]. Rows go together because finding the
+// largest of one is a chain of latencies.
+template <int M>
+void round_rows(const RoundQueriesArgs& a, const float* x, int row, __m512i order) {
+  const int d = a.head_dim;
+  F largest[M];
+  unroll<M>([&](auto m) KVANT_ALWAYS { largest[m.value] = zero(); });
+  for (int c = 0; c < d; c += kLanes) {
+    unroll<M>([&](auto m) KVANT_ALWAYS {
+      largest[m.value].v =  // the larger magnitude, its sign cleared
+          _mm512_range_ps(largest[m.value].v, load(x + m.value * d + c).v, 0b1011);
+    });
+  }
+  float all_max[M], inverse[M];
+  max_rows(largest, all_max);
+  unroll<M>([&](auto m) KVANT_ALWAYS {
+    const float amax = all_max[m.value];
+    inverse[m.value] = amax > 0.0f ? kLargestQuery / amax : 0.0f;
+    a.out.scale[row + m.value] = amax / kLargestQuery * code_factor(a.code);
+  });
+  for (int c = 0; c < d; c += 64) {
+    const __mmask64 valid = d - c >= 64 ? ~__mmask64{0} : (__mmask64{1} << (d - c)) - 1;
+    unroll<M>([&](auto m) KVANT_ALWAYS {
+      const float* from = x + m.value * d + c;
+      __m512i integers[4];
+      unroll<4>([&](auto i) KVANT_ALWAYS {
+        integers[i.value] = _mm512_setzero_si512();
+        if (c + i.value * kLanes < d) {
+          integers[i.value] =
+              _mm512_cvtps_epi32(mul(load(from + i.value * kLanes), bcast(inverse[m.value])).v);
+        }
+      });
+      const int64_t at = static_cast<int64_t>(row + m.value) * d + c;
+      store_bytes(integers, order, valid, a.out.lo + at, a.out.hi + at);
+    });
+  }
+}
+
+// Sums over blocks of a row's integers, and what they take back of the codes' offset.
+void sum_blocks(const RoundQueriesArgs& a, int row) {
+  const int d = a.head_dim;
+  const int64_t at = static_cast<int64_t>(row) * d;
+  int32_t* start = a.out.start + row * (d / kLanes);
+  int32_t* rest = a.out.rest + row * (d / kLanes);
+  float* sum = a.out.sum + row * (d / kLanes);
+  for (int b = 0; b * a.block < d; ++b) {
+    int total = 0;
+    for (int c = b * a.block; c < d && c < (b + 1) * a.block; ++c) {
+      total += 256 * a.out.hi[at + c] + a.out.lo[at + c];
+    }
+    const int correction = -code_offset(a.code) * total;
+    start[b] = correction >> 8;
+    rest[b] = static_cast<int32_t>(static_cast<uint32_t>(correction) << 24);
+    sum[b] = static_cast<float>(total);
+  }
+}
+
+// x = q times the channels' scales, and q . zero into a.out.sum.
+template <int M>
+void multiply_channels(const RoundQueriesArgs& a, int row, float* x) {
+  const int d = a.head_dim;
+  const float* q = a.q + static_cast<int64_t>(row) * d;
+  F sum[M];
+  unroll<M>([&](auto m) KVANT_ALWAYS { sum[m.value] = zero(); });
+  for (int c = 0; c < d; c += kLanes) {
+    const F scale = load_f16(a.channel + 2 * c);
+    const F zero_point = load_f16(a.channel + 2 * (d + c));
+    unroll<M>([&](auto m) KVANT_ALWAYS {
+      const F value = load(q + m.value * d + c);
+      store(x + m.value * d + c, mul(value, scale));
+      sum[m.value] = fma(value, zero_point, sum[m.value]);
+    });
+  }
+  float dot[M];
+  sum_rows(sum, dot);
+  unroll<M>([&](auto m) KVANT_ALWAYS {
+    const int64_t at = (row + m.value) * (d / kLanes);
+    a.out.sum[at] = dot[m.value];
+    a.out.start[at] = a.out.rest[at] = 0;
+  });
+}
+
+void round_queries(const RoundQueriesArgs& a) {
+  const __m512i order = packed_order(a.code);
+  for (int r = 0; r < a.rows; r += kMaxRows) {
+    with_count<kMaxRows>(a.rows - r, [&](auto m) {
+      constexpr int M = decltype(m)::value;
+      alignas(64) float products[M * kMaxIntegerHeadDim];
+      const float* x = a.q + static_cast<int64_t>(r) * a.head_dim;
+      if (a.channel != nullptr) {
+        multiply_channels<M>(a, r, products);
+        x = products;
+      }
+      round_rows<M>(a, x, r, order);
+    });
+  }
+  if (a.channel == nullptr) {
+    for (int r = 0; r < a.rows; ++r) sum_blocks(a, r);
+  }
+}
+
+// ---- scores ----
+
+template <Code C>
+constexpr int key_step_bytes() {  // sixteen channels of sixteen tokens
+  return C == Code::kS8 ? 256 : C == Code::kU3 ? 96 : C == Code::kU2 ? 64 : 128;
+}
+
+// Vector J of the four of sixteen channels at `p`: a lane is four channels of a token, unsigned.
+template <Code C, int J>
+KVANT_INLINE __m512i key_bytes(const uint8_t* p) {
+  if constexpr (C == Code::kS8) {
+    return _mm512_xor_si512(_mm512_loadu_si512(p + 64 * J), _mm512_set1_epi8(-128));
+  } else if constexpr (C == Code::kE2m1) {
+    const __m512i w = _mm512_loadu_si512(p + 64 * (J / 2));
+    return _mm512_permutexvar_epi8(J % 2 == 0 ? w : _mm512_srli_epi16(w, 4),
+                                   _mm512_load_si512(kUnsignedE2m1));
+  } else if constexpr (C == Code::kU4) {
+    const __m512i w = _mm512_loadu_si512(p + 64 * (J / 2));
+    return _mm512_and_si512(J % 2 == 0 ? w : _mm512_srli_epi16(w, 4), _mm512_set1_epi8(15));
+  } else {
+    const __m512i w = _mm512_srli_epi16(_mm512_loadu_si512(p), 2 * J);
+    const __m512i two = _mm512_and_si512(w, _mm512_set1_epi8(3));
+    if constexpr (C == Code::kU2) return two;
+    // The high bits of elements 4i to 4i + 3 into byte i.
+    __m512i high =
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 64)));
+    high = _mm512_and_si512(_mm512_or_si512(high, _mm512_slli_epi32(high, 8)),
+                            _mm512_set1_epi32(0x00ff00ff));
+    high = _mm512_and_si512(_mm512_or_si512(high, _mm512_slli_epi32(high, 4)),
+                            _mm512_set1_epi32(0x0f0f0f0f));
+    high = _mm512_slli_epi32(high, 2);
+    // two | (high >> J & 4)
+    return _mm512_ternarylogic_epi32(two, _mm512_srli_epi32(high, J), _mm512_set1_epi8(4), 0xf8);
+  }
+}
+
+// A block's scale of sixteen keys; kE4m3 lacks kE4m3Factor.
+template <PageScale S>
+KVANT_INLINE F key_scale(const uint8_t* p) {
+  if constexpr (S == PageScale::kE4m3) return load_e4m3(p);
+  return load_scales(S, p, 0, 0).scale;
+}
+
+// What the kernels below are made for: each combination that formats have is one instantiation.
+template <Code C_, PageScale S_, bool Short_>
+struct KeyFormat {
+  static constexpr Code C = C_;
+  static constexpr PageScale S = S_;
+  static constexpr bool kShort = Short_;  // blocks of sixteen channels
+};
+
+// M query rows with N tiles of sixteen keys, which start at `tile`.
+template <typename Format, int M, int N>
+struct ScoreTile {
+  static constexpr Code C = Format::C;
+  const IntegerScoreArgs& a;
+  const uint8_t* codes[N];
+  const uint8_t* scales[N];
+  const int8_t* hi;
+  const int8_t* lo;
+  const int32_t* start;
+  const int32_t* rest;
+  const float* sum;
+  int64_t block_stride;
+  F total[M][N];
+
+  KVANT_INLINE ScoreTile(const IntegerScoreArgs& args, int row, int tile, int num_blocks)
+      : a(args), block_stride(args.head_dim / kLanes) {
+    const int64_t tile_bytes = int64_t{args.head_dim / kLanes} * key_step_bytes<C>();
+    const int64_t side_bytes = int64_t{num_blocks} * kLanes * scale_stride(Format::S);
+    unroll<N>([&](auto n) KVANT_ALWAYS {
+      codes[n.value] = args.codes + (tile + n.value) * tile_bytes;
+      scales[n.value] = args.scales + (tile + n.value) * side_bytes;
+    });
+    hi = args.q.hi + static_cast<int64_t>(row) * args.head_dim;
+    lo = args.q.lo + static_cast<int64_t>(row) * args.head_dim;
+    start = args.q.start + row * block_stride;
+    rest = args.q.rest + row * block_stride;
+    sum = args.q.sum + row * block_stride;
+    unroll<M>([&](auto m) KVANT_ALWAYS {
+      unroll<N>([&](auto n) KVANT_ALWAYS { total[m.value][n.value] = zero(); });
+    });
+  }
+
+  KVANT_INLINE static void multiply(__m512i (&acc)[M][N], const __m512i (&key)[N], const int8_t* q,
+                                    int d) {
+    unroll<M>([&](auto m) KVANT_ALWAYS {
+      const __m512i query = bcast_dword(q + m.value * d);
+      unroll<N>([&](auto n) KVANT_ALWAYS {
+        acc[m.value][n.value] = _mm512_dpbusd_epi32(acc[m.value][n.value], key[n.value], query);
+      });
+    });
+  }
+
+  KVANT_INLINE void begin_block(__m512i (&acc)[M][N], int b) const {
+    unroll<M>([&](auto m) KVANT_ALWAYS {
+      const __m512i first = bcast_dword(start + m.value * block_stride + b);
+      unroll<N>([&](auto n) KVANT_ALWAYS { acc[m.value][n.value] = first; });
+    });
+  }
+
+  // The high bytes' sums times 256.
+  KVANT_INLINE void shift(__m512i (&acc)[M][N], int b) const {
+    unroll<M>([&](auto m) KVANT_ALWAYS {
+      const __m512i low = bcast_dword(rest + m.value * block_stride + b);
+      unroll<N>([&](auto n) KVANT_ALWAYS {
+        acc[m.value][n.value] = _mm512_shldi_epi32(acc[m.value][n.value], low, 8);
+      });
+    });
+  }
+
+  KVANT_INLINE void end_block(const __m512i (&acc)[M][N], int b) {
+    constexpr int kSideBytes = kLanes * scale_stride(Format::S);
+    unroll<N>([&](auto n) KVANT_ALWAYS {
+      const uint8_t* side = scales[n.value] + b * kSideBytes;
+      const F scale = key_scale<Format::S>(side);
+      unroll<M>([&](auto m) KVANT_ALWAYS {
+        const F x = {_mm512_cvtepi32_ps(acc[m.value][n.value])};
+        total[m.value][n.value] =
+            Format::S == PageScale::kChannelPair ? x : fma(x, scale, total[m.value][n.value]);
+      });
+      if constexpr (Format::S == PageScale::kF16Pair) {
+        const F zero_point = load_f16(side + kSideBytes / 2);
+        unroll<M>([&](auto m) KVANT_ALWAYS {
+          total[m.value][n.value] =
+              fma(bcast(sum[m.value * block_stride + b]), zero_point, total[m.value][n.value]);
+        });
+      }
+    });
+  }
+
+  // Sixteen channels stay in registers for both bytes of the queries.
+  KVANT_INLINE void short_block(int b) {
+    __m512i key[4][N];
+    unroll<4>([&](auto j) KVANT_ALWAYS {
+      unroll<N>([&](auto n) KVANT_ALWAYS {
+        key[j.value][n.value] = key_bytes<C, j.value>(codes[n.value] + b * key_step_bytes<C>());
+      });
+    });
+    __m512i acc[M][N];
+    begin_block(acc, b);
+    const int c = b * kLanes;
+    unroll<4>([&](auto j)
+                  KVANT_ALWAYS { multiply(acc, key[j.value], hi + c + 4 * j.value, a.head_dim); });
+    shift(acc, b);
+    unroll<4>([&](auto j)
+                  KVANT_ALWAYS { multiply(acc, key[j.value], lo + c + 4 * j.value, a.head_dim); });
+    end_block(acc, b);
+  }
+
+  KVANT_INLINE void long_block(int b, int steps, Fetcher& fetcher) {
+    __m512i high[M][N], low[M][N];
+    begin_block(high, b);
+    unroll<M>([&](auto m) KVANT_ALWAYS {
+      unroll<N>([&](auto n) KVANT_ALWAYS { low[m.value][n.value] = _mm512_setzero_si512(); });
+    });
+    const int first = b * (a.block / kLanes);
+    for (int i = first; i < first + steps; ++i) {
+      unroll<4>([&](auto j) KVANT_ALWAYS {
+        __m512i key[N];
+        unroll<N>([&](auto n) KVANT_ALWAYS {
+          key[n.value] = key_bytes<C, j.value>(codes[n.value] + i * key_step_bytes<C>());
+        });
+        const int c = i * kLanes + 4 * j.value;
+        multiply(high, key, hi + c, a.head_dim);
+        multiply(low, key, lo + c, a.head_dim);
+      });
+      fetcher.step();
+    }
+    shift(high, b);
+    unroll<M>([&](auto m) KVANT_ALWAYS {
+      unroll<N>([&](auto n) KVANT_ALWAYS {
+        high[m.value][n.value] = _mm512_add_epi32(high[m.value][n.value], low[m.value][n.value]);
+      });
+    });
+    end_block(high, b);
+  }
+};
+
+template <typename Format, int M, int N>
+void score_tile(const IntegerScoreArgs& a, int row, int tile, Fetcher& fetcher) {
+  const int num_blocks = (a.head_dim + a.block - 1) / a.block;
+  ScoreTile<Format, M, N> t(a, row, tile, num_blocks);
+  for (int b = 0; b < num_blocks; ++b) {
+    if constexpr (Format::kShort) {
+      t.short_block(b);
+      fetcher.step();
+    } else {
+      const int end = (b + 1) * a.block < a.head_dim ? (b + 1) * a.block : a.head_dim;
+      t.long_block(b, (end - b * a.block) / kLanes, fetcher);
+    }
+  }
+  const float factor = Format::S == PageScale::kE4m3 ? kE4m3Factor : 1.0f;
+  unroll<M>([&](auto m) KVANT_ALWAYS {
+    float* s = a.s + static_cast<int64_t>(row + m.value) * a.page_tokens + tile * kLanes;
+    const F scale = bcast(a.q.scale[row + m.value] * factor);
+    unroll<N>([&](auto n) KVANT_ALWAYS {
+      store(s + n.value * kLanes, mul(t.total[m.value][n.value], scale));
+    });
+  });
+}
+
+template <typename Format>
+void scores_of(const IntegerScoreArgs& a) {
+  const int row_steps = (a.rows + kMaxRows - 1) / kMaxRows;
+  const int tile_steps = (a.num_tiles + kKeyTiles - 1) / kKeyTiles;
+  Fetcher fetcher(a.fetch, tile_steps * row_steps * (a.head_dim / kLanes));
+  for (int tile = 0; tile < a.num_tiles; tile += kKeyTiles) {
+    for (int r = 0; r < a.rows; r += kMaxRows) {
+      with_count<kMaxRows>(a.rows - r, [&](auto m) {
+        with_count<kKeyTiles>(a.num_tiles - tile, [&](auto n) {
+          score_tile<Format, decltype(m)::value, decltype(n)::value>(a, r, tile, fetcher);
+        });
+      });
+    }
+  }
+}
+
+void scores(const IntegerScoreArgs& a) {
+  switch (a.scale) {
+    case PageScale::kE4m3: return scores_of<KeyFormat<Code::kE2m1, PageScale::kE4m3, true>>(a);
+    case PageScale::kE8m0: return scores_of<KeyFormat<Code::kE2m1, PageScale::kE8m0, false>>(a);
+    case PageScale::kF16: return scores_of<KeyFormat<Code::kS8, PageScale::kF16, false>>(a);
+    case PageScale::kF16Pair: return scores_of<KeyFormat<Code::kU4, PageScale::kF16Pair, false>>(a);
+    default: break;
+  }
+  constexpr PageScale kChannel = PageScale::kChannelPair;
+  if (a.code == Code::kU4) return scores_of<KeyFormat<Code::kU4, kChannel, false>>(a);
+  if (a.code == Code::kU3) return scores_of<KeyFormat<Code::kU3, kChannel, false>>(a);
+  scores_of<KeyFormat<Code::kU2, kChannel, false>>(a);
+}
+
+}  // namespace
+}  // namespace kvant::backend::cpu::avx512
