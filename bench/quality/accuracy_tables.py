@@ -12,6 +12,7 @@ Usage: accuracy_tables.py [OPTION...] MODEL...
   --by-layer N        also errors by layer, over N chunks
   --threads N         of both engines (default: one per processor)
   --llama-cpp PYTHON  also llama.cpp's cache types, on the same chunks; PYTHON has numpy and llama_cpp
+  --peer-chunks N,... only so many chunks by llama.cpp, which takes longer (default: as --chunks)
   --caches LIST       those types; the first is what the others are compared with, unless --exact is given
   --exact PYTHON      both engines run the model with float32 weights and are compared with exact logits
                       (dequantize_gguf.py, exact_base.py); PYTHON has numpy
@@ -36,10 +37,10 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 FORMATS = ("bf16,8bit,6bit,4bit,3bit,fp8,mxfp8,int8,int4,nvfp4,mxfp4,k=nvfp4+46+mean,v=nvfp4+46+sink,"
            "k=fp8+mean,v=fp8+sink")
-CACHES = "f16,q8_0,q5_1,q4_0,iq4_nl"
+CACHES = "f16,q8_0,q5_1,q4_0"
 WRONG_FROM = 1.05  # perplexity ratio to kvant's first format from which an engine counts as wrong
-PAIRED = (("nvfp4", "mxfp4"), ("4bit", "llama.cpp q4_0"), ("4bit", "llama.cpp q5_1"), ("4bit", "llama.cpp q8_0"),
-          ("8bit", "llama.cpp q8_0"))
+PAIRED = (("nvfp4", "mxfp4"), ("4bit", "llama.cpp q4_0"), ("6bit", "llama.cpp q5_1"), ("8bit", "llama.cpp q8_0"),
+          ("4bit", "llama.cpp q8_0"))
 
 
 def run(command: list, output: pathlib.Path | None = None, text: pathlib.Path | None = None) -> str:
@@ -57,8 +58,10 @@ def run(command: list, output: pathlib.Path | None = None, text: pathlib.Path | 
 class Cell:
     """One model on one text in one context."""
 
-    def __init__(self, options: argparse.Namespace, model: str, chunks: int, ctx: int, text: str):
-        self.options, self.ctx, self.text, self.chunks = options, ctx, text, chunks
+    def __init__(self, options: argparse.Namespace, index: int, ctx: int, text: str):
+        self.options, self.ctx, self.text = options, ctx, text
+        self.chunks, self.peer_chunks = options.chunks[index], options.peer_chunks[index]
+        model = options.models[index]
         self.out = pathlib.Path(options.out)
         self.model = self.shipped = pathlib.Path(model)
         self.base = None
@@ -72,8 +75,9 @@ class Cell:
     def _named(self, stem: str) -> str:
         return re.sub(r"[^A-Za-z0-9._-]", "_", f"{stem}-ctx{self.ctx}-{pathlib.Path(self.text).stem}")
 
-    def _limit(self) -> list:
-        return ["--chunks", self.chunks] if self.chunks else []
+    @staticmethod
+    def _limit(chunks: int) -> list:
+        return ["--chunks", chunks] if chunks else []
 
     def _threads(self) -> list:
         return ["--threads", self.options.threads] if self.options.threads else []
@@ -95,7 +99,7 @@ class Cell:
         if not self.base.exists():
             unfinished = self.base.with_suffix(".part")
             run([self.options.exact, HERE / "exact_base.py", self.model, "--ids", self.ids(), "--ctx", self.ctx,
-                 "-o", unfinished] + self._limit())
+                 "-o", unfinished] + self._limit(self.chunks))
             unfinished.rename(self.base)
 
     def kvant(self) -> dict:
@@ -108,14 +112,14 @@ class Cell:
             command += ["--text", self.text]
         if self.options.by_layer:
             command += ["--by-layer", self.options.by_layer]
-        return json.loads(run(command + self._limit() + self._threads()))
+        return json.loads(run(command + self._limit(self.chunks) + self._threads()))
 
     def llama_cpp(self) -> dict:
         """The same of llama.cpp."""
         source = ["--base", self.base] if self.base else ["--ids", self.ids(), "--ctx", self.ctx]
         return json.loads(run([self.options.llama_cpp, HERE / "llama_cpp_caches.py", self.model, "--caches",
                                self.options.caches, "--state", self.folder / "llama-cpp.jsonl"]
-                              + source + self._limit() + self._threads()))
+                              + source + self._limit(self.peer_chunks) + self._threads()))
 
     def evaluate(self) -> dict:
         """kvant's report, with llama.cpp's rows after its own and pairs of both."""
@@ -127,21 +131,31 @@ class Cell:
         check_statistics(report["results"][-1], by_name, scored)
         if self.options.llama_cpp:
             peer = self.llama_cpp()
-            if peer["chunks"] != report["chunks"]:
-                sys.exit(f"{self.folder}: llama.cpp has {peer['chunks']} chunks, kvant {report['chunks']}")
-            check_perplexity(peer["results"][0], report["results"][0], self.folder)
+            common = scored * min(peer["chunks"], report["chunks"])
+            own = scores.summarize(first_tokens(next(iter(by_name.values())), common), scored)
+            check_perplexity(peer["results"][0], own, self.folder)
             _, _, chunks = scores.read_state(self.folder / "llama-cpp.jsonl")
             for index, row in enumerate(peer["results"]):
                 row["kv"] = f"llama.cpp {row['kv']}"
                 row["bits_per_value_asymptotic"] = row["bits_per_value"]
                 # With two bases the differences would compare two things that nobody asked about.
                 if self.base:
-                    by_name[row["kv"]] = scores.join(chunks, index, report["chunks"])
+                    by_name[row["kv"]] = scores.join(chunks, index, peer["chunks"])
             report["results"] += peer["results"] if self.base else peer["results"][1:]
-            report["rotation"] = peer["rotation"]
-        report["pairs"] = [{"a": a, "b": b} | scores.compare_kl(by_name[a], by_name[b], scored)
+            report["rotation"], report["peer_chunks"] = peer["rotation"], peer["chunks"]
+        report["pairs"] = [{"a": a, "b": b} | compare_kl(by_name[a], by_name[b], scored)
                            for a, b in PAIRED if a in by_name and b in by_name]
         return report
+
+
+def first_tokens(of_format: dict, count: int) -> dict:
+    return {key: values[:count] for key, values in of_format.items()}
+
+
+def compare_kl(a: dict, b: dict, scored: int) -> dict:
+    """On the tokens that both have."""
+    common = min(len(a["kl"]), len(b["kl"]))
+    return scores.compare_kl(first_tokens(a, common), first_tokens(b, common), scored)
 
 
 def check_statistics(row: dict, by_name: dict, scored: int) -> None:
@@ -166,7 +180,19 @@ def result(row: dict) -> str:
 
 
 def chunks_of(report: dict) -> str:
-    return "1 chunk" if report["chunks"] == 1 else f"{report['chunks']} chunks"
+    text = "1 chunk" if report["chunks"] == 1 else f"{report['chunks']} chunks"
+    peer = report.get("peer_chunks", report["chunks"])
+    return text if peer == report["chunks"] else f"{text}, llama.cpp {peer}"
+
+
+def numbers(text: str, parser: argparse.ArgumentParser, models: list[str]) -> list[int]:
+    """One number a model."""
+    values = [int(value) for value in text.split(",")]
+    if len(values) == 1:
+        values *= len(models)
+    if len(values) != len(models):
+        parser.error(f"{len(values)} numbers of chunks for {len(models)} models")
+    return values
 
 
 def print_tables(reports: dict[str, dict], options: argparse.Namespace, ctx: int, text: str) -> None:
@@ -205,6 +231,7 @@ def main() -> None:
     parser.add_argument("--kv", default=FORMATS)
     parser.add_argument("--ctx", default="512,2048")
     parser.add_argument("--chunks", default="0")
+    parser.add_argument("--peer-chunks")
     parser.add_argument("--text", action="append")
     parser.add_argument("--by-layer", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0)
@@ -212,16 +239,13 @@ def main() -> None:
     parser.add_argument("--caches", default=CACHES)
     parser.add_argument("--exact", metavar="PYTHON")
     options = parser.parse_args()
-    chunks = [int(count) for count in options.chunks.split(",")]
-    if len(chunks) == 1:
-        chunks *= len(options.models)
-    if len(chunks) != len(options.models):
-        parser.error(f"--chunks has {len(chunks)} numbers for {len(options.models)} models")
+    options.peer_chunks = numbers(options.peer_chunks or options.chunks, parser, options.models)
+    options.chunks = numbers(options.chunks, parser, options.models)
     for text in options.text or ["bundled"]:
         for ctx in map(int, options.ctx.split(",")):
             reports = {}
-            for model, count in zip(options.models, chunks):
-                cell = Cell(options, model, count, ctx, text)
+            for index in range(len(options.models)):
+                cell = Cell(options, index, ctx, text)
                 reports[cell.name] = cell.evaluate()
             print_tables(reports, options, ctx, pathlib.Path(text).name)
             sys.stdout.flush()
