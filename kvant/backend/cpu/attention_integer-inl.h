@@ -2,6 +2,7 @@
 // attention_integer_avx512.cc only.
 #pragma once
 
+#include "kvant/backend/cpu/attention_fetch-inl.h"
 #include "kvant/backend/cpu/attention_integer.h"
 #include "kvant/backend/cpu/attention_kernels.h"
 #include "kvant/backend/cpu/attention_scales-inl.h"
@@ -34,25 +35,6 @@ KVANT_INLINE __m512i bcast_dword(const void* p) {
 }
 
 constexpr int kMaxRows = 4;  // of a register tile
-
-// Spreads the lines of a FetchAhead over the steps of a pass.
-class Fetcher {
- public:
-  Fetcher(const FetchAhead& fetch, int steps)
-      : line_(fetch.line),
-        end_(fetch.line == nullptr ? nullptr : fetch.line + 64 * static_cast<int64_t>(fetch.lines)),
-        lines_a_step_((fetch.lines + steps - 1) / steps) {}
-  KVANT_INLINE void step() {
-    for (int i = 0; i < lines_a_step_ && line_ < end_; ++i, line_ += 64) {
-      __builtin_prefetch(line_, 0, 3);
-    }
-  }
-
- private:
-  const uint8_t* line_;
-  const uint8_t* end_;
-  int lines_a_step_;
-};
 
 // An index for a permute.
 template <typename T, int N>

@@ -1,6 +1,7 @@
 // The attention kernels, written once; included by the source of each SIMD level after it has
 // defined KVANT_LEVEL, the level's namespace. See attention_kernels.h for what each pass does.
 
+#include "kvant/backend/cpu/attention_fetch-inl.h"
 #include "kvant/backend/cpu/attention_kernels.h"
 #include "kvant/backend/cpu/attention_scales-inl.h"
 #include "kvant/backend/cpu/attention_simd.h"
@@ -64,11 +65,21 @@ struct Row<Code::kE4m3> {
   static constexpr int kCount = 4, kBytes = 64;
   KVANT_INLINE static void unpack(const uint8_t* p, F* out) {
     const I w = load_i(p);
+#if defined(__AVX512F__)
+    const I bits = bcast_i(0xbf80bf80u);
+    const I odd = and_(sra_halves(w, 1), bits);
+    const I even = and_(sra_halves(shl_halves(w, 8), 1), bits);
+    out[0] = from_low_half(even);
+    out[1] = from_low_half(odd);
+    out[2] = from_half(shr(even, 16));
+    out[3] = from_half(shr(odd, 16));
+#else
     unroll<4>([&](auto j) {
       constexpr int n = decltype(j)::value;
       const I top = n == 3 ? w : shl(w, 24 - 8 * n);
       out[n] = from_half(shr(and_(sra(top, 1), bcast_i(0xbf800000u)), 16));
     });
+#endif
   }
 };
 
@@ -175,17 +186,6 @@ KVANT_INLINE void with_code(Code code, Fn&& f) {
   }
 }
 
-// The line at the same place in the unit that is read next (harmless where there is none).
-KVANT_INLINE void fetch_next(const uint8_t* p, int64_t next_unit) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) +
-                                                   static_cast<uintptr_t>(next_unit)),
-                     0, 2);
-}
-
-KVANT_INLINE void fetch_scales(const DecodeArgs& a, int bytes) {
-  for (int i = 0; i < bytes; i += 64) fetch_next(a.scales + i, a.next_unit);
-}
-
 // ---- decode K: tokens in the lanes ----
 
 template <Code C, Apply A>
@@ -197,7 +197,6 @@ void decode_k_blocks(const DecodeArgs& a) {
   const float factor = C == Code::kE4m3 && A != Apply::kNothing ? kE4m3Factor : 1.0f;
   const int num_tiles = (a.token_end + kLanes - 1) / kLanes;
   const uint8_t* codes = a.codes;
-  fetch_scales(a, num_tiles * num_blocks * side_bytes);
   for (int tile = 0; tile < num_tiles; ++tile) {
     float* out = a.out + tile * kLanes;
     for (int b = 0; b < num_blocks; ++b) {
@@ -211,7 +210,6 @@ void decode_k_blocks(const DecodeArgs& a) {
       for (int c = b * block; c < end; c += R::kCount) {
         F value[R::kCount];
         R::unpack(codes, value);
-        fetch_next(codes, a.next_unit);
         codes += R::kBytes;
         unroll<R::kCount>([&](auto j) {
           store(out + (c + j.value) * a.page_tokens,
@@ -233,7 +231,6 @@ void decode_k_channels(const DecodeArgs& a) {
     store(scale + c, load_f16(a.scales + 2 * c));
     store(zero_point + c, load_f16(a.scales + 2 * (a.head_dim + c)));
   }
-  fetch_scales(a, 4 * a.head_dim);
   const F levels = load(R::values());
   const int num_tiles = (a.token_end + kLanes - 1) / kLanes;
   const int64_t tile_bytes = static_cast<int64_t>(a.head_dim / R::kCount) * R::kBytes;
@@ -247,7 +244,6 @@ void decode_k_channels(const DecodeArgs& a) {
     for (int tile = 0; tile < num_tiles; ++tile, codes += tile_bytes) {
       I index[R::kCount];
       R::indices(codes, index);
-      fetch_next(codes, a.next_unit);
       float* out = a.out + c * a.page_tokens + tile * kLanes;
       unroll<R::kCount>([&](auto j) {
         store(out + j.value * a.page_tokens, lookup(tables[j.value], index[j.value]));
@@ -279,9 +275,6 @@ void decode_v_blocks(const DecodeArgs& a) {
   float* scale = a.scratch;
   float* zero_point = a.scratch + tokens;
   const int row_groups = (a.token_end + R::kCount - 1) / R::kCount;
-  if constexpr (A != Apply::kNothing) {
-    fetch_scales(a, (a.head_dim + a.block - 1) / a.block * tokens * scale_stride(a.scale));
-  }
   for (int c = 0; c < a.head_dim; c += kLanes) {
     if (A != Apply::kNothing && c % a.block == 0) {
       const uint8_t* sides = a.scales + c / a.block * tokens * scale_stride(a.scale);
@@ -298,7 +291,6 @@ void decode_v_blocks(const DecodeArgs& a) {
     for (int g = 0; g < row_groups; ++g, codes += R::kBytes) {
       F value[R::kCount];
       R::unpack(codes, value);
-      fetch_next(codes, a.next_unit);
       unroll<R::kCount>([&](auto j) {
         const int t = g * R::kCount + j.value;
         F s = {}, z = {};
@@ -322,7 +314,7 @@ void decode_v(const DecodeArgs& a) {
 // ---- products ----
 
 template <int M, int N>
-void score_tile(const ScoreArgs& a, const float* q, const float* k, float* s) {
+void score_tile(const ScoreArgs& a, const float* q, const float* k, float* s, Fetcher& fetcher) {
   F acc[M][N];
   unroll<M>([&](auto m) { unroll<N>([&](auto n) { acc[m.value][n.value] = zero(); }); });
   for (int c = 0; c < a.head_dim; ++c, k += a.page_tokens) {
@@ -333,6 +325,7 @@ void score_tile(const ScoreArgs& a, const float* q, const float* k, float* s) {
       unroll<N>(
           [&](auto n) { acc[m.value][n.value] = fma(query, key[n.value], acc[m.value][n.value]); });
     });
+    fetcher.step();
   }
   unroll<M>([&](auto m) {
     unroll<N>([&](auto n) {
@@ -341,7 +334,13 @@ void score_tile(const ScoreArgs& a, const float* q, const float* k, float* s) {
   });
 }
 
+constexpr int steps_of(int count, int step) {
+  return (count + step - 1) / step;
+}
+
 void scores(const ScoreArgs& a) {
+  Fetcher fetcher(a.fetch,
+                  steps_of(a.num_tiles, kTileVectors) * steps_of(a.rows, kTileRows) * a.head_dim);
   for (int tile = 0; tile < a.num_tiles; tile += kTileVectors) {
     const int n_tiles = a.num_tiles - tile;
     for (int r = 0; r < a.rows; r += kTileRows) {
@@ -349,7 +348,7 @@ void scores(const ScoreArgs& a) {
       float* s = a.s + static_cast<int64_t>(r) * a.page_tokens + tile * kLanes;
       with_count<kTileRows>(a.rows - r, [&](auto m) {
         with_count<kTileVectors>(n_tiles, [&](auto n) {
-          score_tile<decltype(m)::value, decltype(n)::value>(a, q, a.k + tile * kLanes, s);
+          score_tile<decltype(m)::value, decltype(n)::value>(a, q, a.k + tile * kLanes, s, fetcher);
         });
       });
     }
@@ -357,7 +356,7 @@ void scores(const ScoreArgs& a) {
 }
 
 template <int M, int N>
-void value_tile(const ValueArgs& a, int row, const float* v, float* out) {
+void value_tile(const ValueArgs& a, int row, const float* v, float* out, Fetcher& fetcher) {
   const float* p = a.p + static_cast<int64_t>(row) * a.page_tokens;
   const int64_t group_stride = static_cast<int64_t>(a.page_tokens) * kLanes;
   F acc[M][N];
@@ -376,6 +375,7 @@ void value_tile(const ValueArgs& a, int row, const float* v, float* out) {
         acc[m.value][n.value] = fma(weight, value[n.value], acc[m.value][n.value]);
       });
     });
+    fetcher.step();
   }
   unroll<M>([&](auto m) {
     unroll<N>([&](auto n) {
@@ -386,17 +386,182 @@ void value_tile(const ValueArgs& a, int row, const float* v, float* out) {
 
 void values(const ValueArgs& a) {
   const int groups = a.head_dim / kLanes;
+  Fetcher fetcher(a.fetch, steps_of(groups, kTileVectors) * steps_of(a.rows, kTileRows) *
+                               (a.token_end - a.token_begin));
   for (int g = 0; g < groups; g += kTileVectors) {
     const float* v = a.v + static_cast<int64_t>(g) * a.page_tokens * kLanes;
     for (int r = 0; r < a.rows; r += kTileRows) {
       float* out = a.acc + r * a.acc_stride + g * kLanes;
       with_count<kTileRows>(a.rows - r, [&](auto m) {
         with_count<kTileVectors>(groups - g, [&](auto n) {
-          value_tile<decltype(m)::value, decltype(n)::value>(a, r, v, out);
+          value_tile<decltype(m)::value, decltype(n)::value>(a, r, v, out, fetcher);
         });
       });
     }
   }
+}
+
+// ---- products that decode in registers ----
+
+// For few query rows: what a page's decoded side would cost to store and load again is more than
+// decoding it once for each tile of rows. The operations on a row are those of the passes above, in
+// their order.
+
+constexpr bool is_float(Code code) {
+  return code == Code::kBf16 || code == Code::kF16 || code == Code::kE4m3 || code == Code::kE5m2;
+}
+
+// Calls f(Int<code>, Int<apply>) for the sides that these products read.
+template <typename Fn>
+KVANT_INLINE void with_float_side(const DecodeArgs& d, Fn&& f) {
+  with_code(d.code, [&](auto code) {
+    if constexpr (is_float(static_cast<Code>(decltype(code)::value))) {
+      if (d.scale == PageScale::kNone) return f(code, Int<static_cast<int>(Apply::kNothing)>{});
+      f(code, Int<static_cast<int>(Apply::kScale)>{});
+    }
+  });
+}
+
+template <Code C>
+constexpr float code_factor() {
+  return C == Code::kE4m3 ? kE4m3Factor : 1.0f;
+}
+
+template <Code C, Apply A, int M, int N>
+void score_codes_tile(const DecodeArgs& d, const ScoreArgs& a, int row, int tile,
+                      Fetcher& fetcher) {
+  using R = Row<C>;
+  const int block = A == Apply::kNothing ? a.head_dim : d.block;
+  const int num_blocks = (a.head_dim + block - 1) / block;
+  const int side_bytes = kLanes * scale_stride(d.scale);
+  const int64_t tile_bytes = static_cast<int64_t>(a.head_dim / R::kCount) * R::kBytes;
+  const uint8_t* codes = d.codes + tile * tile_bytes;
+  const float* q = a.q + static_cast<int64_t>(row) * a.head_dim;
+  F acc[M][N];
+  unroll<M>([&](auto m) { unroll<N>([&](auto n) { acc[m.value][n.value] = zero(); }); });
+  for (int b = 0; b < num_blocks; ++b) {
+    F scale[N];
+    unroll<N>([&](auto n) {
+      scale[n.value] = zero();
+      if constexpr (A != Apply::kNothing) {
+        const uint8_t* side = d.scales + ((tile + n.value) * num_blocks + b) * side_bytes;
+        scale[n.value] = mul(load_scales(d.scale, side, 0, 0).scale, bcast(code_factor<C>()));
+      }
+    });
+    const int end = (b + 1) * block < a.head_dim ? (b + 1) * block : a.head_dim;
+    for (int c = b * block; c < end; c += R::kCount, codes += R::kBytes) {
+      unroll<N>([&](auto n) {
+        F key[R::kCount];
+        R::unpack(codes + n.value * tile_bytes, key);
+        unroll<R::kCount>([&](auto j) {
+          key[j.value] = apply_scale<A>(key[j.value], scale[n.value], zero());
+          unroll<M>([&](auto m) {
+            acc[m.value][n.value] = fma(bcast(q[m.value * a.head_dim + c + j.value]), key[j.value],
+                                        acc[m.value][n.value]);
+          });
+        });
+      });
+      fetcher.step();
+    }
+  }
+  unroll<M>([&](auto m) {
+    unroll<N>([&](auto n) {
+      store(a.s + (row + m.value) * a.page_tokens + (tile + n.value) * kLanes,
+            acc[m.value][n.value]);
+    });
+  });
+}
+
+void scores_of_codes(const DecodeArgs& d, const ScoreArgs& a) {
+  with_float_side(d, [&](auto code, auto apply) {
+    constexpr Code C = static_cast<Code>(decltype(code)::value);
+    constexpr Apply A = static_cast<Apply>(decltype(apply)::value);
+    Fetcher fetcher(a.fetch, steps_of(a.num_tiles, kTileVectors) * steps_of(a.rows, kTileRows) *
+                                 (a.head_dim / Row<C>::kCount));
+    for (int tile = 0; tile < a.num_tiles; tile += kTileVectors) {
+      for (int r = 0; r < a.rows; r += kTileRows) {
+        with_count<kTileRows>(a.rows - r, [&](auto m) {
+          with_count<kTileVectors>(a.num_tiles - tile, [&](auto n) {
+            score_codes_tile<C, A, decltype(m)::value, decltype(n)::value>(d, a, r, tile, fetcher);
+          });
+        });
+      }
+    }
+  });
+}
+
+// `scale` [tokens] if A is kScale.
+template <Code C, Apply A, int M, int N>
+void value_codes_tile(const DecodeArgs& d, const ValueArgs& a, int row, int group,
+                      const float* scale, Fetcher& fetcher) {
+  using R = Row<C>;
+  const int64_t group_bytes = static_cast<int64_t>(a.page_tokens / R::kCount) * R::kBytes;
+  const uint8_t* codes = d.codes + group * group_bytes;
+  const float* p = a.p + static_cast<int64_t>(row) * a.page_tokens;
+  float* out = a.acc + row * a.acc_stride + group * kLanes;
+  F acc[M][N];
+  unroll<M>([&](auto m) {
+    const F factor = bcast(a.factor[row + m.value]);
+    unroll<N>([&](auto n) {
+      acc[m.value][n.value] = mul(load(out + m.value * a.acc_stride + n.value * kLanes), factor);
+    });
+  });
+  for (int t = 0; t < a.token_end; t += R::kCount, codes += R::kBytes) {
+    unroll<N>([&](auto n) {
+      F value[R::kCount];
+      R::unpack(codes + n.value * group_bytes, value);
+      unroll<R::kCount>([&](auto j) {
+        if (t + j.value < a.token_end) {
+          F side = zero();
+          if constexpr (A != Apply::kNothing) side = bcast(scale[t + j.value]);
+          const F v = apply_scale<A>(value[j.value], side, zero());
+          unroll<M>([&](auto m) {
+            acc[m.value][n.value] =
+                fma(bcast(p[m.value * a.page_tokens + t + j.value]), v, acc[m.value][n.value]);
+          });
+        }
+      });
+    });
+    fetcher.step();
+  }
+  unroll<M>([&](auto m) {
+    unroll<N>([&](auto n) {
+      store(out + m.value * a.acc_stride + n.value * kLanes, acc[m.value][n.value]);
+    });
+  });
+}
+
+void values_of_codes(const DecodeArgs& d, const ValueArgs& a) {
+  with_float_side(d, [&](auto code, auto apply) {
+    constexpr Code C = static_cast<Code>(decltype(code)::value);
+    constexpr Apply A = static_cast<Apply>(decltype(apply)::value);
+    const int groups = a.head_dim / kLanes;
+    const int block_groups =
+        A == Apply::kNothing || d.block >= a.head_dim ? groups : d.block / kLanes;
+    const int step = block_groups < kTileVectors ? block_groups : kTileVectors;
+    Fetcher fetcher(a.fetch, steps_of(groups, step) * steps_of(a.rows, kTileRows) *
+                                 steps_of(a.token_end, Row<C>::kCount));
+    for (int block = 0; block * block_groups < groups; ++block) {
+      if constexpr (A != Apply::kNothing) {
+        const uint8_t* sides = d.scales + block * a.page_tokens * scale_stride(d.scale);
+        for (int t = 0; t < a.page_tokens; t += kLanes) {
+          store(d.scratch + t,
+                mul(load_scales(d.scale, sides, t, 0).scale, bcast(code_factor<C>())));
+        }
+      }
+      const int end = (block + 1) * block_groups < groups ? (block + 1) * block_groups : groups;
+      for (int g = block * block_groups; g < end; g += step) {
+        for (int r = 0; r < a.rows; r += kTileRows) {
+          with_count<kTileRows>(a.rows - r, [&](auto m) {
+            with_count<kTileVectors>(end - g < step ? end - g : step, [&](auto n) {
+              value_codes_tile<C, A, decltype(m)::value, decltype(n)::value>(d, a, r, g, d.scratch,
+                                                                             fetcher);
+            });
+          });
+        }
+      }
+    }
+  });
 }
 
 // ---- softmax ----
@@ -569,7 +734,8 @@ constexpr const IntegerKernels* kInteger = nullptr;
 #endif
 
 extern const AttentionKernels kAttentionKernels;
-const AttentionKernels kAttentionKernels = {decode_k, decode_v, scores,     softmax, values,
-                                            pre_rope, dot_rows, scale_rows, merge,   kInteger};
+const AttentionKernels kAttentionKernels = {decode_k, decode_v,   scores,          scores_of_codes,
+                                            softmax,  values,     values_of_codes, pre_rope,
+                                            dot_rows, scale_rows, merge,           kInteger};
 
 }  // namespace kvant::backend::cpu::KVANT_LEVEL

@@ -44,9 +44,6 @@ struct DecodeArgs {
   int token_end = 0;         // tokens at or after it need not be decoded
   float* out = nullptr;      // K: [head_dim][page_tokens]; V: [head_dim / 16][page_tokens][16]
   float* scratch = nullptr;  // 2 * max(head_dim, page_tokens) values
-  // From this unit to the one that is read next, which lies anywhere: its bytes are fetched while
-  // the ones at the same offsets are decoded. 0: unknown.
-  int64_t next_unit = 0;
 };
 
 // s[r][t] = q[r] . k[t] for t in [0, 16 * num_tiles).
@@ -58,6 +55,7 @@ struct ScoreArgs {
   int head_dim = 0;
   int page_tokens = 0;
   int num_tiles = 0;
+  FetchAhead fetch;
 };
 
 // Online softmax over one page: x = softcap(s * multiplier + offset[r]), masked; updates max and
@@ -95,6 +93,7 @@ struct ValueArgs {
   int page_tokens = 0;
   int token_begin = 0;
   int token_end = 0;
+  FetchAhead fetch;
 };
 
 // Undoes what was done to keys stored before RoPE, in place on decoded K, then applies RoPE at the
@@ -128,8 +127,12 @@ struct AttentionKernels {
   void (*decode_k)(const DecodeArgs& args);
   void (*decode_v)(const DecodeArgs& args);
   void (*scores)(const ScoreArgs& args);
+  // The same without the pass before, for few rows: sides that page_decoder.h says, no `out`, no
+  // `k`.
+  void (*scores_of_codes)(const DecodeArgs& side, const ScoreArgs& args);
   void (*softmax)(const SoftmaxArgs& args);
   void (*values)(const ValueArgs& args);
+  void (*values_of_codes)(const DecodeArgs& side, const ValueArgs& args);  // token_begin is 0
   void (*pre_rope)(const PreRopeArgs& args);
   // out[r] = q[r] . x, head_dim channels each; x in fp32.
   void (*dot_rows)(const float* q, int rows, int head_dim, const float* x, float* out);

@@ -114,6 +114,16 @@ KVANT_INLINE I as_int(F a) {
 KVANT_INLINE F from_half(I a) {
   return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(a.v))};
 }
+// The same whatever the upper half holds.
+KVANT_INLINE F from_low_half(I a) {
+  return from_half(a);
+}
+KVANT_INLINE I shl_halves(I a, int n) {
+  return {_mm512_slli_epi16(a.v, static_cast<unsigned>(n))};
+}
+KVANT_INLINE I sra_halves(I a, int n) {
+  return {_mm512_srai_epi16(a.v, static_cast<unsigned>(n))};
+}
 // Sixteen f16.
 KVANT_INLINE F load_f16(const void* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)))};

@@ -20,18 +20,11 @@ using formats::SideParams;
 namespace {
 
 constexpr float kMinusInfinity = -__builtin_huge_valf();
+constexpr int kFewRows = 8;  // decoded in registers for each tile of rows rather than once
 
 // Open, sink, recent and staging pages hold plain values.
 bool is_plain(uint32_t kind) {
   return kind == cache::kKindBf16 || kind == cache::kKindStaging;
-}
-
-// The same bytes of the unit that is read next.
-void fetch_next(const void* data, int64_t bytes, int64_t next_unit) {
-  const auto begin = reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(next_unit);
-  for (int64_t i = 0; i < bytes; i += 64) {
-    __builtin_prefetch(reinterpret_cast<const void*>(begin + static_cast<uintptr_t>(i)), 0, 2);
-  }
 }
 
 const PageKind& stored_kind(const Call& call) {
@@ -52,7 +45,7 @@ struct Task::Pass {
   int row_end = 0;
   int token_begin = 0;  // tokens of the page that some of the rows read
   int token_end = 0;
-  int64_t next_unit = 0;  // see DecodeArgs
+  int64_t next_unit = 0;  // from this page's unit to the one read next, which lies anywhere
 
   int rows() const { return row_end - row_begin; }
   int num_tiles() const { return (token_end + 15) / 16; }
@@ -122,7 +115,6 @@ DecodeArgs Task::decode_args(const Pass& pass, const PageDecoder& decoder, const
   a.token_end = pass.token_end;
   a.out = memory_.page;
   a.scratch = memory_.scratch;
-  a.next_unit = pass.next_unit;
   return a;
 }
 
@@ -192,13 +184,8 @@ Task::ScoreTerms Task::score_page(const Pass& pass, const PageKind& kind, const 
   if (call_.kernels.integer != nullptr && !plain_query && integer_keys(decoder)) {
     score_codes(pass, decoder, unit, sections);
   } else {
-    if (mean != nullptr) fetch_next(mean, 2 * d, pass.next_unit);
-    call_.kernels.decode_k(
-        decode_args(pass, decoder, unit + sections.k_codes, unit + sections.k_scales));
-    if (call_.pre_rope) {
-      finish_pre_rope(pass, format, params, mean, decoder.factor);
-      terms.multiplier = call_.args.params.scale;
-    }
+    const DecodeArgs side =
+        decode_args(pass, decoder, unit + sections.k_codes, unit + sections.k_scales);
     ScoreArgs a;
     a.q = q;
     a.k = memory_.page;
@@ -207,7 +194,17 @@ Task::ScoreTerms Task::score_page(const Pass& pass, const PageKind& kind, const 
     a.head_dim = d;
     a.page_tokens = call_.view.page_tokens;
     a.num_tiles = pass.num_tiles();
-    call_.kernels.scores(a);
+    a.fetch = fetch_ahead(pass, unit + sections.k_codes, sections.v_codes - sections.k_codes);
+    if (!call_.pre_rope && pass.rows() <= kFewRows && decodes_in_registers(decoder)) {
+      call_.kernels.scores_of_codes(side, a);
+    } else {
+      call_.kernels.decode_k(side);
+      if (call_.pre_rope) {
+        finish_pre_rope(pass, format, params, mean, decoder.factor);
+        terms.multiplier = call_.args.params.scale;
+      }
+      call_.kernels.scores(a);
+    }
   }
   if (!plain_query) add_terms(pass, q, format.mean ? mean : nullptr);
   return terms;
@@ -340,8 +337,8 @@ void Task::add_values(const Pass& pass, const PageDecoder& decoder, const std::b
     call_.kernels.integer->values(a);
     return;
   }
-  call_.kernels.decode_v(
-      decode_args(pass, decoder, unit + sections.v_codes, unit + sections.v_scales));
+  const DecodeArgs side =
+      decode_args(pass, decoder, unit + sections.v_codes, unit + sections.v_scales);
   ValueArgs a;
   a.p = memory_.s;
   a.v = memory_.page;
@@ -353,6 +350,12 @@ void Task::add_values(const Pass& pass, const PageDecoder& decoder, const std::b
   a.page_tokens = call_.view.page_tokens;
   a.token_begin = pass.token_begin;
   a.token_end = pass.token_end;
+  a.fetch = fetch_ahead(pass, unit + sections.v_codes, sections.bytes - sections.v_codes);
+  if (pass.token_begin == 0 && pass.rows() <= kFewRows && decodes_in_registers(decoder)) {
+    call_.kernels.values_of_codes(side, a);
+    return;
+  }
+  call_.kernels.decode_v(side);
   call_.kernels.values(a);
 }
 

@@ -21,6 +21,9 @@ struct PageDecoder {
 bool integer_keys(const PageDecoder& decoder);
 bool integer_values(const PageDecoder& decoder);
 
+// Whether products for few rows can decode a side in registers.
+bool decodes_in_registers(const PageDecoder& decoder);
+
 PageDecoder page_decoder(const formats::SideFormat& side, const formats::SideParams& params,
                          int head_dim);
 
