@@ -39,6 +39,7 @@ struct Options {
   int head_dim = 128;
   int64_t tokens = 32768;
   int batch = 1;
+  int64_t shared_prefix = 0;
   int new_tokens = 1;
   int page_tokens = 64;
   int threads = 0;
@@ -105,10 +106,8 @@ class RotatingCache {
     copies = std::min<int64_t>(copies, 65536);
     KVANT_ASSIGN(total_bytes_, bytes_of(copies));
     KVANT_ASSIGN(cache_, cache::KvCache::create(config, backend_.memory()));
-    for (int s = 0; s < options_.batch; ++s) {
-      KVANT_ASSIGN(const cache::SequenceId id, cache_->add_sequence());
-      ids_.push_back(id);
-    }
+    KVANT_ASSIGN(const cache::SequenceId first, cache_->add_sequence());
+    ids_.push_back(first);
     return {};
   }
 
@@ -117,22 +116,14 @@ class RotatingCache {
   Status fill(Progress& progress) {
     const int64_t before = options_.tokens - options_.new_tokens;
     Noise noise(7);
-    for (int s = 0; s < options_.batch; ++s) {
-      for (int64_t done = 0; done < before;) {
-        const int64_t n = std::min<int64_t>(512, before - done);
-        const cache::StepSequence step{ids_[static_cast<size_t>(s)], static_cast<int32_t>(n)};
-        KVANT_TRY(cache_->begin_step({&step, 1}));
-        const Status appended = append(noise, n);
-        if (!appended) {
-          cache_->abort_step();
-          return appended;
-        }
-        cache_->commit_step();
-        done += n;
-        KVANT_TRY(Console::check_stop());
-        progress.update(s * before + done);
-      }
+    const int64_t shared = std::min(options_.shared_prefix, before);
+    KVANT_TRY(extend(0, shared, noise, progress));
+    for (int s = 1; s < options_.batch; ++s) {
+      KVANT_ASSIGN(const cache::SequenceId id,
+                   shared > 0 ? cache_->fork(ids_[0]) : cache_->add_sequence());
+      ids_.push_back(id);
     }
+    for (size_t s = 0; s < ids_.size(); ++s) KVANT_TRY(extend(s, before, noise, progress));
     std::vector<cache::StepSequence> steps;
     for (cache::SequenceId id : ids_) steps.push_back({id, options_.new_tokens});
     KVANT_TRY(cache_->begin_step(steps));
@@ -145,7 +136,8 @@ class RotatingCache {
   int num_copies() const { return static_cast<int>(cache_->config().layers.size()); }
   int64_t total_bytes() const { return total_bytes_; }
 
-  // The units that one call on `layer` reads, and how many bytes of each.
+  // The units that one call on `layer` reads, and how many bytes of each; those that sequences
+  // share count once.
   struct Piece {
     const std::byte* data;
     int64_t bytes;
@@ -161,6 +153,24 @@ class RotatingCache {
   }
 
  private:
+  Status extend(size_t sequence, int64_t length, Noise& noise, Progress& progress) {
+    const cache::SequenceId id = ids_[sequence];
+    while (cache_->length(id) < length) {
+      const int64_t n = std::min<int64_t>(512, length - cache_->length(id));
+      const cache::StepSequence step{id, static_cast<int32_t>(n)};
+      KVANT_TRY(cache_->begin_step({&step, 1}));
+      const Status appended = append(noise, n);
+      if (!appended) {
+        cache_->abort_step();
+        return appended;
+      }
+      cache_->commit_step();
+      KVANT_TRY(Console::check_stop());
+      progress.update(static_cast<int64_t>(sequence) * length + cache_->length(id));
+    }
+    return {};
+  }
+
   Status append(Noise& noise, int64_t rows) {
     std::vector<float> k(static_cast<size_t>(rows * options_.num_kv_heads * options_.head_dim));
     std::vector<float> v(k.size());
@@ -182,6 +192,8 @@ class RotatingCache {
         const bool bf16 = own - page <= seq.recent_pages;
         const cache::PageEntry entry =
             bf16 ? seq.bf16[page - seq.bf16_first_page] : seq.stored[page];
+        const cache::SequenceView& leader = v.sequences[0];
+        if (&seq != &leader && !bf16 && leader.stored[page] == entry) continue;
         const int64_t tokens = std::min<int64_t>(v.page_tokens, last + 1 - page * v.page_tokens);
         for (int head = 0; head < v.num_kv_heads; ++head) {
           f(v.kinds[entry.kind], entry, head, tokens);
@@ -391,6 +403,12 @@ Status parse_heads(Options& options) {
                  "--tokens counts all tokens of a sequence, --new-tokens the last of them: need "
                  "1 <= new tokens <= tokens and a batch of at least 1");
   }
+  if (options.shared_prefix < 0 || options.shared_prefix > options.tokens - options.new_tokens) {
+    return Error(ErrorCode::kInvalidArgument,
+                 "--shared-prefix " + std::to_string(options.shared_prefix) + ": expected 0 to " +
+                     std::to_string(options.tokens - options.new_tokens) +
+                     ", the tokens before the new ones");
+  }
   return {};
 }
 
@@ -411,6 +429,7 @@ Json row_json(const Options& options, const Row& row) {
   object["head_dim"] = options.head_dim;
   object["tokens"] = options.tokens;
   object["batch"] = options.batch;
+  object["shared_prefix"] = options.shared_prefix;
   object["new_tokens"] = options.new_tokens;
   object["page_tokens"] = options.page_tokens;
   object["rotation_bytes"] = row.rotation_bytes;
@@ -450,6 +469,10 @@ CommandBody define(CLI::App& app) {
   app.add_option("--head-dim", options->head_dim, "Channels of a head")->capture_default_str();
   app.add_option("--tokens", options->tokens, "Length of each sequence")->capture_default_str();
   app.add_option("--batch", options->batch, "Sequences")->capture_default_str();
+  app.add_option("--shared-prefix", options->shared_prefix,
+                 "First tokens that all sequences of the batch have in common: their pages are "
+                 "read once")
+      ->capture_default_str();
   app.add_option("--new-tokens", options->new_tokens,
                  "Query tokens of each sequence: 1 is decode, more a chunk of a prompt")
       ->capture_default_str();

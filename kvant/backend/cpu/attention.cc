@@ -1,6 +1,7 @@
 #include "kvant/backend/cpu/attention.h"
 
 #include <algorithm>
+#include <span>
 #include <string>
 
 #include "kvant/backend/cpu/attention_kernels.h"
@@ -35,7 +36,8 @@ int64_t count_items(const GroupView& view, int block_tokens) {
   return count * view.num_kv_heads;
 }
 
-void list_items(const Call& call, int block_tokens, std::vector<AttentionItem>& items) {
+void list_items(const Call& call, int block_tokens, AttentionWorkspace& workspace) {
+  std::vector<AttentionItem>& items = workspace.items;
   items.clear();
   const GroupView& view = call.view;
   int64_t partials = 0;
@@ -50,6 +52,7 @@ void list_items(const Call& call, int block_tokens, std::vector<AttentionItem>& 
         item.token_begin = b * block_tokens;
         item.num_tokens = std::min(block_tokens, seq.num_new_tokens - item.token_begin);
         const int64_t first = seq.first_position + item.token_begin;
+        item.first_split = workspace.shared.end_split[s];
         if (view.window > 0 && call.args.params.sink_tokens == 0) {
           item.first_split =
               std::max<int64_t>(0, first - view.window + 1) / attention::kSplitTokens;
@@ -82,14 +85,121 @@ Status check_view(const GroupView& view, int layer) {
   return {};
 }
 
+// Fills workspace.shared: nothing if the rows of prefixes have no room. Returns their bytes.
+int64_t find_shared(const Call& call, int num_threads, const WorkspaceLayout& layout,
+                    AttentionWorkspace& workspace) {
+  ShareLimits limits;
+  limits.group = call.group;
+  limits.max_rows = kMaxQueryRows;
+  limits.min_runs_of_group = (num_threads + call.view.num_kv_heads - 1) / call.view.num_kv_heads;
+  find_shared_prefixes(call.view, limits, workspace.shared);
+  const int64_t bytes = partial_bytes(workspace.shared.num_rows, call.width());
+  if (layout.partials_at + bytes <= workspace.bytes) return bytes;
+  workspace.shared.clear(call.view.sequences.size());
+  return 0;
+}
+
+// Where runs leave the rows of their members, and where the members' items take them up.
+class PrefixRows {
+ public:
+  PrefixRows(const Call& call, const WorkspaceLayout& layout, const AttentionWorkspace& workspace)
+      : call_(call), shared_(workspace.shared) {
+    Cutter cutter(workspace.data + layout.partials_at);
+    rows_ = take_partials(cutter, shared_.num_rows, call.width());
+  }
+
+  // Of one KV head, from a new token of the sequence on.
+  PartialRows of(int32_t sequence, int kv_head, int token_begin) const {
+    const int64_t tokens = call_.view.sequences[sequence].num_new_tokens;
+    const int64_t token = kv_head * tokens + token_begin;
+    return rows_from(rows_, shared_.first_row[sequence] + token * call_.group);
+  }
+
+  // What the item's splits are added to.
+  void start(const Task& task, const AttentionItem& item, const PartialRows& total) const {
+    if (shared_.end_split[item.sequence] == 0) {
+      task.clear_total(total);
+    } else {
+      copy(total, of(item.sequence, item.kv_head, item.token_begin), task.rows());
+    }
+  }
+
+  void copy(const PartialRows& to, const PartialRows& from, int rows) const {
+    std::copy_n(from.max, rows, to.max);
+    std::copy_n(from.sum, rows, to.sum);
+    std::copy_n(from.share, rows, to.share);
+    for (int r = 0; r < rows; ++r) {
+      std::copy_n(from.acc + r * from.stride, call_.width(), to.acc + r * to.stride);
+    }
+  }
+
+ private:
+  const Call& call_;
+  const SharedPrefixes& shared_;
+  PartialRows rows_;
+};
+
+// One run of shared splits, for one KV head: the same operations on each row as in run_items.
+void run_shared(const Call& call, const SharedRun& run, int kv_head, const PrefixRows& prefixes,
+                std::span<const int32_t> members, const WorkerMemory& memory) {
+  AttentionItem item;
+  item.sequence = members.front();
+  item.kv_head = kv_head;
+  for (const int32_t s : members) item.num_tokens += call.view.sequences[s].num_new_tokens;
+  Task task(call, item, members, memory);
+  task.read_until(run.end_split);
+  const auto for_members = [&](const auto& f) {
+    int64_t row = 0;
+    for (const int32_t s : members) {
+      const int rows = call.view.sequences[s].num_new_tokens * call.group;
+      f(rows_from(memory.total, row), prefixes.of(s, kv_head, 0), rows);
+      row += rows;
+    }
+  };
+  task.clear_total(memory.total);
+  if (run.level > 0) {
+    for_members([&](const PartialRows& total, const PartialRows& prefix, int rows) {
+      prefixes.copy(total, prefix, rows);
+    });
+  }
+  for (int64_t split = run.first_split; split < run.end_split; ++split) {
+    task.run_split(split, memory.split);
+    task.merge_split(memory.total, memory.split);
+  }
+  for_members([&](const PartialRows& total, const PartialRows& prefix, int rows) {
+    prefixes.copy(prefix, total, rows);
+  });
+}
+
+void run_shared_levels(const Call& call, ThreadPool& pool, const AttentionWorkspace& workspace,
+                       const WorkspaceLayout& layout, const PrefixRows& prefixes) {
+  const SharedPrefixes& shared = workspace.shared;
+  const int heads = call.view.num_kv_heads;
+  for (size_t begin = 0; begin < shared.runs.size();) {
+    size_t end = begin + 1;
+    while (end < shared.runs.size() && shared.runs[end].level == shared.runs[begin].level) ++end;
+    pool.parallel_for(static_cast<int64_t>(end - begin) * heads, [&](int64_t t, int worker) {
+      const SharedRun& run = shared.runs[begin + static_cast<size_t>(t / heads)];
+      Cutter own(workspace.data + layout.workers_at + worker * layout.worker_bytes);
+      const WorkerMemory memory = take_worker(own, call.head_dim, call.view.page_tokens);
+      const std::span<const int32_t> all(shared.members);
+      run_shared(
+          call, run, static_cast<int>(t % heads), prefixes,
+          all.subspan(static_cast<size_t>(run.first_member), static_cast<size_t>(run.num_members)),
+          memory);
+    });
+    begin = end;
+  }
+}
+
 void run_items(const Call& call, ThreadPool& pool, AttentionWorkspace& workspace,
-               const WorkspaceLayout& layout) {
+               const WorkspaceLayout& layout, const PrefixRows& prefixes) {
   pool.parallel_for(static_cast<int64_t>(workspace.items.size()), [&](int64_t i, int worker) {
     Cutter own(workspace.data + layout.workers_at + worker * layout.worker_bytes);
     const WorkerMemory memory = take_worker(own, call.head_dim, call.view.page_tokens);
     const AttentionItem& item = workspace.items[i];
     Task task(call, item, memory);
-    task.clear_total(memory.total);
+    prefixes.start(task, item, memory.total);
     for (int64_t n = 0; n < item.num_splits; ++n) {
       task.run_split(item.first_split + n, memory.split);
       task.merge_split(memory.total, memory.split);
@@ -100,8 +210,12 @@ void run_items(const Call& call, ThreadPool& pool, AttentionWorkspace& workspace
 
 // The same operations with the splits of an item on different threads.
 void run_splits(const Call& call, ThreadPool& pool, AttentionWorkspace& workspace,
-                const WorkspaceLayout& layout, int64_t num_splits, int64_t num_partials) {
-  Cutter partial_cutter(workspace.data + layout.partials_at);
+                const WorkspaceLayout& layout, const PrefixRows& prefixes, int64_t partials_at) {
+  const AttentionItem& last = workspace.items.back();
+  const int64_t num_partials = last.first_partial + last.num_splits * last.num_tokens * call.group;
+  int64_t num_splits = 0;
+  for (const AttentionItem& item : workspace.items) num_splits += item.num_splits;
+  Cutter partial_cutter(workspace.data + partials_at);
   const PartialRows partials = take_partials(partial_cutter, num_partials, call.width());
   const auto partial_of = [&](const AttentionItem& item, int64_t n) {
     return rows_from(partials, item.first_partial + n * item.num_tokens * call.group);
@@ -135,7 +249,7 @@ void run_splits(const Call& call, ThreadPool& pool, AttentionWorkspace& workspac
     const AttentionItem& item = workspace.items[i];
     const WorkerMemory memory = memory_of(worker);
     const Task task(call, item, memory);
-    task.clear_total(memory.total);
+    prefixes.start(task, item, memory.total);
     for (int64_t n = 0; n < item.num_splits; ++n) {
       task.merge_split(memory.total, partial_of(item, n));
     }
@@ -188,12 +302,15 @@ Status attention(const AttentionArgs& args, ThreadPool& pool, CpuLevel level,
   call.rope = take_pre_rope_tables(shared, view.head_dim, view.page_tokens);
   if (call.pre_rope) fill_pre_rope_tables(args.params.rope, view.page_tokens, call.rope);
 
+  const int64_t partials_at =
+      layout.partials_at + find_shared(call, pool.num_threads(), layout, workspace);
+  const PrefixRows prefixes(call, layout, workspace);
   const int64_t enough = enough_items(pool.num_threads());
   int block_tokens = std::max(1, kMaxQueryRows / call.group);
   while (block_tokens * call.group > 32 && count_items(view, block_tokens) < enough) {
     block_tokens = (block_tokens + 1) / 2;
   }
-  list_items(call, block_tokens, workspace.items);
+  list_items(call, block_tokens, workspace);
   if (workspace.items.empty()) return {};
   const AttentionItem& last = workspace.items.back();
   const int64_t num_items = static_cast<int64_t>(workspace.items.size());
@@ -202,11 +319,12 @@ Status attention(const AttentionArgs& args, ThreadPool& pool, CpuLevel level,
   const int64_t num_partials = last.first_partial + last.num_splits * last.num_tokens * call.group;
   const bool split_keys =
       pool.num_threads() > 1 && num_items < enough && num_splits > num_items &&
-      layout.partials_at + partial_bytes(num_partials, call.width()) <= workspace.bytes;
+      partials_at + partial_bytes(num_partials, call.width()) <= workspace.bytes;
+  run_shared_levels(call, pool, workspace, layout, prefixes);
   if (split_keys) {
-    run_splits(call, pool, workspace, layout, num_splits, num_partials);
+    run_splits(call, pool, workspace, layout, prefixes, partials_at);
   } else {
-    run_items(call, pool, workspace, layout);
+    run_items(call, pool, workspace, layout, prefixes);
   }
   return {};
 }

@@ -3,7 +3,9 @@
 //
 // Work is shared out over (sequence, KV head, rows, split of kSplitTokens positions). A row's bits
 // depend on its own keys only: splits and pages are those of absolute positions and are merged in
-// order, so chunk sizes, batch neighbours and threads change nothing (ADR 0003).
+// order, so chunk sizes, batch neighbours and threads change nothing (ADR 0003). Splits that
+// several sequences have in common come first, once for the rows of all of them
+// (attention_shared.h).
 #pragma once
 
 #include "kvant/backend/backend.h"

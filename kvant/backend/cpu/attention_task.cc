@@ -20,6 +20,8 @@ using formats::SideParams;
 namespace {
 
 constexpr float kMinusInfinity = -__builtin_huge_valf();
+// A position that reads all of any page as stored.
+constexpr int64_t kBehindAllPages = int64_t{1} << 40;
 constexpr int kFewRows = 8;  // decoded in registers for each tile of rows rather than once
 
 // Open, sink, recent and staging pages hold plain values.
@@ -57,23 +59,43 @@ struct Task::ScoreTerms {
   const float* offset = nullptr;
 };
 
-Task::Task(const Call& call, const AttentionItem& item, const WorkerMemory& memory)
+Task::Task(const Call& call, const AttentionItem& item, int64_t first_position,
+           const WorkerMemory& memory)
     : call_(call),
       item_(item),
       sequence_(call.view.sequences[item.sequence]),
+      first_position_(first_position),
       memory_(memory),
       k_decoder_(page_decoder(stored_kind(call).k_format[call.args.group_layer],
                               call.k_params[item.kv_head], call.head_dim)),
       v_decoder_(page_decoder(stored_kind(call).v_format[call.args.group_layer],
-                              call.v_params[item.kv_head], call.head_dim)) {
-  const auto* q = static_cast<const float*>(call.args.q);
-  const int64_t row_values = static_cast<int64_t>(call.group) * call.head_dim;
+                              call.v_params[item.kv_head], call.head_dim)) {}
+
+Task::Task(const Call& call, const AttentionItem& item, const WorkerMemory& memory)
+    : Task(call, item, call.view.sequences[item.sequence].first_position + item.token_begin,
+           memory) {
+  load_queries(sequence_.first_row + item.token_begin, item.num_tokens, 0);
+}
+
+Task::Task(const Call& call, const AttentionItem& item, std::span<const int32_t> sequences,
+           const WorkerMemory& memory)
+    : Task(call, item, kBehindAllPages, memory) {
+  int token = 0;
+  for (const int32_t s : sequences) {
+    const cache::SequenceView& seq = call.view.sequences[s];
+    load_queries(seq.first_row, seq.num_new_tokens, token);
+    token += seq.num_new_tokens;
+  }
+}
+
+void Task::load_queries(int64_t first_row, int num_tokens, int token_begin) {
+  const auto* q = static_cast<const float*>(call_.args.q);
+  const int64_t row_values = static_cast<int64_t>(call_.group) * call_.head_dim;
   const int64_t token_values =
-      static_cast<int64_t>(call.args.params.num_query_heads) * call.head_dim;
-  const int64_t first_row = sequence_.first_row + item.token_begin;
-  for (int t = 0; t < item.num_tokens; ++t) {
-    std::memcpy(memory_.q_plain + t * row_values,
-                q + (first_row + t) * token_values + item.kv_head * row_values,
+      static_cast<int64_t>(call_.args.params.num_query_heads) * call_.head_dim;
+  for (int t = 0; t < num_tokens; ++t) {
+    std::memcpy(memory_.q_plain + (token_begin + t) * row_values,
+                q + (first_row + t) * token_values + item_.kv_head * row_values,
                 static_cast<size_t>(row_values) * sizeof(float));
   }
 }

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <limits>
+#include <span>
 
 #include "kvant/backend/backend.h"
 #include "kvant/backend/cpu/attention_kernels.h"
@@ -104,6 +105,10 @@ class Task {
  public:
   // Loads the item's queries.
   Task(const Call& call, const AttentionItem& item, const WorkerMemory& memory);
+  // The rows of all new tokens of several sequences, one after the other, over pages that all of
+  // them read whole and as stored: those of the item's sequence. `item` counts the tokens of all.
+  Task(const Call& call, const AttentionItem& item, std::span<const int32_t> sequences,
+       const WorkerMemory& memory);
 
   int rows() const { return item_.num_tokens * call_.group; }
 
@@ -122,7 +127,10 @@ class Task {
   struct Pass;
   struct ScoreTerms;
 
-  int64_t first_position() const { return sequence_.first_position + item_.token_begin; }
+  Task(const Call& call, const AttentionItem& item, int64_t first_position,
+       const WorkerMemory& memory);
+  void load_queries(int64_t first_row, int num_tokens, int token_begin);
+  int64_t first_position() const { return first_position_; }
   cache::PageEntry entry_of(int64_t page, bool bf16) const;
   Pass visible_part(int64_t page, int64_t first, int64_t end) const;
   bool sees_split(int64_t split) const;
@@ -146,6 +154,7 @@ class Task {
   const Call& call_;
   const AttentionItem& item_;
   const cache::SequenceView& sequence_;
+  const int64_t first_position_;
   const WorkerMemory memory_;
   const PageDecoder k_decoder_;  // of stored pages
   const PageDecoder v_decoder_;

@@ -105,7 +105,14 @@ int64_t attention_workspace_bytes(const WorkspaceNeeds& needs, int num_threads) 
   const int64_t items = std::min<int64_t>(
       enough_items(num_threads), static_cast<int64_t>(needs.max_sequences) * needs.num_kv_heads);
   const int64_t group = std::max(1, needs.num_query_heads / needs.num_kv_heads);
-  return workspace_layout(needs.head_dim, needs.page_tokens, num_threads).partials_at +
+  // A row of each sequence, if there are several that may share pages.
+  const int64_t prefixes =
+      needs.max_sequences < 2
+          ? 0
+          : std::min(kMaxPartialBytes,
+                     partial_bytes(int64_t{needs.max_sequences} * needs.num_kv_heads * group,
+                                   2 * needs.head_dim));
+  return workspace_layout(needs.head_dim, needs.page_tokens, num_threads).partials_at + prefixes +
          std::min(kMaxPartialBytes, partial_bytes(items * group * splits, 2 * needs.head_dim));
 }
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kvant/backend/backend.h"
+#include "kvant/backend/cpu/attention_shared.h"
 
 namespace kvant::backend::cpu {
 
@@ -35,9 +36,11 @@ struct AttentionWorkspace {
   int64_t bytes = 0;
   std::vector<AttentionItem> items;  // keeps its capacity
   std::vector<SplitRun> runs;        // if splits run in parallel
+  SharedPrefixes shared;             // of the last call
 };
 
-// Byte offsets inside the block: [shared tables][worker x num_threads][partial rows].
+// Byte offsets inside the block: [shared tables][worker x num_threads][rows of shared
+// prefixes][partial rows].
 struct WorkspaceLayout {
   int64_t workers_at = 0;
   int64_t worker_bytes = 0;

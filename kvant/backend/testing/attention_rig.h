@@ -73,6 +73,8 @@ class AttentionRig {
   void truncate(int sequence, int64_t length);
   // A new sequence with the content of another; returns its index.
   int fork(int sequence);
+  // From now on its tokens are those of another content, which differ from any sequence's so far.
+  void diverge(int sequence, int content) { content_[sequence] = content; }
   // The first pages of another rig's sequence, as page objects, into an empty sequence of the same
   // index. Its outputs of those tokens are copied. kUnsupported with +recentN.
   Status load_pages(const AttentionRig& from, int sequence, int64_t num_pages);
@@ -88,6 +90,7 @@ class AttentionRig {
   std::vector<std::byte> page_bytes(int sequence);
 
   cache::KvCache& cache() { return *cache_; }
+  const cpu::AttentionWorkspace& workspace() const { return workspace_; }
 
  private:
   void run_layer(int layer, std::span<const Chunk> batch);
