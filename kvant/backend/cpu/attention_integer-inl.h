@@ -13,6 +13,9 @@ namespace {
 
 // Unrolled bodies must not become functions: their sums live in registers.
 #define KVANT_ALWAYS __attribute__((always_inline))
+// Kernels are not inlined where they are called: g++ 12 then runs out of registers (a seventh
+// slower).
+#define KVANT_OWN_FRAME __attribute__((noinline))
 
 // 2 * E2M1 * `factor` + `offset`, entry for entry of the code.
 #define KVANT_E2M1(factor, offset)                                                                 \

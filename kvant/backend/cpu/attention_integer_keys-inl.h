@@ -338,7 +338,7 @@ struct ScoreTile {
 };
 
 template <typename Format, int M, int N>
-void score_tile(const IntegerScoreArgs& a, int row, int tile, Fetcher& fetcher) {
+KVANT_OWN_FRAME void score_tile(const IntegerScoreArgs& a, int row, int tile, Fetcher& fetcher) {
   const int num_blocks = (a.head_dim + a.block - 1) / a.block;
   ScoreTile<Format, M, N> t(a, row, tile, num_blocks);
   for (int b = 0; b < num_blocks; ++b) {

@@ -217,8 +217,8 @@ KVANT_INLINE __m512i value_words(__m512i w) {
 
 // M query rows with N groups of sixteen channels.
 template <Code C, int M, int N>
-void value_tile(const IntegerValueArgs& a, const ValueChunk& chunk, int row, int group,
-                Fetcher& fetcher) {
+KVANT_OWN_FRAME void value_tile(const IntegerValueArgs& a, const ValueChunk& chunk, int row,
+                                int group, Fetcher& fetcher) {
   constexpr int kTokens = C == Code::kS8 ? 4 : 8;  // in a word
   const int64_t group_bytes = static_cast<int64_t>(a.page_tokens) / kTokens * 64;
   const uint8_t* codes = a.codes + group * group_bytes + chunk.first_tile * (kLanes / kTokens * 64);
@@ -305,8 +305,8 @@ void value_chunk(const IntegerValueArgs& a, const ValueChunk& chunk, __m512i ord
       constexpr int M = decltype(m)::value;
       constexpr int kGroups = groups_at_once(M);
       prepare_weights<M>(a, chunk, r, order, power);
-      for (int group = 0; group < num_groups; group += kGroups) {
-        with_count<kGroups>(num_groups - group, [&](auto n) {
+      for (int group = 0; group < num_groups;) {
+        group += with_power<kGroups>(num_groups - group, [&](auto n) {
           value_tile<C, M, decltype(n)::value>(a, chunk, r, group, fetcher);
         });
       }

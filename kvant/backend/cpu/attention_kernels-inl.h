@@ -416,8 +416,10 @@ template <typename Fn>
 KVANT_INLINE void with_float_side(const DecodeArgs& d, Fn&& f) {
   with_code(d.code, [&](auto code) {
     if constexpr (is_float(static_cast<Code>(decltype(code)::value))) {
-      if (d.scale == PageScale::kNone) return f(code, Int<static_cast<int>(Apply::kNothing)>{});
-      f(code, Int<static_cast<int>(Apply::kScale)>{});
+      if constexpr (static_cast<Code>(decltype(code)::value) == Code::kE4m3) {
+        if (d.scale != PageScale::kNone) return f(code, Int<static_cast<int>(Apply::kScale)>{});
+      }
+      f(code, Int<static_cast<int>(Apply::kNothing)>{});
     }
   });
 }
@@ -478,14 +480,14 @@ void scores_of_codes(const DecodeArgs& d, const ScoreArgs& a) {
     constexpr Apply A = static_cast<Apply>(decltype(apply)::value);
     Fetcher fetcher(a.fetch, steps_of(a.num_tiles, kTileVectors) * steps_of(a.rows, kTileRows) *
                                  (a.head_dim / Row<C>::kCount));
-    for (int tile = 0; tile < a.num_tiles; tile += kTileVectors) {
-      for (int r = 0; r < a.rows; r += kTileRows) {
-        with_count<kTileRows>(a.rows - r, [&](auto m) {
-          with_count<kTileVectors>(a.num_tiles - tile, [&](auto n) {
+    for (int tile = 0; tile < a.num_tiles;) {
+      tile += with_power<kTileVectors>(a.num_tiles - tile, [&](auto n) {
+        for (int r = 0; r < a.rows; r += kTileRows) {
+          with_count<kTileRows>(a.rows - r, [&](auto m) {
             score_codes_tile<C, A, decltype(m)::value, decltype(n)::value>(d, a, r, tile, fetcher);
           });
-        });
-      }
+        }
+      });
     }
   });
 }
@@ -550,15 +552,15 @@ void values_of_codes(const DecodeArgs& d, const ValueArgs& a) {
         }
       }
       const int end = (block + 1) * block_groups < groups ? (block + 1) * block_groups : groups;
-      for (int g = block * block_groups; g < end; g += step) {
-        for (int r = 0; r < a.rows; r += kTileRows) {
-          with_count<kTileRows>(a.rows - r, [&](auto m) {
-            with_count<kTileVectors>(end - g < step ? end - g : step, [&](auto n) {
+      for (int g = block * block_groups; g < end;) {
+        g += with_power<kTileVectors>(end - g, [&](auto n) {
+          for (int r = 0; r < a.rows; r += kTileRows) {
+            with_count<kTileRows>(a.rows - r, [&](auto m) {
               value_codes_tile<C, A, decltype(m)::value, decltype(n)::value>(d, a, r, g, d.scratch,
                                                                              fetcher);
             });
-          });
-        }
+          }
+        });
       }
     }
   });

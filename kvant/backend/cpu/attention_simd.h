@@ -442,6 +442,17 @@ KVANT_INLINE void with_count(int n, Fn&& f) {
   f(Int<N>{});
 }
 
+// Calls f(Int<n>) for the largest n <= `left` of N, N / 2, ... 1 and returns it: fewer kernels to
+// compile than one for each count.
+template <int N, typename Fn>
+KVANT_INLINE int with_power(int left, Fn&& f) {
+  if constexpr (N > 1) {
+    if (left < N) return with_power<N / 2>(left, f);
+  }
+  f(Int<N>{});
+  return N;
+}
+
 // Sum of the lanes as a binary tree: lanes i and i + 8, then + 4, + 2, + 1.
 #if defined(__AVX2__)
 KVANT_INLINE __m256 lower_half(F a) {
