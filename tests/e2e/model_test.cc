@@ -113,8 +113,9 @@ TEST_F(ModelCommands, EvalComparesWithASavedBase) {
   auto both = chunks;
   both.insert(both.end(), {"--kv", "bf16,4bit"});
   const json direct = run_json("eval", both);
+  // The file's steps of 16 / 65,535 are off by up to 1.2e-4, 7e-5 rms: 6e-6 in the mean of 126.
   EXPECT_NEAR(direct["results"][1]["kl_mean"].get<double>(),
-              same["results"][1]["kl_mean"].get<double>(), 1e-5);
+              same["results"][1]["kl_mean"].get<double>(), 4e-5);
 
   std::ifstream in(base, std::ios::binary);
   const std::string bytes((std::istreambuf_iterator<char>(in)), {});
