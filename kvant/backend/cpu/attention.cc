@@ -85,6 +85,12 @@ Status check_view(const GroupView& view, int layer) {
   return {};
 }
 
+WorkerMemory memory_of(const Call& call, const AttentionWorkspace& workspace,
+                       const WorkspaceLayout& layout, int worker) {
+  Cutter own(workspace.data + layout.workers_at + worker * layout.worker_bytes);
+  return take_worker(own, call.head_dim, call.view.page_tokens);
+}
+
 // Fills workspace.shared: nothing if the rows of prefixes have no room. Returns their bytes.
 int64_t find_shared(const Call& call, int num_threads, const WorkspaceLayout& layout,
                     AttentionWorkspace& workspace) {
@@ -180,8 +186,7 @@ void run_shared_levels(const Call& call, ThreadPool& pool, const AttentionWorksp
     while (end < shared.runs.size() && shared.runs[end].level == shared.runs[begin].level) ++end;
     pool.parallel_for(static_cast<int64_t>(end - begin) * heads, [&](int64_t t, int worker) {
       const SharedRun& run = shared.runs[begin + static_cast<size_t>(t / heads)];
-      Cutter own(workspace.data + layout.workers_at + worker * layout.worker_bytes);
-      const WorkerMemory memory = take_worker(own, call.head_dim, call.view.page_tokens);
+      const WorkerMemory memory = memory_of(call, workspace, layout, worker);
       const std::span<const int32_t> all(shared.members);
       run_shared(
           call, run, static_cast<int>(t % heads), prefixes,
@@ -195,8 +200,7 @@ void run_shared_levels(const Call& call, ThreadPool& pool, const AttentionWorksp
 void run_items(const Call& call, ThreadPool& pool, AttentionWorkspace& workspace,
                const WorkspaceLayout& layout, const PrefixRows& prefixes) {
   pool.parallel_for(static_cast<int64_t>(workspace.items.size()), [&](int64_t i, int worker) {
-    Cutter own(workspace.data + layout.workers_at + worker * layout.worker_bytes);
-    const WorkerMemory memory = take_worker(own, call.head_dim, call.view.page_tokens);
+    const WorkerMemory memory = memory_of(call, workspace, layout, worker);
     const AttentionItem& item = workspace.items[i];
     Task task(call, item, memory);
     prefixes.start(task, item, memory.total);
@@ -220,10 +224,6 @@ void run_splits(const Call& call, ThreadPool& pool, AttentionWorkspace& workspac
   const auto partial_of = [&](const AttentionItem& item, int64_t n) {
     return rows_from(partials, item.first_partial + n * item.num_tokens * call.group);
   };
-  const auto memory_of = [&](int worker) {
-    Cutter own(workspace.data + layout.workers_at + worker * layout.worker_bytes);
-    return take_worker(own, call.head_dim, call.view.page_tokens);
-  };
   // Runs of splits: a thread that stays in a sequence has its next page fetched in time.
   const int64_t run = std::max<int64_t>(1, num_splits / (kRunsPerThread * pool.num_threads()));
   workspace.runs.clear();
@@ -236,7 +236,7 @@ void run_splits(const Call& call, ThreadPool& pool, AttentionWorkspace& workspac
     const auto [index, begin] = workspace.runs[t];
     const AttentionItem& item = workspace.items[index];
     const int64_t end = std::min(begin + run, item.num_splits);
-    const WorkerMemory memory = memory_of(worker);
+    const WorkerMemory memory = memory_of(call, workspace, layout, worker);
     Task task(call, item, memory);
     task.read_until(item.first_split + end);
     for (int64_t n = begin; n < end; ++n) {
@@ -247,7 +247,7 @@ void run_splits(const Call& call, ThreadPool& pool, AttentionWorkspace& workspac
   });
   pool.parallel_for(static_cast<int64_t>(workspace.items.size()), [&](int64_t i, int worker) {
     const AttentionItem& item = workspace.items[i];
-    const WorkerMemory memory = memory_of(worker);
+    const WorkerMemory memory = memory_of(call, workspace, layout, worker);
     const Task task(call, item, memory);
     prefixes.start(task, item, memory.total);
     for (int64_t n = 0; n < item.num_splits; ++n) {

@@ -228,7 +228,7 @@ Task::ScoreTerms Task::score_page(const Pass& pass, const PageKind& kind, const 
       call_.kernels.scores(a);
     }
   }
-  if (!plain_query) add_terms(pass, q, format.mean ? mean : nullptr);
+  if (!plain_query) add_terms(pass, q, mean);
   return terms;
 }
 

@@ -49,10 +49,13 @@ bool integer_values(const PageDecoder& decoder) {
 }
 
 bool decodes_in_registers(const PageDecoder& decoder) {
-  const bool is_float = decoder.code == Code::kBf16 || decoder.code == Code::kF16 ||
-                        decoder.code == Code::kE4m3 || decoder.code == Code::kE5m2;
-  return is_float && (decoder.scale == PageScale::kNone || decoder.scale == PageScale::kF32 ||
-                      decoder.scale == PageScale::kE8m0);
+  if (decoder.code == Code::kE4m3) {
+    return decoder.scale == PageScale::kNone || decoder.scale == PageScale::kF32 ||
+           decoder.scale == PageScale::kE8m0;
+  }
+  const bool is_float =
+      decoder.code == Code::kBf16 || decoder.code == Code::kF16 || decoder.code == Code::kE5m2;
+  return is_float && decoder.scale == PageScale::kNone;
 }
 
 PageDecoder page_decoder(const formats::SideFormat& side, const formats::SideParams& params,
