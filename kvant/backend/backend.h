@@ -8,7 +8,8 @@
 // row-major.
 //
 // Promise of every operator (ADR 0003): the bits of a row do not depend on which other rows are in
-// the call, on their number, or on the number of threads.
+// the call, on their number, or on the number of threads. On CUDA devices that holds with
+// BackendOptions::deterministic; without it, results are equal within rounding.
 #pragma once
 
 #include <cstddef>
@@ -33,6 +34,7 @@ struct BackendInfo {
   std::string description;  // e.g. "AVX-512, 2 threads"
   ActivationType activation_type = ActivationType::kF32;
   cache::Layout page_layout = cache::Layout::kCpu;
+  bool host_memory = true;   // memory() is the host's, and host memory is memory()'s
   int64_t memory_total = 0;  // bytes of the machine or device; 0 unknown
   int64_t memory_free = 0;
 };
@@ -109,7 +111,7 @@ struct MoeArgs {
 
 // Appends K and V of all new tokens of a group's sequences in one layer, then encodes the pages
 // that fill (view.closes). q, k and v have the activations' row order; k is after RoPE (before it
-// with +prerope). Counts what could not be encoded; the caller fails the step if non_finite > 0.
+// with +prerope). What could not be encoded is counted: see take_encode_stats.
 struct AppendArgs {
   const cache::GroupView* view = nullptr;
   int group_layer = 0;      // index of the layer in its group
@@ -173,10 +175,14 @@ class Backend {
   virtual Status gather_rows(const void* x, std::span<const int64_t> rows, int dim, void* out) = 0;
 
   // ---- cache operators ----
-  virtual Result<formats::EncodeStats> append(const AppendArgs& args) = 0;
+  virtual Status append(const AppendArgs& args) = 0;
+  // What all appends since the last call could not encode, once they are done (it waits for them).
+  // The caller fails the step if non_finite > 0.
+  virtual Result<formats::EncodeStats> take_encode_stats() = 0;
   virtual Status attention(const AttentionArgs& args) = 0;
 
   // ---- host exchange ----
+  // Complete on return.
   virtual Status download_f32(const void* activations, int64_t num_values, float* host) = 0;
   virtual Status upload_f32(const float* host, int64_t num_values, void* activations) = 0;
   virtual Status synchronize() = 0;

@@ -13,11 +13,6 @@ using formats::SideFormat;
 
 namespace {
 
-void add(EncodeStats& sum, const EncodeStats& more) {
-  sum.non_finite += more.non_finite;
-  sum.saturated += more.saturated;
-}
-
 // One side of one layer: its codec, parameters and scratch.
 struct Side {
   SideShape shape;
@@ -54,8 +49,8 @@ EncodeStats append_rows(const GroupView& view, int group_layer, const Side& k, c
         key.assign(k.rows + row, k.rows + row + view.head_dim);
         value.assign(v.rows + row, v.rows + row + view.head_dim);
         if (view.strict) {
-          add(stats, round_strict_row(k.codec, k.params[head], scratch, key.data()));
-          add(stats, round_strict_row(v.codec, v.params[head], scratch, value.data()));
+          stats += round_strict_row(k.codec, k.params[head], scratch, key.data());
+          stats += round_strict_row(v.codec, v.params[head], scratch, value.data());
         }
         write_f32_token(kind.layout, view.page_tokens, view.head_dim,
                         kind.unit(entry, group_layer, head),
@@ -109,8 +104,8 @@ Result<EncodeStats> scalar_append(const GroupView& view, int group_layer, const 
   for (const CloseItem& item : view.closes) {
     KVANT_CHECK(item.target.kind == kKindStored, "pages that stay BF16 are never staged");
     for (int head = 0; head < view.num_kv_heads; ++head) {
-      add(stats, close_side(view, group_layer, item, head, keys));
-      add(stats, close_side(view, group_layer, item, head, values));
+      stats += close_side(view, group_layer, item, head, keys);
+      stats += close_side(view, group_layer, item, head, values);
     }
   }
   return stats;

@@ -35,6 +35,11 @@ struct EncodeStats {
   int64_t non_finite = 0;
   int64_t saturated =
       0;  // finite inputs beyond what the format can hold whatever the block's scale
+  EncodeStats& operator+=(const EncodeStats& more) {
+    non_finite += more.non_finite;
+    saturated += more.saturated;
+    return *this;
+  }
 };
 
 // One side of one unit in planar order.

@@ -124,17 +124,7 @@ Status project_and_append(const StepContext& step, const LayerWeights& layer,
                                .num_kv_heads = rotate_keys ? config.num_kv_heads : 0,
                                .head_dim = config.head_dim,
                                .rope = rope}));
-  KVANT_ASSIGN(
-      const formats::EncodeStats stats,
-      step.backend.append({.view = &view, .group_layer = place.index, .k = act.k, .v = act.v}));
-  if (stats.non_finite > 0) {
-    return Error(
-        ErrorCode::kNumericError,
-        fmt::format("{} keys or values of layer {} are infinite or not a number; the weights "
-                    "or the input are damaged, nothing was added to the cache",
-                    stats.non_finite, index));
-  }
-  return {};
+  return step.backend.append({.view = &view, .group_layer = place.index, .k = act.k, .v = act.v});
 }
 
 Status attend(const StepContext& step, const attention::RopeParams& rope,

@@ -165,6 +165,7 @@ struct Model::State {
   Status collect(std::span<const ForwardSequence> sequences, const cache::KvCache& cache);
   Status observe(const StepContext& step, int layer);
   Status run_layers(const cache::KvCache& cache, const std::atomic<bool>* cancel, Activations& act);
+  Status check_appended();
   Status run_head(const Activations& act, const LogitsSink& sink);
   Status deliver(int64_t row, const void* activations_row, const LogitsSink& sink);
   Status step(const cache::KvCache& cache, const LogitsSink& sink, const std::atomic<bool>* cancel);
@@ -365,6 +366,16 @@ Status Model::State::deliver(int64_t row, const void* activations_row, const Log
   return sink(row, logits);
 }
 
+// Waits for the layers.
+Status Model::State::check_appended() {
+  KVANT_ASSIGN(const formats::EncodeStats stats, backend->take_encode_stats());
+  if (stats.non_finite == 0) return {};
+  return Error(ErrorCode::kNumericError,
+               fmt::format("{} keys or values are infinite or not a number; the weights or the "
+                           "input are damaged, nothing was added to the cache",
+                           stats.non_finite));
+}
+
 // Logits of the rows in act.x, `max_logit_rows` at a time.
 Status Model::State::run_head(const Activations& act, const LogitsSink& sink) {
   const int64_t num_rows = static_cast<int64_t>(wanted_rows.size());
@@ -383,6 +394,7 @@ Status Model::State::run_head(const Activations& act, const LogitsSink& sink) {
     const backend::LinearTarget target{.matrix = weights.head.get(), .out = act.logits};
     KVANT_TRY(backend->linear(input, count, std::span(&target, 1)));
     KVANT_TRY(backend->synchronize());
+    if (first == 0) KVANT_TRY(check_appended());
     for (int64_t i = 0; i < count; ++i) {
       const std::byte* row = static_cast<const std::byte*>(act.logits) +
                              backend::activation_bytes(type, i * model.vocab_size);
@@ -396,7 +408,8 @@ Status Model::State::step(const cache::KvCache& cache, const LogitsSink& sink,
                           const std::atomic<bool>* cancel) {
   Activations act = activations;
   KVANT_TRY(run_layers(cache, cancel, act));
-  if (!wanted_rows.empty()) KVANT_TRY(run_head(act, sink));
+  if (!wanted_rows.empty()) return run_head(act, sink);
+  KVANT_TRY(check_appended());
   return backend->synchronize();
 }
 
@@ -413,6 +426,7 @@ Status Model::forward(std::span<const ForwardSequence> sequences, cache::KvCache
     throw;
   }
   if (!done) {
+    static_cast<void>(state_->backend->take_encode_stats());  // the next step starts from zero
     cache.abort_step();
     return done;
   }

@@ -56,6 +56,9 @@ class ModelSource {
   // still be read). Random bytes are freed if nothing else will read them.
   void release(std::string_view name, bool still_read);
 
+  // Memory to make weights in for a backend whose memory the host cannot write.
+  MemoryResource& host_memory() { return host_memory_; }
+
   // The bytes that random weights add to the backend's memory for one tensor that is kept.
   int64_t made_bytes(const backend::MatrixSource& described) const;
 
@@ -69,6 +72,7 @@ class ModelSource {
   std::string name_;
   std::optional<Gguf> gguf_;
   formats::WeightType dummy_type_ = formats::WeightType::kQ4_0;
+  HostMemory host_memory_;  // before what lies in it
   std::map<std::string, Buffer, std::less<>> made_;
 };
 

@@ -128,9 +128,9 @@ class Planner final : public WeightVisitor {
 
   Status table(const std::string& name, int64_t rows, int64_t cols, MatrixSource&) override {
     KVANT_ASSIGN(const MatrixSource described, source_.describe(name, rows, cols));
-    const int64_t made = source_.made_bytes(described);
+    const int64_t made = made_bytes(described);
     bytes.matrices += made;
-    if (made == 0) bytes.in_place += file_bytes(described);
+    if (source_.gguf() != nullptr) bytes.in_place += file_bytes(described);
     file_total += file_bytes(described);
     return {};
   }
@@ -160,13 +160,17 @@ class Planner final : public WeightVisitor {
   static int64_t file_bytes(const MatrixSource& matrix) {
     return formats::weight_bytes(matrix.type, matrix.rows * matrix.cols);
   }
+  // Of the backend's memory; what is made for a device lies in the host's.
+  int64_t made_bytes(const MatrixSource& matrix) const {
+    return backend_.info().host_memory ? source_.made_bytes(matrix) : 0;
+  }
   void add(std::span<const MatrixSource> matrices, bool is_table) {
     int64_t repacked = 0;
     int64_t made = 0;
     int64_t in_file = 0;
     for (const MatrixSource& matrix : matrices) {
       repacked += backend_.matrix_bytes(matrix);
-      if (!is_table) made += source_.made_bytes(matrix);
+      if (!is_table) made += made_bytes(matrix);
       in_file += file_bytes(matrix);
     }
     file_total += in_file;
@@ -186,17 +190,18 @@ class Loader final : public WeightVisitor {
          int64_t total_bytes, float* parameters)
       : source_(source),
         backend_(backend),
+        memory_(backend.info().host_memory ? backend.memory() : source.host_memory()),
         progress_(progress),
         total_bytes_(total_bytes),
         next_parameter_(parameters) {}
 
   Status table(const std::string& name, int64_t rows, int64_t cols, MatrixSource& slot) override {
-    KVANT_ASSIGN(slot, source_.matrix(name, rows, cols, backend_.memory()));
+    KVANT_ASSIGN(slot, source_.matrix(name, rows, cols, memory_));
     return advance(slot);
   }
   Status matrix(const std::string& name, int64_t rows, int64_t cols, Rows order,
                 MatrixPtr& slot) override {
-    KVANT_ASSIGN(MatrixSource source, source_.matrix(name, rows, cols, backend_.memory()));
+    KVANT_ASSIGN(MatrixSource source, source_.matrix(name, rows, cols, memory_));
     const std::vector<int32_t> rows_of_file = row_order(source_.config(), order);
     source.row_order = rows_of_file;
     KVANT_ASSIGN(slot, backend_.load_matrix(source));
@@ -206,9 +211,8 @@ class Loader final : public WeightVisitor {
   }
   Status experts(const std::string& name, int64_t rows, int64_t cols,
                  std::vector<MatrixPtr>& slots) override {
-    KVANT_ASSIGN(
-        const std::vector<MatrixSource> sources,
-        source_.experts(name, source_.config().num_experts, rows, cols, backend_.memory()));
+    KVANT_ASSIGN(const std::vector<MatrixSource> sources,
+                 source_.experts(name, source_.config().num_experts, rows, cols, memory_));
     for (const MatrixSource& source : sources) {
       KVANT_ASSIGN(MatrixPtr loaded, backend_.load_matrix(source));
       slots.push_back(std::move(loaded));
@@ -247,6 +251,7 @@ class Loader final : public WeightVisitor {
 
   ModelSource& source_;
   backend::Backend& backend_;
+  MemoryResource& memory_;  // for weights that are made, which the host writes
   const LoadProgress& progress_;
   const int64_t total_bytes_;
   int64_t done_bytes_ = 0;

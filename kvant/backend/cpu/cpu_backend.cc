@@ -190,8 +190,11 @@ Status CpuBackend::gather_rows(const void* x, std::span<const int64_t> rows, int
 
 // ---- cache operators ----
 
-Result<formats::EncodeStats> CpuBackend::append(const AppendArgs& args) {
-  return cpu::append(args, pool_, level_, attention_workspace_);
+Status CpuBackend::append(const AppendArgs& args) {
+  KVANT_ASSIGN(const formats::EncodeStats stats,
+               cpu::append(args, pool_, level_, attention_workspace_));
+  encode_stats_ += stats;
+  return {};
 }
 
 Status CpuBackend::attention(const AttentionArgs& args) {

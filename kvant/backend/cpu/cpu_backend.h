@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <utility>
 
 #include "kvant/backend/backend.h"
 #include "kvant/backend/cpu/attention_workspace.h"
@@ -49,7 +50,10 @@ class CpuBackend final : public Backend {
   Status moe(const MoeArgs& args) override;
   Status gather_rows(const void* x, std::span<const int64_t> rows, int dim, void* out) override;
 
-  Result<formats::EncodeStats> append(const AppendArgs& args) override;
+  Status append(const AppendArgs& args) override;
+  Result<formats::EncodeStats> take_encode_stats() override {
+    return std::exchange(encode_stats_, {});
+  }
   Status attention(const AttentionArgs& args) override;
 
   Status download_f32(const void* activations, int64_t num_values, float* host) override;
@@ -70,6 +74,7 @@ class CpuBackend final : public Backend {
   RopeTables rope_tables_;
   Buffer workspace_;
   AttentionWorkspace attention_workspace_;  // part of workspace_
+  formats::EncodeStats encode_stats_;       // of appends since it was taken
   BackendInfo info_;
 };
 

@@ -253,9 +253,12 @@ Status ReferenceBackend::gather_rows(const void* x, std::span<const int64_t> row
 
 // ---- cache operators ----
 
-Result<formats::EncodeStats> ReferenceBackend::append(const AppendArgs& args) {
-  return cache::scalar_append(*args.view, args.group_layer, static_cast<const float*>(args.k),
-                              static_cast<const float*>(args.v));
+Status ReferenceBackend::append(const AppendArgs& args) {
+  KVANT_ASSIGN(const formats::EncodeStats stats,
+               cache::scalar_append(*args.view, args.group_layer, static_cast<const float*>(args.k),
+                                    static_cast<const float*>(args.v)));
+  encode_stats_ += stats;
+  return {};
 }
 
 Status ReferenceBackend::attention(const AttentionArgs& args) {
