@@ -67,11 +67,11 @@ def layer_of(path: str) -> str | None:
 def check_include(path: pathlib.Path, angled: bool, what: str, installed: set[str]) -> str | None:
     own = str(path)
     layer = layer_of(own)
-    in_cuda = own.startswith("kvant/backend/cuda/")
+    in_cuda = own.startswith(("kvant/backend/cuda/", "bench/gpu/"))
     is_test = path.stem.endswith("_test") or "/testing/" in own
     if angled:
         if CUDA_HEADER.match(what) and not in_cuda:
-            return f"CUDA header <{what}> outside kvant/backend/cuda/"
+            return f"CUDA header <{what}> outside kvant/backend/cuda/ and bench/gpu/"
         if own in installed and not STANDARD_HEADER.match(what):
             return f"<{what}> in an installed header: only kvant and C++ standard headers may be there"
         return None

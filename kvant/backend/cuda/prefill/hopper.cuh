@@ -1,0 +1,206 @@
+// Hopper's instructions that prefill attention uses: mbarriers, bulk copies, wgmma on FP16.
+//
+// PTX ISA 8.0 and later, target sm_90a. Shared-memory addresses are 32-bit shared-window addresses.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace kvant::backend::cuda {
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// ---- mbarriers ----
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
+  asm volatile("mbarrier.init.shared.b64 [%0],%1;" ::"r"(barrier), "r"(count));
+}
+__device__ __forceinline__ void barrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _,[%0],%1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _,[%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t phase) {
+  asm volatile(
+      "{.reg .pred done;\n"
+      "wait_%=:\n"
+      "mbarrier.try_wait.parity.shared.b64 done,[%0],%1;\n"
+      "@done bra end_%=;\n"
+      "bra wait_%=;\n"
+      "end_%=:\n}" ::"r"(barrier),
+      "r"(phase)
+      : "memory");
+}
+
+// Named barriers among `threads` threads.
+__device__ __forceinline__ void named_sync(int id, int threads) {
+  asm volatile("bar.sync %0,%1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void named_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0,%1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// ---- copies ----
+
+// Global to shared, 16-byte aligned; counts on `barrier`.
+__device__ __forceinline__ void bulk_copy(uint32_t target, const void* source, int bytes,
+                                          uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(
+          target),
+      "l"(source), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+// Makes ordinary writes to shared memory visible to wgmma and bulk copies.
+__device__ __forceinline__ void fence_async_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3},[%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address));
+  return v;
+}
+__device__ __forceinline__ void store_shared(uint32_t address, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0],{%1,%2,%3,%4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
+               : "memory");
+}
+// Four 8 x 8 matrices of 16-bit elements; lane 8 m + r holds the address of row r of matrix m.
+template <bool kTranspose>
+__device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&r)[4]) {
+  if constexpr (kTranspose) {
+    asm volatile(
+        "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0],{%1,%2,%3,%4};" ::"r"(address),
+        "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+        : "memory");
+  } else {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0],{%1,%2,%3,%4};" ::"r"(address),
+                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+  }
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ uint32_t pack_half2(float low, float high) {
+  const __half2 h = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&h);
+}
+
+// ---- wgmma: m64nNk16, FP16 operands, fp32 accumulators ----
+
+// 128-byte swizzle. `stride` is the distance of groups of 8 rows, `leading` that of 64-element
+// parts (operands whose rows run along k only).
+__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, int leading, int stride) {
+  return (uint64_t{1} << 62) | (static_cast<uint64_t>(stride >> 4) << 32) |
+         (static_cast<uint64_t>(leading >> 4) << 16) | ((address & 0x3ffff) >> 4);
+}
+
+__device__ __forceinline__ void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+// Keeps the compiler from moving uses of accumulators before a wait.
+template <int n>
+__device__ __forceinline__ void hold(float (&d)[n]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// d = (accumulate ? d : 0) + A B with A [64][16] and B [N][16] in shared memory, k contiguous.
+template <int kN>
+struct WgmmaShared;
+// d += A B with A in registers (the accumulator layout of 16 columns, as FP16 pairs) and B [16][N]
+// in shared memory, N contiguous.
+template <int kN>
+struct WgmmaRegisters;
+
+#define KVANT_ACC8(d, i)                                                                      \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+      "+f"(d[i + 6]), "+f"(d[i + 7])
+#define KVANT_ACC32(d, i) \
+  KVANT_ACC8(d, i), KVANT_ACC8(d, i + 8), KVANT_ACC8(d, i + 16), KVANT_ACC8(d, i + 24)
+#define KVANT_ACC64(d, i) KVANT_ACC32(d, i), KVANT_ACC32(d, i + 32)
+
+#define KVANT_REGS0_31                                                                     \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23," \
+  "%24,%25,%26,%27,%28,%29,%30,%31"
+#define KVANT_REGS32_39 ",%32,%33,%34,%35,%36,%37,%38,%39"
+#define KVANT_REGS40_47 ",%40,%41,%42,%43,%44,%45,%46,%47"
+#define KVANT_REGS48_63 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define KVANT_REGS64_95                                                                   \
+  ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84," \
+  "%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+#define KVANT_REGS96_127                                                                    \
+  ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113," \
+  "%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define KVANT_REGS_32 KVANT_REGS0_31
+#define KVANT_REGS_40 KVANT_REGS_32 KVANT_REGS32_39
+#define KVANT_REGS_48 KVANT_REGS_40 KVANT_REGS40_47
+#define KVANT_REGS_64 KVANT_REGS_48 KVANT_REGS48_63
+#define KVANT_REGS_96 KVANT_REGS_64 KVANT_REGS64_95
+#define KVANT_REGS_128 KVANT_REGS_96 KVANT_REGS96_127
+
+// n: columns; regs: n / 2 accumulators; a, b, c: numbers of the operands after them.
+#define KVANT_WGMMA_SHARED(n, regs, a, b, c, ...)                                                  \
+  template <>                                                                                      \
+  struct WgmmaShared<n> {                                                                          \
+    __device__ __forceinline__ static void run(float (&d)[regs], uint64_t desc_a, uint64_t desc_b, \
+                                               int accumulate) {                                   \
+      asm volatile("{.reg .pred p;\nsetp.ne.b32 p,%" #c                                            \
+                   ",0;\nwgmma.mma_async.sync.aligned.m64n" #n                                     \
+                   "k16.f32.f16.f16 {" KVANT_REGS_##regs "},%" #a ",%" #b ",p,1,1,0,0;\n}"         \
+                   : __VA_ARGS__                                                                   \
+                   : "l"(desc_a), "l"(desc_b), "r"(accumulate));                                   \
+    }                                                                                              \
+  };
+#define KVANT_WGMMA_REGISTERS(n, regs, a0, a1, a2, a3, b, ...)                                  \
+  template <>                                                                                   \
+  struct WgmmaRegisters<n> {                                                                    \
+    __device__ __forceinline__ static void run(float (&d)[regs], const uint32_t* a,             \
+                                               uint64_t desc_b) {                               \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" KVANT_REGS_##regs \
+                   "},{%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "},%" #b ",1,1,1,1;\n"                 \
+                   : __VA_ARGS__                                                                \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc_b));                  \
+    }                                                                                           \
+  };
+
+KVANT_WGMMA_SHARED(64, 32, 32, 33, 34, KVANT_ACC32(d, 0))
+KVANT_WGMMA_SHARED(128, 64, 64, 65, 66, KVANT_ACC64(d, 0))
+KVANT_WGMMA_REGISTERS(64, 32, 32, 33, 34, 35, 36, KVANT_ACC32(d, 0))
+KVANT_WGMMA_REGISTERS(80, 40, 40, 41, 42, 43, 44, KVANT_ACC32(d, 0), KVANT_ACC8(d, 32))
+KVANT_WGMMA_REGISTERS(96, 48, 48, 49, 50, 51, 52, KVANT_ACC32(d, 0), KVANT_ACC8(d, 32),
+                      KVANT_ACC8(d, 40))
+KVANT_WGMMA_REGISTERS(128, 64, 64, 65, 66, 67, 68, KVANT_ACC64(d, 0))
+KVANT_WGMMA_REGISTERS(192, 96, 96, 97, 98, 99, 100, KVANT_ACC64(d, 0), KVANT_ACC32(d, 64))
+KVANT_WGMMA_REGISTERS(256, 128, 128, 129, 130, 131, 132, KVANT_ACC64(d, 0), KVANT_ACC64(d, 64))
+
+}  // namespace kvant::backend::cuda

@@ -1,0 +1,429 @@
+#include "kvant/backend/cuda/prefill/prefill_attention.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <string>
+
+#include "kvant/backend/cuda/prefill/attention_kernel.h"
+#include "kvant/backend/cuda/status.h"
+#include "kvant/base/check.h"
+
+namespace kvant::backend::cuda {
+
+namespace {
+
+constexpr int64_t kAlignment = 256;
+constexpr int kMaxRotaryDim = 512;
+constexpr float kLog2e = 1.4426950408889634f;
+
+int64_t aligned(int64_t bytes) {
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+int tile_tokens(int group) {
+  return std::max(1, kTileRows / group);
+}
+
+int64_t max_table_bytes(const PrefillLimits& limits) {
+  const int group = limits.num_query_heads / limits.num_kv_heads;
+  const int64_t tiles = limits.max_rows / tile_tokens(group) + limits.max_sequences;
+  const int64_t vectors = int64_t{4} * limits.num_kv_heads * (limits.head_dim + 1) * 4;
+  // Batches that split a sequence list its tiles again.
+  const int64_t splits = 2 + limits.max_pages * 2 *
+                                 image_bytes(limits.head_dim, limits.page_tokens) /
+                                 limits.image_bytes;
+  return aligned((limits.max_pages + limits.max_sequences) * int64_t{sizeof(ImageJob)}) +
+         aligned(splits * tiles * int64_t{sizeof(QueryTile)}) + aligned(vectors) + (64 << 10);
+}
+
+// The workspace's parts, in order; the same function sizes and places them.
+struct Parts {
+  int64_t images, tables, state, references, frequencies, factors, sink_logits, saturated, end;
+};
+
+Parts parts_of(const PrefillLimits& limits) {
+  Parts parts;
+  int64_t at = 0;
+  const auto take = [&](int64_t bytes) {
+    const int64_t begin = at;
+    at += aligned(bytes);
+    return begin;
+  };
+  parts.images = take(limits.image_bytes);
+  parts.tables = take(max_table_bytes(limits));
+  parts.state = take(limits.max_rows * limits.num_query_heads * 4);
+  parts.references = take(int64_t{limits.max_sequences} * limits.num_kv_heads *
+                          reference_floats(limits.head_dim) * 4);
+  parts.frequencies = take(kMaxRotaryDim / 2 * 8);
+  parts.factors = take(kMaxRotaryDim / 2 * 4);
+  parts.sink_logits = take(int64_t{limits.num_query_heads} * 4);
+  parts.saturated = take(4);
+  parts.end = at;
+  return parts;
+}
+
+Error unsupported(const std::string& message) {
+  return Error(ErrorCode::kUnsupported, "prefill attention: " + message);
+}
+
+SideKind side_kind(const formats::SideFormat& format, int64_t codes, int64_t scales, int64_t mean) {
+  SideKind side;
+  side.format = format.base;
+  side.mean = format.mean;
+  side.bias = format.bias;
+  side.smooth = format.smooth;
+  side.rotate = format.rotate;
+  side.codes = static_cast<int32_t>(codes);
+  side.scales = static_cast<int32_t>(scales);
+  side.mean_at = static_cast<int32_t>(mean);
+  return side;
+}
+
+}  // namespace
+
+// Where things are in the device's copy of the tables.
+struct PrefillAttention::Tables {
+  const ImageJob* jobs = nullptr;
+  const ImageJob* references = nullptr;
+  const QueryTile* tiles = nullptr;
+  int32_t* counters = nullptr;  // one per launch of the attention kernel
+  const float* k_scale = nullptr;
+  const float* v_scale = nullptr;
+  const float* k_bias = nullptr;
+  const float* v_bias = nullptr;
+  const float* k_smooth = nullptr;
+};
+
+Status PrefillAttention::supports(int head_dim, int query_heads_per_kv_head) {
+  if (!has_prefill_kernel(head_dim)) {
+    return unsupported("head_dim is 64, 80, 96, 128, 192 or 256; found " +
+                       std::to_string(head_dim));
+  }
+  if (query_heads_per_kv_head < 1 || query_heads_per_kv_head > 16) {
+    return unsupported("1 to 16 query heads share a KV head; found " +
+                       std::to_string(query_heads_per_kv_head));
+  }
+  return {};
+}
+
+int64_t PrefillAttention::workspace_bytes(const PrefillLimits& limits) {
+  return parts_of(limits).end;
+}
+
+Result<std::unique_ptr<PrefillAttention>> PrefillAttention::create(const PrefillLimits& limits,
+                                                                   std::byte* workspace,
+                                                                   int64_t bytes) {
+  KVANT_CHECK(bytes >= workspace_bytes(limits), "the workspace is as large as was said");
+  KVANT_TRY(supports(limits.head_dim, limits.num_query_heads / limits.num_kv_heads));
+  std::unique_ptr<PrefillAttention> prefill(new PrefillAttention);
+  prefill->limits_ = limits;
+  const Parts parts = parts_of(limits);
+  prefill->images_ = workspace + parts.images;
+  prefill->tables_ = workspace + parts.tables;
+  prefill->state_ = reinterpret_cast<float*>(workspace + parts.state);
+  prefill->references_ = reinterpret_cast<float*>(workspace + parts.references);
+  prefill->frequencies_ = reinterpret_cast<double*>(workspace + parts.frequencies);
+  prefill->factors_ = reinterpret_cast<float*>(workspace + parts.factors);
+  prefill->sink_logits_ = reinterpret_cast<float*>(workspace + parts.sink_logits);
+  prefill->saturated_ = reinterpret_cast<uint32_t*>(workspace + parts.saturated);
+  prefill->table_bytes_ = max_table_bytes(limits);
+  int device = 0;
+  KVANT_TRY(cuda_status(cudaGetDevice(&device), "finding the device"));
+  KVANT_TRY(cuda_status(
+      cudaDeviceGetAttribute(&prefill->num_processors_, cudaDevAttrMultiProcessorCount, device),
+      "counting multiprocessors"));
+  for (HostSlot& slot : prefill->slots_) {
+    void* data = nullptr;
+    KVANT_TRY(cuda_status(cudaMallocHost(&data, static_cast<size_t>(prefill->table_bytes_)),
+                          "allocating pinned memory for tables of prefill attention"));
+    slot.data = static_cast<std::byte*>(data);
+    KVANT_TRY(cuda_status(cudaEventCreateWithFlags(&slot.copied, cudaEventDisableTiming),
+                          "creating an event"));
+  }
+  KVANT_TRY(cuda_status(cudaMemset(prefill->saturated_, 0, 4), "clearing the workspace"));
+  return prefill;
+}
+
+PrefillAttention::~PrefillAttention() {
+  for (HostSlot& slot : slots_) {
+    if (slot.copied != nullptr) {
+      cudaEventSynchronize(slot.copied);
+      cudaEventDestroy(slot.copied);
+    }
+    if (slot.data != nullptr) cudaFreeHost(slot.data);
+  }
+}
+
+Status PrefillAttention::check(const AttentionArgs& args) const {
+  const cache::GroupView& view = *args.view;
+  KVANT_CHECK(view.head_dim == limits_.head_dim && view.page_tokens == limits_.page_tokens &&
+                  view.num_kv_heads == limits_.num_kv_heads &&
+                  args.params.num_query_heads == limits_.num_query_heads,
+              "a step has the geometry that the workspace was made for");
+  KVANT_CHECK(view.kinds.size() <= kMaxPageKinds, "page kinds fit the kernel's table");
+  for (const cache::PageKind& kind : view.kinds) {
+    if (kind.base != nullptr && kind.layout != cache::Layout::kSm90) {
+      return Error(ErrorCode::kInvalidArgument,
+                   "prefill attention on CUDA reads pages in sm90 layout; convert them first");
+    }
+  }
+  int64_t rows = 0;
+  for (const cache::SequenceView& seq : view.sequences) {
+    rows += seq.num_new_tokens;
+    if (seq.first_position + seq.num_new_tokens > (int64_t{1} << 30)) {
+      return unsupported("positions beyond 2^30");
+    }
+  }
+  if (rows > limits_.max_rows ||
+      static_cast<int64_t>(view.sequences.size()) > limits_.max_sequences) {
+    return Error(ErrorCode::kResourceExhausted,
+                 "prefill attention was made for " + std::to_string(limits_.max_rows) +
+                     " new tokens of " + std::to_string(limits_.max_sequences) +
+                     " sequences in a step; found " + std::to_string(rows) + " of " +
+                     std::to_string(view.sequences.size()));
+  }
+  const auto& rope = args.params.rope;
+  if (view.kinds[cache::kKindStored].k_format[args.group_layer].pre_rope &&
+      (rope.rotary_dim > kMaxRotaryDim || rope.rotary_dim > view.head_dim)) {
+    return unsupported("rotary_dim above " + std::to_string(kMaxRotaryDim) + " or head_dim");
+  }
+  return {};
+}
+
+namespace {
+
+// Writes tables into host memory one after the other; what does not fit is counted only.
+class TableWriter {
+ public:
+  TableWriter(std::byte* host, std::byte* device, int64_t capacity)
+      : host_(host), device_(device), capacity_(capacity) {}
+
+  // Room for `count` values; null on both sides if there is none left.
+  template <typename T>
+  T* take(int64_t count, T*& on_device) {
+    const int64_t begin = used_;
+    used_ += aligned(count * int64_t{sizeof(T)});
+    if (used_ > capacity_) return nullptr;
+    on_device = reinterpret_cast<T*>(device_ + begin);
+    return reinterpret_cast<T*>(host_ + begin);
+  }
+  template <typename T>
+  void copy(const std::vector<T>& values, const T*& on_device) {
+    T* where = nullptr;
+    T* target = take<T>(static_cast<int64_t>(values.size()), where);
+    on_device = where;
+    if (target != nullptr && !values.empty()) {
+      std::memcpy(target, values.data(), values.size() * sizeof(T));
+    }
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  std::byte* host_;
+  std::byte* device_;
+  int64_t capacity_;
+  int64_t used_ = 0;
+};
+
+// [head][head_dim] of one of a side's vectors; empty if no head has it.
+std::vector<float> gather(std::span<const formats::SideParams> heads, int head_dim,
+                          const float* formats::SideParams::*vector) {
+  std::vector<float> values;
+  if (heads.empty() || heads[0].*vector == nullptr) return values;
+  for (const formats::SideParams& head : heads) {
+    values.insert(values.end(), head.*vector, head.*vector + head_dim);
+  }
+  return values;
+}
+
+std::vector<float> global_scales(std::span<const formats::SideParams> heads, int num_heads) {
+  std::vector<float> values;
+  for (int h = 0; h < num_heads; ++h) {
+    values.push_back(heads.empty() ? 1.0f : heads[static_cast<size_t>(h)].global_scale);
+  }
+  return values;
+}
+
+int num_passes(const PrefillPlan& plan, int num_kv_heads) {
+  return static_cast<int>(plan.batches.size()) *
+         ((num_kv_heads + plan.heads_per_pass - 1) / plan.heads_per_pass);
+}
+
+}  // namespace
+
+Status PrefillAttention::upload(const AttentionArgs& args, cudaStream_t stream, Tables& tables) {
+  const cache::GroupView& view = *args.view;
+  HostSlot& slot = slots_[next_slot_];
+  next_slot_ ^= 1;
+  KVANT_TRY(cuda_status(cudaEventSynchronize(slot.copied), "waiting for tables to be copied"));
+  TableWriter writer(slot.data, tables_, table_bytes_);
+  writer.copy(plan_.jobs, tables.jobs);
+  writer.copy(plan_.references, tables.references);
+  writer.copy(plan_.tiles, tables.tiles);
+  const std::vector<int32_t> zeros(static_cast<size_t>(num_passes(plan_, view.num_kv_heads)));
+  const int32_t* counters = nullptr;
+  writer.copy(zeros, counters);
+  tables.counters = const_cast<int32_t*>(counters);
+  const auto& layer = view.layers[static_cast<size_t>(args.group_layer)];
+  const auto vector = [&](const std::vector<float>& values, const float*& on_device) {
+    if (!values.empty()) writer.copy(values, on_device);
+  };
+  vector(global_scales(layer.k, view.num_kv_heads), tables.k_scale);
+  vector(global_scales(layer.v, view.num_kv_heads), tables.v_scale);
+  vector(gather(layer.k, view.head_dim, &formats::SideParams::bias), tables.k_bias);
+  vector(gather(layer.v, view.head_dim, &formats::SideParams::bias), tables.v_bias);
+  vector(gather(layer.k, view.head_dim, &formats::SideParams::smooth), tables.k_smooth);
+  if (writer.used() > table_bytes_) {
+    return Error(ErrorCode::kResourceExhausted,
+                 "the tables of this prefill step take " + std::to_string(writer.used()) +
+                     " bytes, there is room for " + std::to_string(table_bytes_) +
+                     "; its sequences have more pages than was planned for");
+  }
+  KVANT_TRY(cuda_status(cudaMemcpyAsync(tables_, slot.data, static_cast<size_t>(writer.used()),
+                                        cudaMemcpyHostToDevice, stream),
+                        "copying tables of prefill attention"));
+  return cuda_status(cudaEventRecord(slot.copied, stream), "recording an event");
+}
+
+void PrefillAttention::fill_dequantise(const AttentionArgs& args, const Tables& tables,
+                                       DequantiseArgs& out) const {
+  const cache::GroupView& view = *args.view;
+  const auto layer = static_cast<size_t>(args.group_layer);
+  out.num_kv_heads = view.num_kv_heads;
+  out.head_dim = view.head_dim;
+  out.page_tokens = view.page_tokens;
+  for (size_t i = 0; i < view.kinds.size(); ++i) {
+    const cache::PageKind& kind = view.kinds[i];
+    if (kind.base == nullptr) continue;
+    const formats::UnitSections& unit = kind.units[layer];
+    out.kinds[i].k = side_kind(kind.k_format[layer], unit.k_codes, unit.k_scales, unit.k_mean);
+    out.kinds[i].v = side_kind(kind.v_format[layer], unit.v_codes, unit.v_scales, 0);
+    out.kinds[i].unit_bytes = unit.bytes;
+  }
+  out.k_scale = tables.k_scale;
+  out.v_scale = tables.v_scale;
+  out.k_bias = tables.k_bias;
+  out.v_bias = tables.v_bias;
+  out.k_smooth = tables.k_smooth;
+  const auto& rope = args.params.rope;
+  if (view.kinds[cache::kKindStored].k_format[layer].pre_rope) {
+    out.rope_frequency = frequencies_;
+    out.rope_half = rope.rotary_dim / 2;
+    out.rope_magnitude = rope.attention_factor;
+  }
+  out.references = references_;
+  out.images = images_;
+  out.saturated = saturated_;
+}
+
+Status PrefillAttention::run_batches(const AttentionArgs& args, const Tables& tables, float* lse,
+                                     cudaStream_t stream) {
+  const cache::GroupView& view = *args.view;
+  const auto& params = args.params;
+  DequantiseArgs dequantise;
+  fill_dequantise(args, tables, dequantise);
+  dequantise.jobs = tables.references;
+  dequantise.num_jobs = static_cast<int>(plan_.references.size());
+  if (launch_images_) KVANT_TRY(launch_references(dequantise, stream));
+
+  PrefillKernelArgs kernel;
+  kernel.images = images_;
+  kernel.page_tokens = view.page_tokens;
+  kernel.page_shift = std::countr_zero(static_cast<unsigned>(view.page_tokens));
+  kernel.slice_shift = std::min(
+      kernel.page_shift, std::countr_zero(static_cast<unsigned>(key_tile_tokens(view.head_dim))));
+  kernel.q = static_cast<const float*>(args.q);
+  kernel.out = static_cast<float*>(args.out);
+  kernel.state = state_;
+  kernel.lse = lse;
+  kernel.num_query_heads = params.num_query_heads;
+  kernel.num_kv_heads = view.num_kv_heads;
+  kernel.group = params.num_query_heads / view.num_kv_heads;
+  kernel.references = references_;
+  kernel.cap = params.softcap * kLog2e;
+  kernel.q_scale = params.softcap > 0.0f ? params.scale / params.softcap : params.scale * kLog2e;
+  kernel.window = view.window;
+  kernel.sink_tokens = view.window > 0 ? params.sink_tokens : 0;
+  kernel.sink_logits = params.sink_logits == nullptr ? nullptr : sink_logits_;
+  const int64_t unit = 2 * image_bytes(view.head_dim, view.page_tokens);
+  int launches = 0;
+  for (int first = 0; first < view.num_kv_heads; first += plan_.heads_per_pass) {
+    for (const PrefillBatch& batch : plan_.batches) {
+      const int heads = std::min(plan_.heads_per_pass, view.num_kv_heads - first);
+      dequantise.jobs = tables.jobs + batch.first_job;
+      dequantise.num_jobs = static_cast<int>(batch.num_jobs);
+      dequantise.first_head = kernel.first_head = first;
+      dequantise.num_heads = kernel.num_heads = heads;
+      dequantise.head_stride = kernel.head_stride = batch.images_per_head * unit;
+      if (launch_images_) KVANT_TRY(launch_dequantise(dequantise, num_processors_, stream));
+      kernel.tiles = tables.tiles + batch.first_tile;
+      kernel.num_items = static_cast<int>(batch.num_tiles) * heads;
+      kernel.next_item = tables.counters + launches++;
+      if (!launch_attention_) continue;
+      KVANT_TRY(launch_prefill_attention(view.head_dim, kernel, num_processors_, stream));
+    }
+  }
+  return {};
+}
+
+Status PrefillAttention::run(const AttentionArgs& args, cudaStream_t stream, float* lse) {
+  KVANT_TRY(check(args));
+  const cache::GroupView& view = *args.view;
+  PrefillPlanArgs plan_args;
+  plan_args.view = &view;
+  plan_args.group_layer = args.group_layer;
+  plan_args.num_query_heads = args.params.num_query_heads;
+  plan_args.sink_tokens = args.params.sink_tokens;
+  plan_args.workspace_bytes = limits_.image_bytes;
+  KVANT_TRY(make_prefill_plan(plan_args, plan_));
+  if (plan_.tiles.empty()) return {};
+  Tables tables;
+  KVANT_TRY(upload(args, stream, tables));
+  const auto& rope = args.params.rope;
+  if (view.kinds[cache::kKindStored].k_format[static_cast<size_t>(args.group_layer)].pre_rope) {
+    if (rope.frequency_factors != nullptr) {
+      KVANT_TRY(cuda_status(
+          cudaMemcpyAsync(factors_, rope.frequency_factors,
+                          static_cast<size_t>(rope.rotary_dim / 2) * 4, cudaMemcpyDefault, stream),
+          "copying frequency factors"));
+    }
+    KVANT_TRY(launch_rope_frequencies(rope.rotary_dim, rope.base, rope.position_scale,
+                                      rope.frequency_factors == nullptr ? nullptr : factors_,
+                                      frequencies_, stream));
+  }
+  if (args.params.sink_logits != nullptr) {
+    KVANT_TRY(cuda_status(cudaMemcpyAsync(sink_logits_, args.params.sink_logits,
+                                          static_cast<size_t>(args.params.num_query_heads) * 4,
+                                          cudaMemcpyDefault, stream),
+                          "copying sink logits"));
+  }
+  return run_batches(args, tables, lse, stream);
+}
+
+Status PrefillAttention::check_range(cudaStream_t stream) {
+  uint32_t saturated = 0;
+  KVANT_TRY(cuda_status(cudaMemcpyAsync(&saturated, saturated_, 4, cudaMemcpyDeviceToHost, stream),
+                        "reading the range flag"));
+  KVANT_TRY(cuda_status(cudaMemsetAsync(saturated_, 0, 4, stream), "clearing the range flag"));
+  KVANT_TRY(cuda_status(cudaStreamSynchronize(stream), "prefill attention"));
+  if (saturated == 0) return {};
+  return Error(ErrorCode::kNumericError,
+               "a key or value is beyond the FP16 range of prefill attention (65504 from the "
+               "sequence's reference key, or 8000 times its reference page's largest value)");
+}
+
+Status launch_prefill_attention(int head_dim, const PrefillKernelArgs& args, int num_processors,
+                                cudaStream_t stream) {
+  switch (head_dim) {
+    case 64: return launch_prefill_attention_of<64>(args, num_processors, stream);
+    case 80: return launch_prefill_attention_of<80>(args, num_processors, stream);
+    case 96: return launch_prefill_attention_of<96>(args, num_processors, stream);
+    case 128: return launch_prefill_attention_of<128>(args, num_processors, stream);
+    case 192: return launch_prefill_attention_of<192>(args, num_processors, stream);
+    case 256: return launch_prefill_attention_of<256>(args, num_processors, stream);
+    default: return unsupported("head_dim " + std::to_string(head_dim));
+  }
+}
+
+}  // namespace kvant::backend::cuda

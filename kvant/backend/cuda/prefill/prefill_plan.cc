@@ -1,0 +1,279 @@
+#include "kvant/backend/cuda/prefill/prefill_plan.h"
+
+#include <algorithm>
+#include <numeric>
+#include <string>
+
+#include "kvant/base/check.h"
+
+namespace kvant::backend::cuda {
+
+using cache::GroupView;
+using cache::PageEntry;
+using cache::SequenceView;
+
+namespace {
+
+// Pages [begin, end).
+struct PageRange {
+  int64_t begin = 0;
+  int64_t end = 0;
+  int64_t size() const { return std::max<int64_t>(0, end - begin); }
+};
+
+// What all queries of a sequence read, in pages, and where its images are.
+struct SequenceImages {
+  PageRange sink;
+  PageRange stored;
+  PageRange bf16;
+  int64_t sink_image = 0;
+  int64_t stored_image = 0;
+  int64_t bf16_image = 0;
+
+  int64_t count() const { return sink.size() + stored.size() + bf16.size(); }
+};
+
+class Planner {
+ public:
+  Planner(const PrefillPlanArgs& args, PrefillPlan& plan)
+      : args_(args),
+        view_(*args.view),
+        plan_(plan),
+        page_tokens_(view_.page_tokens),
+        tile_tokens_(std::max(1, kTileRows / (args.num_query_heads / view_.num_kv_heads))),
+        slice_tokens_(std::min<int64_t>(page_tokens_, key_tile_tokens(view_.head_dim))),
+        sinks_(view_.window > 0 ? args.sink_tokens : 0) {}
+
+  Status run() {
+    plan_.jobs.clear();
+    plan_.tiles.clear();
+    plan_.batches.clear();
+    plan_.references.clear();
+    std::vector<SequenceImages> all;
+    int64_t total = 0;
+    for (const SequenceView& seq : view_.sequences) {
+      all.push_back(needed_pages(seq));
+      total += all.back().count();
+      plan_.references.push_back(reference_page(seq, all.back()));
+    }
+    const int64_t unit = 2 * image_bytes(view_.head_dim, page_tokens_);
+    const int64_t capacity = args_.workspace_bytes / unit;
+    if (total <= capacity) {
+      const int64_t heads =
+          std::clamp<int64_t>(capacity / std::max<int64_t>(1, total), 1, view_.num_kv_heads);
+      const int64_t passes = (view_.num_kv_heads + heads - 1) / heads;
+      plan_.heads_per_pass = static_cast<int>((view_.num_kv_heads + passes - 1) / passes);
+      begin_batch();
+      for (size_t s = 0; s < all.size(); ++s) add_sequence(s, all[s], all[s].stored.begin, false);
+      end_batch();
+      return {};
+    }
+    plan_.heads_per_pass = 1;
+    return plan_by_sequences(all, capacity, unit);
+  }
+
+ private:
+  int64_t first_visible(int64_t position) const {
+    return view_.window > 0 ? std::max<int64_t>(0, position - view_.window + 1) : 0;
+  }
+
+  SequenceImages needed_pages(const SequenceView& seq) const {
+    const int64_t last = seq.first_position + seq.num_new_tokens - 1;
+    const int64_t first_query_page = seq.first_position / page_tokens_;
+    const int64_t last_page = last / page_tokens_;
+    const int64_t window_page = first_visible(seq.first_position) / page_tokens_;
+    const int64_t stored_end = std::max<int64_t>(0, last_page - seq.recent_pages);
+    const int64_t sink_end =
+        std::min<int64_t>((sinks_ + page_tokens_ - 1) / page_tokens_, stored_end);
+    SequenceImages images;
+    images.sink = {0, sink_end};
+    images.stored = {std::max(window_page, sink_end), stored_end};
+    images.bf16 = {
+        std::max<int64_t>(first_query_page - seq.recent_pages, sinks_ > 0 ? 0 : window_page),
+        last_page + 1};
+    return images;
+  }
+
+  ImageJob job_of(size_t sequence, int64_t page, bool bf16) const {
+    const SequenceView& seq = view_.sequences[sequence];
+    const PageEntry entry = bf16 ? seq.bf16[page - seq.bf16_first_page] : seq.stored[page];
+    KVANT_CHECK(entry.valid(), "a page that a query reads has a slot");
+    ImageJob job;
+    job.page = view_.kinds[entry.kind].unit(entry, args_.group_layer, 0);
+    job.page_number = static_cast<int32_t>(page);
+    job.sequence = static_cast<int32_t>(sequence);
+    const int64_t written = seq.first_position + seq.num_new_tokens - page * page_tokens_;
+    job.num_tokens = static_cast<int16_t>(std::min<int64_t>(written, page_tokens_));
+    job.kind = static_cast<uint16_t>(entry.kind);
+    return job;
+  }
+
+  // A page that most queries see. Not the first of a sequence if it can be helped: the keys of
+  // attention sinks are unlike the others.
+  ImageJob reference_page(const SequenceView& seq, const SequenceImages& images) const {
+    const size_t sequence = static_cast<size_t>(&seq - view_.sequences.data());
+    if (images.stored.size() > 0) return job_of(sequence, images.stored.end - 1, false);
+    return job_of(sequence, (images.bf16.begin + images.bf16.end - 1) / 2, true);
+  }
+
+  void begin_batch() {
+    PrefillBatch batch;
+    batch.first_job = plan_.jobs.size();
+    batch.first_tile = plan_.tiles.size();
+    plan_.batches.push_back(batch);
+  }
+
+  void end_batch() {
+    PrefillBatch& batch = plan_.batches.back();
+    batch.num_jobs = plan_.jobs.size() - batch.first_job;
+    batch.num_tiles = plan_.tiles.size() - batch.first_tile;
+    const auto first = plan_.tiles.begin() + static_cast<int64_t>(batch.first_tile);
+    std::stable_sort(first, plan_.tiles.end(), [](const QueryTile& a, const QueryTile& b) {
+      return a.num_key_tiles > b.num_key_tiles;
+    });
+  }
+
+  int64_t add_jobs(size_t sequence, PageRange pages, bool bf16) {
+    PrefillBatch& batch = plan_.batches.back();
+    const int64_t first = batch.images_per_head;
+    for (int64_t page = pages.begin; page < pages.end; ++page) {
+      plan_.jobs.push_back(job_of(sequence, page, bf16));
+      plan_.jobs.back().image = static_cast<int32_t>(batch.images_per_head++);
+    }
+    return first;
+  }
+
+  // Stored pages [left_begin, images.stored.begin) are for later batches.
+  void add_sequence(size_t sequence, SequenceImages images, int64_t left_begin, bool resumes) {
+    const SequenceView& seq = view_.sequences[sequence];
+    images.sink_image = add_jobs(sequence, images.sink, false);
+    images.stored_image = add_jobs(sequence, images.stored, false);
+    images.bf16_image = add_jobs(sequence, images.bf16, true);
+    for (int token = 0; token < seq.num_new_tokens; token += tile_tokens_) {
+      QueryTile tile = make_tile(sequence, images, token);
+      tile.resumes = resumes ? 1 : 0;
+      const int64_t last_page = (tile.position + tile.num_tokens - 1) / page_tokens_;
+      const int64_t left_end = std::min(images.stored.begin, last_page - seq.recent_pages);
+      tile.continues = std::max(left_begin, first_visible(tile.position) / page_tokens_) < left_end;
+      if (tile.num_slices > 0) plan_.tiles.push_back(tile);
+    }
+  }
+
+  QueryTile make_tile(size_t sequence, const SequenceImages& images, int token) const {
+    const SequenceView& seq = view_.sequences[sequence];
+    const int64_t u = slice_tokens_;
+    const int64_t slices_per_page = page_tokens_ / u;
+    QueryTile tile;
+    tile.row = seq.first_row + token;
+    tile.num_tokens = std::min(tile_tokens_, seq.num_new_tokens - token);
+    tile.sequence = static_cast<int32_t>(sequence);
+    tile.recent_pages = seq.recent_pages;
+    const int64_t first = seq.first_position + token;
+    const int64_t last = first + tile.num_tokens - 1;
+    tile.position = static_cast<int32_t>(first);
+    const int64_t first_page = first / page_tokens_;
+    const int64_t stored_end = last / page_tokens_ - seq.recent_pages;  // pages
+    const int64_t window_slice = first_visible(first) / u;
+
+    PageRange sink = {0, std::min(images.sink.end, stored_end) * slices_per_page};
+    PageRange stored = {std::max(window_slice, images.stored.begin * slices_per_page),
+                        std::min(images.stored.end, stored_end) * slices_per_page};
+    PageRange bf16 = {
+        std::max((first_page - seq.recent_pages) * slices_per_page, sinks_ > 0 ? 0 : window_slice),
+        last / u + 1};
+    bf16.begin = std::max(bf16.begin, images.bf16.begin * slices_per_page);
+    bf16.end = std::min(bf16.end, images.bf16.end * slices_per_page);
+    tile.num_sink = static_cast<int32_t>(sink.size());
+    tile.num_stored = static_cast<int32_t>(stored.size());
+    tile.num_slices = static_cast<int32_t>(sink.size() + stored.size() + bf16.size());
+    tile.sink_place = static_cast<int32_t>(images.sink_image * slices_per_page);
+    tile.stored_first = static_cast<int32_t>(stored.begin);
+    tile.stored_place = static_cast<int32_t>(images.stored_image * slices_per_page + stored.begin -
+                                             images.stored.begin * slices_per_page);
+    tile.bf16_first = static_cast<int32_t>(bf16.begin);
+    tile.bf16_place = static_cast<int32_t>(images.bf16_image * slices_per_page + bf16.begin -
+                                           images.bf16.begin * slices_per_page);
+
+    // Stored slices that every row sees whole: inside the last row's window, before the page from
+    // which on the first row reads BF16.
+    const int64_t whole_first = (first_visible(last) + u - 1) / u;
+    const int64_t whole_last = (first_page - seq.recent_pages) * slices_per_page;
+    const int64_t before = sink.size();
+    const int64_t whole_begin = before + std::max(whole_first - stored.begin, int64_t{0});
+    const int64_t whole_end =
+        before + std::clamp<int64_t>(whole_last - stored.begin, 0, stored.size());
+    const int64_t n = tile.num_slices;
+    const int64_t slices_per_tile = key_tile_tokens(view_.head_dim) / u;
+    const int64_t key_tiles = (n + slices_per_tile - 1) / slices_per_tile;
+    tile.num_key_tiles = static_cast<int32_t>(key_tiles);
+    const int64_t begin = (n - whole_end + slices_per_tile - 1) / slices_per_tile;
+    const int64_t end = std::max<int64_t>(0, n - whole_begin) / slices_per_tile;
+    tile.whole_begin = static_cast<int32_t>(std::min(begin, key_tiles));
+    tile.whole_end = static_cast<int32_t>(std::clamp(end, std::min(begin, key_tiles), key_tiles));
+    return tile;
+  }
+
+  // One head does not fit with all sequences: as many sequences at a time as fit, and a sequence
+  // that does not fit alone in ranges of its stored pages, from the end.
+  Status plan_by_sequences(const std::vector<SequenceImages>& all, int64_t capacity, int64_t unit) {
+    bool open = false;
+    for (size_t s = 0; s < all.size(); ++s) {
+      if (all[s].count() <= capacity) {
+        if (!open || plan_.batches.back().images_per_head + all[s].count() > capacity) {
+          if (open) end_batch();
+          begin_batch();
+          open = true;
+        }
+        add_sequence(s, all[s], all[s].stored.begin, false);
+        continue;
+      }
+      if (open) end_batch();
+      open = false;
+      KVANT_TRY(split_sequence(s, all[s], capacity, unit));
+    }
+    if (open) end_batch();
+    return {};
+  }
+
+  Status split_sequence(size_t sequence, const SequenceImages& whole, int64_t capacity,
+                        int64_t unit) {
+    const int64_t fixed = whole.sink.size() + whole.bf16.size();
+    if (fixed >= capacity) {
+      return Error(ErrorCode::kResourceExhausted,
+                   "the prefill workspace holds " + std::to_string(capacity * unit) +
+                       " bytes of images, but the BF16 pages of " +
+                       std::to_string(view_.sequences[sequence].num_new_tokens) +
+                       " new tokens of one KV head take " + std::to_string((fixed + 1) * unit) +
+                       "; make it larger or the chunk smaller");
+    }
+    SequenceImages part = whole;
+    part.stored.begin = whole.stored.end - (capacity - fixed);
+    bool resumes = false;
+    while (true) {
+      begin_batch();
+      add_sequence(sequence, part, whole.stored.begin, resumes);
+      end_batch();
+      if (part.stored.begin == whole.stored.begin) return {};
+      resumes = true;
+      part.sink = part.bf16 = {};
+      part.stored.end = part.stored.begin;
+      part.stored.begin = std::max(whole.stored.begin, part.stored.end - capacity);
+    }
+  }
+
+  const PrefillPlanArgs& args_;
+  const GroupView& view_;
+  PrefillPlan& plan_;
+  const int64_t page_tokens_;
+  const int tile_tokens_;
+  const int64_t slice_tokens_;
+  const int64_t sinks_;
+};
+
+}  // namespace
+
+Status make_prefill_plan(const PrefillPlanArgs& args, PrefillPlan& plan) {
+  return Planner(args, plan).run();
+}
+
+}  // namespace kvant::backend::cuda

@@ -1,0 +1,103 @@
+// What prefill attention does in one step, worked out on the host: which pages become 16-bit tile
+// images, how query tiles read them, and in which passes, so that images fit the workspace.
+//
+// An *image* is one side of one page of one KV head in FP16, as the tensor cores read it:
+// [64-channel part][page_tokens][128 bytes], 16-byte chunks swizzled by chunk ^ (token % 8). A page
+// of a KV head has two, K then V. A sequence may need a page twice: as stored (for queries of later
+// pages) and in BF16 (for queries near it; closed pages, codecs.md section 1).
+//
+// A *query tile* is kTileRows rows (token-major, then query heads of one KV head) of one sequence.
+// It reads a list of *slices* (page_tokens or the kernel's tile width, whichever is less) in three
+// segments, each of consecutive positions: sink pages, stored pages, BF16 pages. It walks the list
+// from its end.
+//
+// Plain host code without CUDA. Thread-safe (pure functions).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "kvant/base/result.h"
+#include "kvant/cache/view.h"
+
+namespace kvant::backend::cuda {
+
+inline constexpr int kTileRows = 128;
+inline constexpr int kImageChannels = 64;  // of one part
+
+// Bytes of one image (one side).
+constexpr int64_t image_bytes(int head_dim, int64_t page_tokens) {
+  return 128 * page_tokens * ((head_dim + kImageChannels - 1) / kImageChannels);
+}
+
+// Tokens of the kernel's key tile: what shared memory and registers allow.
+constexpr int key_tile_tokens(int head_dim) {
+  return head_dim > 128 ? 64 : 128;
+}
+
+// A page to write as images, of every KV head of the pass.
+struct ImageJob {
+  const std::byte* page = nullptr;  // unit of KV head 0 of this layer
+  int32_t image = 0;                // index among the images of a head
+  int32_t page_number = 0;          // position of its first token / page_tokens
+  int32_t sequence = 0;             // index in the view
+  int16_t num_tokens = 0;           // tokens written so far; the rest of the image is zero
+  uint16_t kind = 0;                // GroupView::kinds
+};
+
+struct QueryTile {
+  int32_t row = 0;       // of its first token in the batch's activations
+  int32_t position = 0;  // of its first token
+  int32_t num_tokens = 0;
+  int32_t sequence = 0;
+  int32_t recent_pages = 0;
+  // Slices [0, num_sink) are sinks, then num_stored stored ones, then BF16 ones.
+  int32_t num_slices = 0;
+  int32_t num_sink = 0;
+  int32_t num_stored = 0;
+  // First slice of each segment: place among a head's image slices, and position / slice tokens
+  // (sinks start at position 0).
+  int32_t sink_place = 0;
+  int32_t stored_place = 0;
+  int32_t stored_first = 0;
+  int32_t bf16_place = 0;
+  int32_t bf16_first = 0;
+  // Key tiles count from the end of the list; those in [whole_begin, whole_end) have no masked key.
+  int32_t num_key_tiles = 0;
+  int32_t whole_begin = 0;
+  int32_t whole_end = 0;
+  int32_t resumes = 0;    // continues what an earlier batch left in the output
+  int32_t continues = 0;  // a later batch goes on
+};
+
+// Images that are in the workspace at the same time, and the tiles that read them. Longest first.
+struct PrefillBatch {
+  int64_t images_per_head = 0;
+  size_t first_job = 0, num_jobs = 0;
+  size_t first_tile = 0, num_tiles = 0;
+};
+
+struct PrefillPlan {
+  std::vector<ImageJob> jobs;
+  std::vector<QueryTile> tiles;
+  std::vector<PrefillBatch> batches;
+  int heads_per_pass = 0;  // every batch is done for this many KV heads at a time
+  // [sequence]: the page that its reference key comes from (kind, place); see dequantise.h.
+  std::vector<ImageJob> references;
+};
+
+struct PrefillPlanArgs {
+  const cache::GroupView* view = nullptr;
+  int group_layer = 0;
+  int num_query_heads = 0;
+  int sink_tokens = 0;
+  int64_t workspace_bytes = 0;  // for images
+};
+
+// Fills `plan`, whose memory is reused. kResourceExhausted if one sequence's BF16 pages alone do
+// not fit: says how many bytes are needed.
+Status make_prefill_plan(const PrefillPlanArgs& args, PrefillPlan& plan);
+
+}  // namespace kvant::backend::cuda
