@@ -118,6 +118,44 @@ class PlannedStep {
     }
   }
 
+  // Every tile for every head once; every image for every head once, in a chunk that a unit's
+  // number finds.
+  void check_passes() {
+    std::vector<int> heads_done(plan_.batches.size());
+    for (const PrefillPass& pass : plan_.passes) {
+      const PrefillBatch& batch = plan_.batches[pass.batch];
+      EXPECT_EQ(pass.first_head, heads_done[pass.batch]);
+      heads_done[pass.batch] += pass.num_heads;
+      EXPECT_LE(pass.num_heads, plan_.heads_per_pass);
+      std::map<std::pair<int, int>, int> items, images;
+      for (size_t i = 0; i < pass.num_items; ++i) {
+        const WorkItem item = plan_.items[pass.first_item + i];
+        EXPECT_LT(static_cast<size_t>(item.tile), batch.num_tiles);
+        EXPECT_LT(item.head, pass.num_heads);
+        EXPECT_EQ((++items[{item.tile, item.head}]), 1);
+      }
+      EXPECT_EQ(items.size(), batch.num_tiles * static_cast<size_t>(pass.num_heads));
+      int64_t units = 0;
+      for (size_t c = 0; c < pass.num_chunks; ++c) {
+        const ImageChunk chunk = plan_.chunks[pass.first_chunk + c];
+        EXPECT_EQ(chunk.first_unit, units);
+        units += 2 * int64_t{chunk.num_jobs} * chunk.num_heads;
+        for (int j = chunk.first_job; j < chunk.first_job + chunk.num_jobs; ++j) {
+          for (int h = chunk.first_head; h < chunk.first_head + chunk.num_heads; ++h) {
+            EXPECT_LT(h, pass.num_heads);
+            EXPECT_EQ((++images[{j, h}]), 1);
+          }
+        }
+      }
+      EXPECT_EQ(images.size(), batch.num_jobs * static_cast<size_t>(pass.num_heads));
+    }
+    for (size_t b = 0; b < heads_done.size(); ++b) {
+      if (plan_.batches[b].num_tiles > 0) {
+        EXPECT_EQ(heads_done[b], step_.num_kv_heads);
+      }
+    }
+  }
+
   const PrefillPlan& plan() const { return plan_; }
 
  private:
@@ -215,6 +253,7 @@ TEST(PrefillPlan, EveryKeyOnce) {
               PlannedStep planned(step);
               ASSERT_TRUE(planned.make().has_value());
               planned.check();
+              planned.check_passes();
               if (HasFailure()) {
                 FAIL() << "page " << page << " head_dim " << head_dim << " group " << group
                        << " window " << window << " sinks " << sinks << " recent " << recent;
@@ -238,6 +277,7 @@ TEST(PrefillPlan, SmallWorkspacesSplitHeadsSequencesAndPages) {
       const Status made = planned.make();
       ASSERT_TRUE(made.has_value()) << made.error().message();
       planned.check();
+      planned.check_passes();
       if (images < 20) {
         EXPECT_GT(planned.plan().batches.size(), 1u);
       }
@@ -245,14 +285,41 @@ TEST(PrefillPlan, SmallWorkspacesSplitHeadsSequencesAndPages) {
   }
 }
 
-TEST(PrefillPlan, HeadsShareAWorkspaceEvenly) {
+TEST(PrefillPlan, OneSequenceInRangesOfPages) {
+  for (int64_t images : {100, 30, 12, 5}) {
+    for (int heads : {1, 3, 8}) {
+      Step step;
+      step.num_kv_heads = heads;
+      step.sequences = {{2000, 70}};
+      step.images = images;
+      PlannedStep planned(step);
+      ASSERT_TRUE(planned.make().has_value());
+      planned.check();
+      planned.check_passes();
+    }
+  }
+}
+
+TEST(PrefillPlan, SplitKeepsTheDeviceBusy) {
   Step step;
   step.num_kv_heads = 8;
-  step.sequences = {{640, 64}};  // 10 stored pages and one of BF16: 11 images a head
-  step.images = 7 * 11;
-  PlannedStep planned(step);
-  ASSERT_TRUE(planned.make().has_value());
-  EXPECT_EQ(planned.plan().heads_per_pass, 4) << "two passes of four, not of seven and one";
+  step.head_dim = 128;
+  step.sequences = {{6400, 512}};  // 16 tiles a head: 128 items of all heads fill 132 processors
+  const int64_t pages = 108 + 1;   // the chunk begins and ends on page boundaries
+  step.images = 8 * pages / 2 + 40;
+  PlannedStep few(step);
+  ASSERT_TRUE(few.make().has_value());
+  few.check();
+  EXPECT_EQ(few.plan().heads_per_pass, 8) << "ranges of pages, not a part of the heads";
+  EXPECT_EQ(few.plan().batches.size(), 2u);
+
+  step.sequences = {{4864, 2048}};  // 64 tiles a head: half of the heads are enough
+  step.images = 8 * (108 + 32) / 2 + 40;
+  PlannedStep many(step);
+  ASSERT_TRUE(many.make().has_value());
+  many.check();
+  EXPECT_EQ(many.plan().heads_per_pass, 4);
+  EXPECT_EQ(many.plan().batches.size(), 1u);
 }
 
 TEST(PrefillPlan, SaysWhatAChunkNeeds) {
@@ -266,13 +333,19 @@ TEST(PrefillPlan, SaysWhatAChunkNeeds) {
       << made.error().message();
 }
 
-TEST(PrefillPlan, LongestTilesFirst) {
+TEST(PrefillPlan, LongestSequencesAndTilesFirst) {
   PlannedStep planned(Step{});
   ASSERT_TRUE(planned.make().has_value());
-  const auto& tiles = planned.plan().tiles;
-  EXPECT_TRUE(std::is_sorted(tiles.begin(), tiles.end(), [](const auto& a, const auto& b) {
-    return a.num_key_tiles > b.num_key_tiles;
-  }));
+  const PrefillPlan& plan = planned.plan();
+  int longest = 1 << 20;
+  int sequence = -1;
+  for (size_t i = 0; i < plan.passes[0].num_items; ++i) {
+    const QueryTile& tile = plan.tiles[static_cast<size_t>(plan.items[i].tile)];
+    if (tile.sequence == sequence) continue;
+    sequence = tile.sequence;
+    EXPECT_LE(tile.num_key_tiles, longest);
+    longest = tile.num_key_tiles;
+  }
 }
 
 }  // namespace

@@ -28,7 +28,7 @@ struct Case {
   bool sink_logits = false;
   float q_factor = 1.0f;
   int64_t image_bytes = int64_t{64} << 20;
-  bool poison_images = true;
+  bool background = true;  // if there is such a kernel
 };
 
 // What every case of formats and masks runs: chunks on and off page boundaries, with and without
@@ -96,9 +96,10 @@ class Prefill : public ::testing::Test {
     limits.page_tokens = view.page_tokens;
     const int64_t bytes = PrefillAttention::workspace_bytes(limits);
     const DeviceBuffer workspace(bytes);
-    if (c.poison_images) workspace.fill(0xff);
+    workspace.fill(0xff);
     auto prefill = PrefillAttention::create(limits, workspace.as<std::byte>(), bytes);
     EXPECT_TRUE(prefill.has_value()) << prefill.error().message();
+    (*prefill)->set_background(c.background);
     const int64_t out_bytes = static_cast<int64_t>(q.size()) * 4;
     const DeviceBuffer device_q(q.data(), out_bytes);
     const DeviceBuffer device_out(out_bytes);
@@ -253,6 +254,21 @@ TEST_F(Prefill, LogSumExp) {
     const double expected = sink - std::log(without / with - 1.0);
     EXPECT_NEAR(lse[n], expected, 1e-3);
     EXPECT_NEAR(lse_[n], expected, 1e-3) << "sink logits do not belong to it";
+  }
+}
+
+// Images written beside attention give the same bits as images written before.
+TEST_F(Prefill, BackgroundImages) {
+  for (const char* kv : {"nvfp4", "4bit", "8bit", "bf16", "k=int4:channel+mean,v=nvfp4+bias"}) {
+    for (int group : {1, 4, 7}) {
+      Case c = of(kv);
+      c.group = group;
+      expect_close(c);
+      const std::vector<float> beside = out_;
+      c.background = false;
+      expect_close(c);
+      EXPECT_EQ(beside, out_);
+    }
   }
 }
 

@@ -16,13 +16,32 @@
 #include "kvant/backend/cuda/prefill/attention_kernel.h"
 #include "kvant/backend/cuda/prefill/dequantise.h"
 #include "kvant/backend/cuda/prefill/hopper.cuh"
+#include "kvant/backend/cuda/prefill/write_image.cuh"
 #include "kvant/backend/cuda/status.h"
 
 namespace kvant::backend::cuda {
 
-constexpr int kConsumerRegisters = 232;
-constexpr int kProducerRegisters = 40;
 constexpr int kPrefillThreads = 384;
+
+// What the producer's warpgroup does besides copying. Registers of the two roles: 512 = 2 consumers
+// + 1 producer.
+struct NoImages {
+  static constexpr bool kWrites = false;
+  static constexpr int kConsumerRegisters = 232;
+  static constexpr int kProducerRegisters = 40;
+  struct Args {};
+};
+template <FormatId kK, FormatId kV>
+struct WrittenImages {
+  static constexpr bool kWrites = true;
+  static constexpr int kConsumerRegisters = 208;
+  static constexpr int kProducerRegisters = 88;
+  static constexpr FormatId kKeys = kK;
+  static constexpr FormatId kValues = kV;
+  using Args = BackgroundImages;
+};
+constexpr int kStartRegisters = 168;  // 65536 / 384, rounded down to a multiple of 8
+constexpr int kImageWarps = 3;
 
 template <int kHeadDim>
 struct PrefillShape {
@@ -39,7 +58,8 @@ struct PrefillShape {
   static constexpr int kShifts = kValueTiles + kStages * kTileBytes;  // [2][128] floats
   static constexpr int kBarriers = kShifts + 2 * kTileRows * 4;
   static constexpr int kItems = kBarriers + 16 * 8;
-  static constexpr int kBytes = kItems + 16 + 1024;
+  static constexpr int kImages = kItems + 16;
+  static constexpr int kBytes = kImages + 1024;  // images: kImageWarps * fast_shared_bytes more
 };
 
 // mbarriers, in units of 8 bytes from kBarriers; two of each.
@@ -64,62 +84,140 @@ __device__ __forceinline__ int slice_place(const QueryTile& tile, int slice) {
 
 // ---- producer ----
 
+__device__ __forceinline__ void wait_for_image(const int32_t* ready, int32_t epoch) {
+  int32_t k, v;
+  while (true) {
+    asm volatile("ld.acquire.gpu.global.s32 %0,[%1];" : "=r"(k) : "l"(ready) : "memory");
+    asm volatile("ld.acquire.gpu.global.s32 %0,[%1];" : "=r"(v) : "l"(ready + 1) : "memory");
+    if (k == epoch && v == epoch) return;
+    __nanosleep(64);
+  }
+}
+
+// A lane's part of a key tile: 64 channels of one slice.
+struct LaneCopy {
+  const std::byte* source;  // of keys
+  int offset;               // in the stage
+  int image;
+};
+
 template <typename Shape>
-__device__ __forceinline__ void copy_tile(const PrefillKernelArgs& args, const std::byte* head,
-                                          const QueryTile& tile, int first_slice, int side,
-                                          uint32_t target, uint32_t barrier) {
+__device__ __forceinline__ LaneCopy lane_copy(const PrefillKernelArgs& args, const std::byte* head,
+                                              const QueryTile& tile, int first_slice) {
   const int lane = threadIdx.x % 32;
-  if (lane == 0) barrier_expect(barrier, Shape::kTileBytes);
-  __syncwarp();
-  const int slices = Shape::kKeys >> args.slice_shift;
-  if (lane >= slices * Shape::kParts) return;
   const int slice = lane / Shape::kParts;
   const int part = lane % Shape::kParts;
   // Slices before the list's begin are masked: any image will do.
   const int place = slice_place(tile, max(first_slice + slice, 0));
   const int slices_shift = args.page_shift - args.slice_shift;
   const int slice_bytes = 128 << args.slice_shift;
-  const int64_t side_bytes = static_cast<int64_t>(Shape::kParts) * args.page_tokens * 128;
-  const std::byte* source = head + ((place >> slices_shift) * 2 + side) * side_bytes +
-                            part * args.page_tokens * 128 +
-                            (place & ((1 << slices_shift) - 1)) * slice_bytes;
-  bulk_copy(target + part * Shape::kKeyPart + slice * slice_bytes, source, slice_bytes, barrier);
+  LaneCopy copy;
+  copy.image = place >> slices_shift;
+  copy.source = head + copy.image * (2 * int64_t{Shape::kParts} * args.page_tokens * 128) +
+                part * args.page_tokens * 128 + (place & ((1 << slices_shift) - 1)) * slice_bytes;
+  copy.offset = part * Shape::kKeyPart + slice * slice_bytes;
+  return copy;
 }
 
 template <typename Shape>
-__device__ __forceinline__ void produce(const PrefillKernelArgs& args, uint32_t base) {
+__device__ __forceinline__ void copy_side(const LaneCopy& copy, const std::byte* source, int bytes,
+                                          bool active, uint32_t stage, uint32_t full) {
+  if (threadIdx.x % 32 == 0) barrier_expect(full, Shape::kTileBytes);
+  __syncwarp();
+  if (active) bulk_copy(stage + copy.offset, source, bytes, full);
+}
+
+template <typename Shape, typename Images>
+__device__ __forceinline__ void produce(const PrefillKernelArgs& args,
+                                        const typename Images::Args& images, uint32_t base) {
   const uint32_t bars = base + Shape::kBarriers;
   const int lane = threadIdx.x % 32;
+  const int slices = Shape::kKeys >> args.slice_shift;
+  const int slice_bytes = 128 << args.slice_shift;
+  const bool active = lane < slices * Shape::kParts;
   uint32_t empty = 3;  // bit s: the phase that stage s waits for; stages start empty
   for (int n = 0;; ++n) {
-    int item = 0;
-    if (lane == 0) item = atomicAdd(args.next_item, 1);
-    item = __shfl_sync(~0u, item, 0);
-    const bool more = item < args.num_items;
+    int index = 0;
+    if (lane == 0) index = atomicAdd(args.next_item, 1);
+    index = __shfl_sync(~0u, index, 0);
+    const bool more = index < args.num_items;
     const int slot = n & 1;
     barrier_wait(bars + 8 * (kItemEmpty + slot), ((n >> 1) & 1) ^ 1);
     if (lane == 0) {
       asm volatile("st.shared.s32 [%0],%1;" ::"r"(base + Shape::kItems + 4 * slot),
-                   "r"(more ? item : -1)
+                   "r"(more ? index : -1)
                    : "memory");
       barrier_arrive(bars + 8 * (kItemFull + slot));
     }
     if (!more) return;
-    const QueryTile tile = args.tiles[item / args.num_heads];
-    const std::byte* head = args.images + (item % args.num_heads) * args.head_stride;
-    const int slices = Shape::kKeys >> args.slice_shift;
-    for (int i = 0; i < tile.num_key_tiles; ++i) {
+    const WorkItem item = args.items[index];
+    const QueryTile& tile = args.tiles[item.tile];
+    const std::byte* head = args.images + item.head * args.head_stride;
+    const int key_tiles = tile.num_key_tiles;
+    for (int i = 0; i < key_tiles; ++i) {
       const int stage = i & 1;
-      const int first_slice = tile.num_slices - (i + 1) * slices;
+      const LaneCopy copy = lane_copy<Shape>(args, head, tile, tile.num_slices - (i + 1) * slices);
+      if constexpr (Images::kWrites) {
+        if (active) {
+          wait_for_image(images.ready + 2 * (item.head * images.images_per_head + copy.image),
+                         images.epoch);
+          asm volatile("fence.proxy.async;" ::: "memory");
+        }
+        __syncwarp();
+      }
       barrier_wait(bars + 8 * (kKeysEmpty + stage), (empty >> stage) & 1);
-      copy_tile<Shape>(args, head, tile, first_slice, 0,
+      copy_side<Shape>(copy, copy.source, slice_bytes, active,
                        base + Shape::kKeyTiles + stage * Shape::kTileBytes,
                        bars + 8 * (kKeysFull + stage));
       barrier_wait(bars + 8 * (kValuesEmpty + stage), (empty >> stage) & 1);
-      copy_tile<Shape>(args, head, tile, first_slice, 1,
-                       base + Shape::kValueTiles + stage * Shape::kTileBytes,
+      copy_side<Shape>(copy, copy.source + int64_t{Shape::kParts} * args.page_tokens * 128,
+                       slice_bytes, active, base + Shape::kValueTiles + stage * Shape::kTileBytes,
                        bars + 8 * (kValuesFull + stage));
       empty ^= 1u << stage;
+    }
+  }
+}
+
+// Images in the order in which attention will want them, a side of a page of a head at a time.
+template <typename Images>
+__device__ __forceinline__ void write_images(const BackgroundImages& images, uint8_t* shared) {
+  const int lane = threadIdx.x % 32;
+  int at = 0;
+  while (true) {
+    int unit = 0;
+    if (lane == 0) unit = atomicAdd(images.next_unit, 1);
+    unit = __shfl_sync(~0u, unit, 0);
+    if (unit >= images.num_units) return;
+    while (at + 1 < images.num_chunks && unit >= images.chunks[at + 1].first_unit) ++at;
+    const ImageChunk chunk = images.chunks[at];
+    const int in_chunk = (unit - chunk.first_unit) / 2;
+    const bool keys = unit % 2 == 0;
+    const DequantiseArgs& args = images.dequantise;
+    const int head = chunk.first_head + in_chunk % chunk.num_heads;  // of the pass
+    const ImageJob job = args.jobs[chunk.first_job + in_chunk / chunk.num_heads];
+    const Side side = side_of(args, job, args.first_head + head, keys);
+    const UnitKind& kind = args.kinds[job.kind];
+    if (keys) {
+      if (kind.k.format == FormatId::kBf16) {
+        write_image<FormatId::kBf16, true>(args, side, shared);
+      } else {
+        write_image<Images::kKeys, true>(args, side, shared);
+      }
+    } else {
+      if (kind.v.format == FormatId::kBf16) {
+        write_image<FormatId::kBf16, false>(args, side, shared);
+      } else {
+        write_image<Images::kValues, false>(args, side, shared);
+      }
+    }
+    __syncwarp();
+    if (lane == 0) {
+      __threadfence();
+      asm volatile(
+          "st.release.gpu.global.s32 [%0],%1;" ::"l"(
+              images.ready + 2 * (head * images.images_per_head + job.image) + (keys ? 0 : 1)),
+          "r"(images.epoch)
+          : "memory");
     }
   }
 }
@@ -428,8 +526,9 @@ __device__ __forceinline__ void consume(const PrefillKernelArgs& args, uint32_t 
     __syncwarp();
     if (lane == 0) barrier_arrive(bars + 8 * (kItemEmpty + slot));
     if (item < 0) break;
-    const QueryTile& tile = args.tiles[item / args.num_heads];
-    const int kv_head = args.first_head + item % args.num_heads;
+    const WorkItem work = args.items[item];
+    const QueryTile& tile = args.tiles[work.tile];
+    const int kv_head = args.first_head + work.head;
     const float* value_scales =
         args.references +
         (static_cast<int64_t>(tile.sequence) * args.num_kv_heads + kv_head) *
@@ -551,9 +650,10 @@ __device__ __forceinline__ void consume(const PrefillKernelArgs& args, uint32_t 
   }
 }
 
-template <int kHeadDim, bool kSoftcap>
+template <int kHeadDim, bool kSoftcap, typename Images>
 __global__ __launch_bounds__(kPrefillThreads, 1) void prefill_attention(
-    const __grid_constant__ PrefillKernelArgs args) {
+    const __grid_constant__ PrefillKernelArgs args,
+    const __grid_constant__ typename Images::Args images) {
   using Shape = PrefillShape<kHeadDim>;
   extern __shared__ uint8_t shared[];
   const uint32_t base = (shared_address(shared) + 1023u) & ~1023u;
@@ -572,27 +672,46 @@ __global__ __launch_bounds__(kPrefillThreads, 1) void prefill_attention(
   __syncthreads();
   const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 128), 0);
   if (warpgroup == 0) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
-    if (threadIdx.x < 32) produce<Shape>(args, base);
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Images::kProducerRegisters));
+    const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0);
+    if (warp == 0) produce<Shape, Images>(args, images, base);
+    if constexpr (Images::kWrites) {
+      if (warp > 0) {
+        write_images<Images>(images, shared + (base - shared_address(shared)) + Shape::kImages +
+                                         (warp - 1) * fast_shared_bytes(kHeadDim));
+      }
+    }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Images::kConsumerRegisters));
     consume<kHeadDim, kSoftcap>(args, base, warpgroup - 1);
   }
+}
+
+template <int kHeadDim, bool kSoftcap, typename Images>
+Status launch_prefill_kernel(const PrefillKernelArgs& args, const typename Images::Args& images,
+                             int num_processors, cudaStream_t stream) {
+  constexpr int kBytes = PrefillShape<kHeadDim>::kBytes +
+                         (Images::kWrites ? kImageWarps * fast_shared_bytes(kHeadDim) : 0);
+  static_assert(kBytes <= 227 * 1024, "a block has 227 KiB of shared memory");
+  static_assert(2 * Images::kConsumerRegisters + Images::kProducerRegisters <= 3 * kStartRegisters,
+                "with more, setmaxnreg waits forever");
+  const auto kernel = prefill_attention<kHeadDim, kSoftcap, Images>;
+  KVANT_TRY(
+      cuda_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
+                  "asking for shared memory of prefill attention"));
+  // With images every block helps to write them, also one without work of its own.
+  const int blocks =
+      Images::kWrites || args.num_items > num_processors ? num_processors : args.num_items;
+  kernel<<<blocks, kPrefillThreads, kBytes, stream>>>(args, images);
+  return launch_status("prefill attention, head_dim " + std::to_string(kHeadDim));
 }
 
 template <int kHeadDim>
 Status launch_prefill_attention_of(const PrefillKernelArgs& args, int num_processors,
                                    cudaStream_t stream) {
-  constexpr int kBytes = PrefillShape<kHeadDim>::kBytes;
-  static_assert(kBytes <= 227 * 1024, "a block has 227 KiB of shared memory");
-  const auto kernel =
-      args.cap > 0.0f ? prefill_attention<kHeadDim, true> : prefill_attention<kHeadDim, false>;
-  KVANT_TRY(
-      cuda_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
-                  "asking for shared memory of prefill attention"));
-  const int blocks = args.num_items < num_processors ? args.num_items : num_processors;
-  kernel<<<blocks, kPrefillThreads, kBytes, stream>>>(args);
-  return launch_status("prefill attention, head_dim " + std::to_string(kHeadDim));
+  return args.cap > 0.0f
+             ? launch_prefill_kernel<kHeadDim, true, NoImages>(args, {}, num_processors, stream)
+             : launch_prefill_kernel<kHeadDim, false, NoImages>(args, {}, num_processors, stream);
 }
 
 }  // namespace kvant::backend::cuda

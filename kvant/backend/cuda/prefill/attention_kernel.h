@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kvant/backend/cuda/prefill/dequantise.h"
 #include "kvant/backend/cuda/prefill/prefill_plan.h"
 #include "kvant/base/result.h"
 
@@ -13,12 +14,12 @@ namespace kvant::backend::cuda {
 
 // All pointers are device memory.
 struct PrefillKernelArgs {
-  // What there is to do: every tile for every KV head of the pass; item = tile * num_heads + head.
+  // What there is to do, in order of starting.
+  const WorkItem* items = nullptr;
   const QueryTile* tiles = nullptr;
   int32_t* next_item = nullptr;  // zero at launch
   int num_items = 0;
-  int num_heads = 0;   // KV heads of this pass
-  int first_head = 0;  // the first of them
+  int first_head = 0;  // first KV head of this pass
 
   const std::byte* images = nullptr;  // [head of the pass][image][K, V]
   int64_t head_stride = 0;            // bytes
@@ -43,18 +44,45 @@ struct PrefillKernelArgs {
   const float* sink_logits = nullptr;  // [query head] or null
 };
 
+// Images that are written beside attention, by idle warps: attention waits for each. Formats
+// without rotation and RoPE.
+struct BackgroundImages {
+  DequantiseArgs dequantise;
+  const ImageChunk* chunks = nullptr;  // in order of use
+  int num_chunks = 0;
+  int num_units = 0;             // sides of pages of KV heads
+  int32_t* next_unit = nullptr;  // zero at launch
+  int32_t* ready = nullptr;      // [head of the pass][image][K, V]: `epoch` once written
+  int32_t epoch = 0;
+  int64_t images_per_head = 0;
+};
+
 // Head dimensions that have a kernel.
 constexpr bool has_prefill_kernel(int head_dim) {
   return head_dim == 64 || head_dim == 80 || head_dim == 96 || head_dim == 128 || head_dim == 192 ||
          head_dim == 256;
 }
 
-Status launch_prefill_attention(int head_dim, const PrefillKernelArgs& args, int num_processors,
+// Pairs of stored formats that have a kernel which writes images beside attention.
+constexpr bool has_background_images(int head_dim, formats::FormatId k, formats::FormatId v) {
+  using formats::FormatId;
+  return head_dim == 128 && ((k == FormatId::kNvfp4 && v == FormatId::kNvfp4) ||
+                             (k == FormatId::kInt4Channel && v == FormatId::kNvfp4) ||
+                             (k == FormatId::kInt8 && v == FormatId::kInt8) ||
+                             (k == FormatId::kBf16 && v == FormatId::kBf16));
+}
+
+// `images`: null if they have been written before.
+Status launch_prefill_attention(int head_dim, const PrefillKernelArgs& args,
+                                const BackgroundImages* images, int num_processors,
                                 cudaStream_t stream);
 
 // One per head dimension, in files of their own: they take long to compile.
 template <int kHeadDim>
 Status launch_prefill_attention_of(const PrefillKernelArgs& args, int num_processors,
                                    cudaStream_t stream);
+Status launch_prefill_attention_with_images(const PrefillKernelArgs& args,
+                                            const BackgroundImages& images, int num_processors,
+                                            cudaStream_t stream);
 
 }  // namespace kvant::backend::cuda

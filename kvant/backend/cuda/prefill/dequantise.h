@@ -5,7 +5,8 @@
 // rotated back, times smooth, after RoPE) less the sequence's *reference key* b, so that offsets
 // common to all keys cost no precision in FP16; softmax does not see q . b. A V image holds v times
 // a power of two that brings the sequence's values into FP16's normal range; the output is divided
-// by it. Values beyond FP16 saturate and are counted.
+// by it. Values beyond FP16 become
+// infinite and are reported.
 //
 // References: the mean of the first (up to) 16 keys of one page, and the scale of that page's
 // values.
@@ -67,10 +68,10 @@ struct DequantiseArgs {
   int rope_half = 0;
   float rope_magnitude = 1.0f;
 
-  float* references = nullptr;    // [sequence][head][reference_floats]
-  std::byte* images = nullptr;    // [head of the pass][image][K, V]
-  int64_t head_stride = 0;        // bytes
-  uint32_t* saturated = nullptr;  // set to 1 if a value did not fit FP16
+  float* references = nullptr;       // [sequence][head][reference_floats]
+  std::byte* images = nullptr;       // [head of the pass][image][K, V]
+  int64_t head_stride = 0;           // bytes
+  uint32_t* out_of_range = nullptr;  // set to 1 if a value did not fit FP16
 };
 
 // Frequencies of RopeParams, in float64: [rotary_dim / 2]. `factors` is device memory or null.

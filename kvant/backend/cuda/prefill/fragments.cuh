@@ -166,12 +166,7 @@ constexpr float element_factor(Element element) {
   return element == Element::kE2m1 ? 16384.0f : 1.0f;
 }
 
-// One scale entry of a block; `zero` only of pairs. `index` counts parts.
-struct ScaleValue {
-  float scale;
-  float zero;
-};
-
+// One part of a scale entry; `index` counts parts.
 template <Scale kScale>
 __device__ __forceinline__ float read_scale_part(const uint8_t* scales, int index) {
   if constexpr (kScale == Scale::kE4m3) {
@@ -186,6 +181,31 @@ __device__ __forceinline__ float read_scale_part(const uint8_t* scales, int inde
     return __ldg(reinterpret_cast<const float*>(scales) + index);
   } else {
     return __half2float(__ushort_as_half(__ldg(reinterpret_cast<const uint16_t*>(scales) + index)));
+  }
+}
+
+// Four parts, the first at a multiple of four.
+template <Scale kScale>
+__device__ __forceinline__ void read_four_scales(const uint8_t* scales, int index, float (&x)[4]) {
+  if constexpr (kScale == Scale::kE4m3) {
+    const uint32_t v = __ldg(reinterpret_cast<const uint32_t*>(scales + index));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      uint32_t pair;
+      asm("cvt.rn.f16x2.e4m3x2 %0,%1;" : "=r"(pair) : "h"(static_cast<uint16_t>(v >> (16 * i))));
+      unpack(pair, x + 2 * i);
+    }
+  } else if constexpr (kScale == Scale::kE8m0) {
+    const uint32_t v = __ldg(reinterpret_cast<const uint32_t*>(scales + index));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = from_e8m0(static_cast<uint8_t>(v >> (8 * i)));
+  } else if constexpr (kScale == Scale::kF32) {
+    const float4 v = __ldg(reinterpret_cast<const float4*>(scales + 4 * index));
+    x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+  } else {
+    const uint2 v = __ldg(reinterpret_cast<const uint2*>(scales + 2 * index));
+    unpack(v.x, x);
+    unpack(v.y, x + 2);
   }
 }
 

@@ -34,12 +34,22 @@ int64_t max_table_bytes(const PrefillLimits& limits) {
                                  image_bytes(limits.head_dim, limits.page_tokens) /
                                  limits.image_bytes;
   return aligned((limits.max_pages + limits.max_sequences) * int64_t{sizeof(ImageJob)}) +
-         aligned(splits * tiles * int64_t{sizeof(QueryTile)}) + aligned(vectors) + (64 << 10);
+         aligned(splits * tiles * int64_t{sizeof(QueryTile)}) +
+         aligned(2 * splits * tiles * limits.num_kv_heads * int64_t{sizeof(WorkItem)}) +
+         aligned(2 * splits * limits.max_sequences * limits.num_kv_heads *
+                 int64_t{sizeof(ImageChunk)}) +
+         aligned(vectors) + (64 << 10);
+}
+
+// One for each side of each page and KV head whose images fit.
+int64_t ready_flags(const PrefillLimits& limits) {
+  return limits.image_bytes / image_bytes(limits.head_dim, limits.page_tokens);
 }
 
 // The workspace's parts, in order; the same function sizes and places them.
 struct Parts {
-  int64_t images, tables, state, references, frequencies, factors, sink_logits, saturated, end;
+  int64_t images, tables, state, references, frequencies, factors, sink_logits, out_of_range, ready,
+      end;
 };
 
 Parts parts_of(const PrefillLimits& limits) {
@@ -58,7 +68,8 @@ Parts parts_of(const PrefillLimits& limits) {
   parts.frequencies = take(kMaxRotaryDim / 2 * 8);
   parts.factors = take(kMaxRotaryDim / 2 * 4);
   parts.sink_logits = take(int64_t{limits.num_query_heads} * 4);
-  parts.saturated = take(4);
+  parts.out_of_range = take(4);
+  parts.ready = take(ready_flags(limits) * 4);
   parts.end = at;
   return parts;
 }
@@ -87,7 +98,9 @@ struct PrefillAttention::Tables {
   const ImageJob* jobs = nullptr;
   const ImageJob* references = nullptr;
   const QueryTile* tiles = nullptr;
-  int32_t* counters = nullptr;  // one per launch of the attention kernel
+  const WorkItem* items = nullptr;
+  const ImageChunk* chunks = nullptr;
+  int32_t* counters = nullptr;  // two per pass
   const float* k_scale = nullptr;
   const float* v_scale = nullptr;
   const float* k_bias = nullptr;
@@ -126,7 +139,8 @@ Result<std::unique_ptr<PrefillAttention>> PrefillAttention::create(const Prefill
   prefill->frequencies_ = reinterpret_cast<double*>(workspace + parts.frequencies);
   prefill->factors_ = reinterpret_cast<float*>(workspace + parts.factors);
   prefill->sink_logits_ = reinterpret_cast<float*>(workspace + parts.sink_logits);
-  prefill->saturated_ = reinterpret_cast<uint32_t*>(workspace + parts.saturated);
+  prefill->out_of_range_ = reinterpret_cast<uint32_t*>(workspace + parts.out_of_range);
+  prefill->ready_ = reinterpret_cast<int32_t*>(workspace + parts.ready);
   prefill->table_bytes_ = max_table_bytes(limits);
   int device = 0;
   KVANT_TRY(cuda_status(cudaGetDevice(&device), "finding the device"));
@@ -141,7 +155,10 @@ Result<std::unique_ptr<PrefillAttention>> PrefillAttention::create(const Prefill
     KVANT_TRY(cuda_status(cudaEventCreateWithFlags(&slot.copied, cudaEventDisableTiming),
                           "creating an event"));
   }
-  KVANT_TRY(cuda_status(cudaMemset(prefill->saturated_, 0, 4), "clearing the workspace"));
+  KVANT_TRY(cuda_status(cudaMemset(prefill->out_of_range_, 0, 4), "clearing the workspace"));
+  KVANT_TRY(
+      cuda_status(cudaMemset(prefill->ready_, 0, static_cast<size_t>(ready_flags(limits) * 4)),
+                  "clearing the workspace"));
   return prefill;
 }
 
@@ -245,23 +262,20 @@ std::vector<float> global_scales(std::span<const formats::SideParams> heads, int
   return values;
 }
 
-int num_passes(const PrefillPlan& plan, int num_kv_heads) {
-  return static_cast<int>(plan.batches.size()) *
-         ((num_kv_heads + plan.heads_per_pass - 1) / plan.heads_per_pass);
-}
-
 }  // namespace
 
 Status PrefillAttention::upload(const AttentionArgs& args, cudaStream_t stream, Tables& tables) {
   const cache::GroupView& view = *args.view;
   HostSlot& slot = slots_[next_slot_];
-  next_slot_ ^= 1;
+  next_slot_ = (next_slot_ + 1) % kSlots;
   KVANT_TRY(cuda_status(cudaEventSynchronize(slot.copied), "waiting for tables to be copied"));
   TableWriter writer(slot.data, tables_, table_bytes_);
   writer.copy(plan_.jobs, tables.jobs);
   writer.copy(plan_.references, tables.references);
   writer.copy(plan_.tiles, tables.tiles);
-  const std::vector<int32_t> zeros(static_cast<size_t>(num_passes(plan_, view.num_kv_heads)));
+  writer.copy(plan_.items, tables.items);
+  writer.copy(plan_.chunks, tables.chunks);
+  const std::vector<int32_t> zeros(2 * plan_.passes.size());
   const int32_t* counters = nullptr;
   writer.copy(zeros, counters);
   tables.counters = const_cast<int32_t*>(counters);
@@ -314,14 +328,28 @@ void PrefillAttention::fill_dequantise(const AttentionArgs& args, const Tables& 
   }
   out.references = references_;
   out.images = images_;
-  out.saturated = saturated_;
+  out.out_of_range = out_of_range_;
 }
 
-Status PrefillAttention::run_batches(const AttentionArgs& args, const Tables& tables, float* lse,
-                                     cudaStream_t stream) {
+bool PrefillAttention::writes_in_background(const AttentionArgs& args) const {
+  const cache::GroupView& view = *args.view;
+  const auto layer = static_cast<size_t>(args.group_layer);
+  const cache::PageKind& stored = view.kinds[cache::kKindStored];
+  const bool plain = stored.base == nullptr;  // closed pages are BF16
+  const formats::SideFormat k = plain ? formats::SideFormat{} : stored.k_format[layer];
+  const formats::SideFormat v = plain ? formats::SideFormat{} : stored.v_format[layer];
+  return background_allowed_ && launch_images_ && launch_attention_ &&
+         args.params.softcap <= 0.0f && view.kinds.size() <= 3 && !k.rotate && !v.rotate &&
+         !view.kinds[cache::kKindStored].k_format[layer].pre_rope &&
+         has_background_images(view.head_dim, k.base, v.base);
+}
+
+Status PrefillAttention::run_passes(const AttentionArgs& args, const Tables& tables, float* lse,
+                                    cudaStream_t stream) {
   const cache::GroupView& view = *args.view;
   const auto& params = args.params;
-  DequantiseArgs dequantise;
+  BackgroundImages images;
+  DequantiseArgs& dequantise = images.dequantise;
   fill_dequantise(args, tables, dequantise);
   dequantise.jobs = tables.references;
   dequantise.num_jobs = static_cast<int>(plan_.references.size());
@@ -346,23 +374,35 @@ Status PrefillAttention::run_batches(const AttentionArgs& args, const Tables& ta
   kernel.window = view.window;
   kernel.sink_tokens = view.window > 0 ? params.sink_tokens : 0;
   kernel.sink_logits = params.sink_logits == nullptr ? nullptr : sink_logits_;
+  const bool background = writes_in_background(args);
   const int64_t unit = 2 * image_bytes(view.head_dim, view.page_tokens);
-  int launches = 0;
-  for (int first = 0; first < view.num_kv_heads; first += plan_.heads_per_pass) {
-    for (const PrefillBatch& batch : plan_.batches) {
-      const int heads = std::min(plan_.heads_per_pass, view.num_kv_heads - first);
-      dequantise.jobs = tables.jobs + batch.first_job;
-      dequantise.num_jobs = static_cast<int>(batch.num_jobs);
-      dequantise.first_head = kernel.first_head = first;
-      dequantise.num_heads = kernel.num_heads = heads;
-      dequantise.head_stride = kernel.head_stride = batch.images_per_head * unit;
-      if (launch_images_) KVANT_TRY(launch_dequantise(dequantise, num_processors_, stream));
-      kernel.tiles = tables.tiles + batch.first_tile;
-      kernel.num_items = static_cast<int>(batch.num_tiles) * heads;
-      kernel.next_item = tables.counters + launches++;
-      if (!launch_attention_) continue;
-      KVANT_TRY(launch_prefill_attention(view.head_dim, kernel, num_processors_, stream));
+  int32_t* counters = tables.counters;
+  for (const PrefillPass& pass : plan_.passes) {
+    const PrefillBatch& batch = plan_.batches[pass.batch];
+    dequantise.jobs = tables.jobs + batch.first_job;
+    dequantise.num_jobs = static_cast<int>(batch.num_jobs);
+    dequantise.first_head = kernel.first_head = pass.first_head;
+    dequantise.num_heads = pass.num_heads;
+    dequantise.head_stride = kernel.head_stride = batch.images_per_head * unit;
+    kernel.items = tables.items + pass.first_item;
+    kernel.tiles = tables.tiles + batch.first_tile;
+    kernel.num_items = static_cast<int>(pass.num_items);
+    kernel.next_item = counters++;
+    if (background) {
+      images.chunks = tables.chunks + pass.first_chunk;
+      images.num_chunks = static_cast<int>(pass.num_chunks);
+      images.num_units = 2 * dequantise.num_jobs * pass.num_heads;
+      images.next_unit = counters;
+      images.ready = ready_;
+      images.epoch = ++epoch_;
+      images.images_per_head = batch.images_per_head;
+    } else if (launch_images_) {
+      KVANT_TRY(launch_dequantise(dequantise, num_processors_, stream));
     }
+    ++counters;
+    if (!launch_attention_) continue;
+    KVANT_TRY(launch_prefill_attention(view.head_dim, kernel, background ? &images : nullptr,
+                                       num_processors_, stream));
   }
   return {};
 }
@@ -376,6 +416,7 @@ Status PrefillAttention::run(const AttentionArgs& args, cudaStream_t stream, flo
   plan_args.num_query_heads = args.params.num_query_heads;
   plan_args.sink_tokens = args.params.sink_tokens;
   plan_args.workspace_bytes = limits_.image_bytes;
+  plan_args.num_processors = num_processors_;
   KVANT_TRY(make_prefill_plan(plan_args, plan_));
   if (plan_.tiles.empty()) return {};
   Tables tables;
@@ -398,23 +439,28 @@ Status PrefillAttention::run(const AttentionArgs& args, cudaStream_t stream, flo
                                           cudaMemcpyDefault, stream),
                           "copying sink logits"));
   }
-  return run_batches(args, tables, lse, stream);
+  return run_passes(args, tables, lse, stream);
 }
 
 Status PrefillAttention::check_range(cudaStream_t stream) {
-  uint32_t saturated = 0;
-  KVANT_TRY(cuda_status(cudaMemcpyAsync(&saturated, saturated_, 4, cudaMemcpyDeviceToHost, stream),
-                        "reading the range flag"));
-  KVANT_TRY(cuda_status(cudaMemsetAsync(saturated_, 0, 4, stream), "clearing the range flag"));
+  uint32_t out_of_range = 0;
+  KVANT_TRY(
+      cuda_status(cudaMemcpyAsync(&out_of_range, out_of_range_, 4, cudaMemcpyDeviceToHost, stream),
+                  "reading the range flag"));
+  KVANT_TRY(cuda_status(cudaMemsetAsync(out_of_range_, 0, 4, stream), "clearing the range flag"));
   KVANT_TRY(cuda_status(cudaStreamSynchronize(stream), "prefill attention"));
-  if (saturated == 0) return {};
+  if (out_of_range == 0) return {};
   return Error(ErrorCode::kNumericError,
                "a key or value is beyond the FP16 range of prefill attention (65504 from the "
                "sequence's reference key, or 8000 times its reference page's largest value)");
 }
 
-Status launch_prefill_attention(int head_dim, const PrefillKernelArgs& args, int num_processors,
+Status launch_prefill_attention(int head_dim, const PrefillKernelArgs& args,
+                                const BackgroundImages* images, int num_processors,
                                 cudaStream_t stream) {
+  if (images != nullptr) {
+    return launch_prefill_attention_with_images(args, *images, num_processors, stream);
+  }
   switch (head_dim) {
     case 64: return launch_prefill_attention_of<64>(args, num_processors, stream);
     case 80: return launch_prefill_attention_of<80>(args, num_processors, stream);

@@ -56,14 +56,16 @@ class PrefillAttention {
   // step beyond the limits.
   Status run(const AttentionArgs& args, cudaStream_t stream, float* lse = nullptr);
 
-  // For benchmarks: which of its two kernels run() launches from now on.
+  // For tests and benchmarks: whether images may be written beside attention, and which of the
+  // kernels run() launches from now on.
+  void set_background(bool allowed) { background_allowed_ = allowed; }
   void measure_only(bool images, bool attention) {
     launch_images_ = images;
     launch_attention_ = attention;
   }
 
   // kNumericError if a key (less the reference key) or a value since the last call was beyond FP16
-  // and saturated. Waits for the stream.
+  // (the outputs that read it are not finite then). Waits for the stream.
   Status check_range(cudaStream_t stream);
 
  private:
@@ -77,14 +79,17 @@ class PrefillAttention {
   Status check(const AttentionArgs& args) const;
   Status upload(const AttentionArgs& args, cudaStream_t stream, Tables& tables);
   void fill_dequantise(const AttentionArgs& args, const Tables& tables, DequantiseArgs& out) const;
-  Status run_batches(const AttentionArgs& args, const Tables& tables, float* lse,
-                     cudaStream_t stream);
+  bool writes_in_background(const AttentionArgs& args) const;
+  Status run_passes(const AttentionArgs& args, const Tables& tables, float* lse,
+                    cudaStream_t stream);
 
   PrefillLimits limits_;
   int num_processors_ = 0;
   PrefillPlan plan_;
-  HostSlot slots_[2];
+  static constexpr int kSlots = 4;  // how many runs the host may be ahead
+  HostSlot slots_[kSlots];
   int next_slot_ = 0;
+  bool background_allowed_ = true;
   bool launch_images_ = true;
   bool launch_attention_ = true;
   int64_t table_bytes_ = 0;
@@ -96,7 +101,9 @@ class PrefillAttention {
   double* frequencies_ = nullptr;
   float* factors_ = nullptr;  // frequency factors
   float* sink_logits_ = nullptr;
-  uint32_t* saturated_ = nullptr;
+  uint32_t* out_of_range_ = nullptr;
+  int32_t* ready_ = nullptr;  // of images written beside attention
+  int32_t epoch_ = 0;         // of the last launch that did so
 };
 
 }  // namespace kvant::backend::cuda

@@ -1,7 +1,7 @@
 #include "kvant/backend/cuda/prefill/prefill_plan.h"
 
 #include <algorithm>
-#include <numeric>
+#include <limits>
 #include <string>
 
 #include "kvant/base/check.h"
@@ -45,10 +45,7 @@ class Planner {
         sinks_(view_.window > 0 ? args.sink_tokens : 0) {}
 
   Status run() {
-    plan_.jobs.clear();
-    plan_.tiles.clear();
-    plan_.batches.clear();
-    plan_.references.clear();
+    plan_ = {};
     std::vector<SequenceImages> all;
     int64_t total = 0;
     for (const SequenceView& seq : view_.sequences) {
@@ -56,20 +53,20 @@ class Planner {
       total += all.back().count();
       plan_.references.push_back(reference_page(seq, all.back()));
     }
-    const int64_t unit = 2 * image_bytes(view_.head_dim, page_tokens_);
-    const int64_t capacity = args_.workspace_bytes / unit;
-    if (total <= capacity) {
-      const int64_t heads =
-          std::clamp<int64_t>(capacity / std::max<int64_t>(1, total), 1, view_.num_kv_heads);
-      const int64_t passes = (view_.num_kv_heads + heads - 1) / heads;
-      plan_.heads_per_pass = static_cast<int>((view_.num_kv_heads + passes - 1) / passes);
+    const int64_t capacity =
+        args_.workspace_bytes / (2 * image_bytes(view_.head_dim, page_tokens_));
+    const Split split = choose_split(all, total, capacity);
+    plan_.heads_per_pass = split.heads;
+    if (split.ranges > 1) {
+      split_sequence(all[0], split.ranges);
+    } else if (total * split.heads <= capacity) {
       begin_batch();
       for (size_t s = 0; s < all.size(); ++s) add_sequence(s, all[s], all[s].stored.begin, false);
-      end_batch();
-      return {};
+    } else {
+      KVANT_TRY(plan_by_sequences(all, capacity));
     }
-    plan_.heads_per_pass = 1;
-    return plan_by_sequences(all, capacity, unit);
+    make_passes();
+    return {};
   }
 
  private:
@@ -116,39 +113,85 @@ class Planner {
     return job_of(sequence, (images.bf16.begin + images.bf16.end - 1) / 2, true);
   }
 
+  // How many KV heads at a time, and in how many ranges of pages the only sequence is read.
+  struct Split {
+    int heads = 1;
+    int64_t ranges = 1;
+  };
+
+  // Pages of a range, all images of it.
+  static int64_t range_images(const SequenceImages& images, int64_t ranges) {
+    return (images.count() + ranges - 1) / ranges;
+  }
+
+  // The split with the shortest estimated time: waves of blocks times their length in key tiles.
+  Split choose_split(const std::vector<SequenceImages>& all, int64_t total,
+                     int64_t capacity) const {
+    constexpr double kTilesToStart = 4.0;  // what a query tile costs besides its key tiles
+    int64_t tiles = 0;
+    for (const SequenceView& seq : view_.sequences) {
+      tiles += (seq.num_new_tokens + tile_tokens_ - 1) / tile_tokens_;
+    }
+    const int num_heads = view_.num_kv_heads;
+    Split best;
+    double least = std::numeric_limits<double>::infinity();
+    for (int passes = 1; passes <= num_heads; ++passes) {
+      const int heads = (num_heads + passes - 1) / passes;
+      const int64_t room = capacity / heads;
+      int64_t ranges = 1;
+      if (total > room) {
+        const int64_t fixed = all[0].count() - all[0].stored.size();
+        if (all.size() > 1 || fixed >= room) continue;
+        ranges = (total + room - 1) / room;
+        // The first range holds what is not stored, and at least one stored page.
+        if (range_images(all[0], ranges) <= fixed) continue;
+      }
+      const auto waves =
+          static_cast<double>((tiles * heads + args_.num_processors - 1) / args_.num_processors);
+      const double length = static_cast<double>(total * page_tokens_) /
+                            static_cast<double>(key_tile_tokens(view_.head_dim) *
+                                                static_cast<int64_t>(all.size()) * ranges);
+      const double time = static_cast<double>((num_heads + heads - 1) / heads * ranges) * waves *
+                          (length + kTilesToStart);
+      if (time < least) {
+        least = time;
+        best = {heads, ranges};
+      }
+    }
+    return best;
+  }
+
   void begin_batch() {
     PrefillBatch batch;
     batch.first_job = plan_.jobs.size();
     batch.first_tile = plan_.tiles.size();
     plan_.batches.push_back(batch);
+    parts_.emplace_back();
   }
 
-  void end_batch() {
-    PrefillBatch& batch = plan_.batches.back();
-    batch.num_jobs = plan_.jobs.size() - batch.first_job;
-    batch.num_tiles = plan_.tiles.size() - batch.first_tile;
-    const auto first = plan_.tiles.begin() + static_cast<int64_t>(batch.first_tile);
-    std::stable_sort(first, plan_.tiles.end(), [](const QueryTile& a, const QueryTile& b) {
-      return a.num_key_tiles > b.num_key_tiles;
-    });
-  }
-
+  // Jobs from the last page to the first: the order of use.
   int64_t add_jobs(size_t sequence, PageRange pages, bool bf16) {
     PrefillBatch& batch = plan_.batches.back();
     const int64_t first = batch.images_per_head;
-    for (int64_t page = pages.begin; page < pages.end; ++page) {
+    for (int64_t page = pages.end - 1; page >= pages.begin; --page) {
       plan_.jobs.push_back(job_of(sequence, page, bf16));
-      plan_.jobs.back().image = static_cast<int32_t>(batch.images_per_head++);
+      plan_.jobs.back().image = static_cast<int32_t>(first + page - pages.begin);
     }
+    batch.images_per_head += pages.size();
+    batch.num_jobs += static_cast<size_t>(pages.size());
     return first;
   }
 
   // Stored pages [left_begin, images.stored.begin) are for later batches.
   void add_sequence(size_t sequence, SequenceImages images, int64_t left_begin, bool resumes) {
     const SequenceView& seq = view_.sequences[sequence];
-    images.sink_image = add_jobs(sequence, images.sink, false);
-    images.stored_image = add_jobs(sequence, images.stored, false);
+    PrefillBatch& batch = plan_.batches.back();
+    Part part;
+    part.first_job = batch.num_jobs;
+    part.first_tile = batch.num_tiles;
     images.bf16_image = add_jobs(sequence, images.bf16, true);
+    images.stored_image = add_jobs(sequence, images.stored, false);
+    images.sink_image = add_jobs(sequence, images.sink, false);
     for (int token = 0; token < seq.num_new_tokens; token += tile_tokens_) {
       QueryTile tile = make_tile(sequence, images, token);
       tile.resumes = resumes ? 1 : 0;
@@ -157,6 +200,69 @@ class Planner {
       tile.continues = std::max(left_begin, first_visible(tile.position) / page_tokens_) < left_end;
       if (tile.num_slices > 0) plan_.tiles.push_back(tile);
     }
+    batch.num_tiles = plan_.tiles.size() - batch.first_tile;
+    part.num_jobs = batch.num_jobs - part.first_job;
+    part.num_tiles = batch.num_tiles - part.first_tile;
+    const auto first =
+        plan_.tiles.begin() + static_cast<int64_t>(batch.first_tile + part.first_tile);
+    std::stable_sort(first, plan_.tiles.end(), [](const QueryTile& a, const QueryTile& b) {
+      return a.num_key_tiles > b.num_key_tiles;
+    });
+    part.longest = part.num_tiles > 0 ? first->num_key_tiles : 0;
+    parts_.back().push_back(part);
+  }
+
+  // Items and chunks of every batch for as many heads as a pass has, the last pass maybe fewer.
+  void make_passes() {
+    for (auto& parts : parts_) {
+      std::stable_sort(parts.begin(), parts.end(),
+                       [](const Part& a, const Part& b) { return a.longest > b.longest; });
+    }
+    std::vector<PrefillPass> made;  // [batch]: of the last pass with this many heads
+    for (int first = 0; first < view_.num_kv_heads; first += plan_.heads_per_pass) {
+      const int heads = std::min(plan_.heads_per_pass, view_.num_kv_heads - first);
+      if (made.empty() || made[0].num_heads != heads) {
+        made.clear();
+        for (size_t b = 0; b < plan_.batches.size(); ++b) made.push_back(make_pass(b, heads));
+      }
+      for (PrefillPass& pass : made) {
+        pass.first_head = first;
+        if (pass.num_items > 0) plan_.passes.push_back(pass);
+      }
+    }
+  }
+
+  PrefillPass make_pass(size_t batch, int heads) {
+    PrefillPass pass;
+    pass.batch = batch;
+    pass.num_heads = heads;
+    pass.first_item = plan_.items.size();
+    pass.first_chunk = plan_.chunks.size();
+    int64_t units = 0;
+    for (const Part& part : parts_[batch]) {
+      const auto tiles = static_cast<int>(part.num_tiles);
+      for (int head = 0; head < heads; ++head) {
+        for (int t = 0; t < tiles; ++t) {
+          plan_.items.push_back({static_cast<int32_t>(part.first_tile) + t, head});
+        }
+      }
+      // As many heads side by side as run at the same time.
+      const int together =
+          std::clamp((args_.num_processors + tiles - 1) / std::max(1, tiles), 1, heads);
+      for (int head = 0; head < heads; head += together) {
+        ImageChunk chunk;
+        chunk.first_unit = static_cast<int32_t>(units);
+        chunk.first_job = static_cast<int32_t>(part.first_job);
+        chunk.num_jobs = static_cast<int32_t>(part.num_jobs);
+        chunk.first_head = head;
+        chunk.num_heads = std::min(together, heads - head);
+        units += 2 * static_cast<int64_t>(part.num_jobs) * chunk.num_heads;
+        plan_.chunks.push_back(chunk);
+      }
+    }
+    pass.num_items = plan_.items.size() - pass.first_item;
+    pass.num_chunks = plan_.chunks.size() - pass.first_chunk;
+    return pass;
   }
 
   QueryTile make_tile(size_t sequence, const SequenceImages& images, int token) const {
@@ -214,52 +320,64 @@ class Planner {
   }
 
   // One head does not fit with all sequences: as many sequences at a time as fit, and a sequence
-  // that does not fit alone in ranges of its stored pages, from the end.
-  Status plan_by_sequences(const std::vector<SequenceImages>& all, int64_t capacity, int64_t unit) {
+  // that does not fit alone in ranges of its stored pages.
+  Status plan_by_sequences(const std::vector<SequenceImages>& all, int64_t capacity) {
     bool open = false;
     for (size_t s = 0; s < all.size(); ++s) {
       if (all[s].count() <= capacity) {
         if (!open || plan_.batches.back().images_per_head + all[s].count() > capacity) {
-          if (open) end_batch();
           begin_batch();
-          open = true;
         }
+        open = true;
         add_sequence(s, all[s], all[s].stored.begin, false);
         continue;
       }
-      if (open) end_batch();
       open = false;
-      KVANT_TRY(split_sequence(s, all[s], capacity, unit));
+      const int64_t fixed = all[s].count() - all[s].stored.size();
+      int64_t ranges = (all[s].count() + capacity - 1) / capacity;
+      if (fixed >= capacity) return too_small(s, fixed, capacity);
+      if (range_images(all[s], ranges) <= fixed) ranges = 0;  // fill the first one
+      split_sequence(all[s], ranges, s, capacity);
     }
-    if (open) end_batch();
     return {};
   }
 
-  Status split_sequence(size_t sequence, const SequenceImages& whole, int64_t capacity,
-                        int64_t unit) {
-    const int64_t fixed = whole.sink.size() + whole.bf16.size();
-    if (fixed >= capacity) {
-      return Error(ErrorCode::kResourceExhausted,
-                   "the prefill workspace holds " + std::to_string(capacity * unit) +
-                       " bytes of images, but the BF16 pages of " +
-                       std::to_string(view_.sequences[sequence].num_new_tokens) +
-                       " new tokens of one KV head take " + std::to_string((fixed + 1) * unit) +
-                       "; make it larger or the chunk smaller");
-    }
+  Error too_small(size_t sequence, int64_t fixed, int64_t capacity) const {
+    const int64_t unit = 2 * image_bytes(view_.head_dim, page_tokens_);
+    return Error(ErrorCode::kResourceExhausted,
+                 "the prefill workspace holds " + std::to_string(capacity * unit) +
+                     " bytes of images, but the BF16 pages of " +
+                     std::to_string(view_.sequences[sequence].num_new_tokens) +
+                     " new tokens of one KV head take " + std::to_string((fixed + 1) * unit) +
+                     "; make it larger or the chunk smaller");
+  }
+
+  // Batches with `ranges` equal parts of a sequence's images (0: parts of `capacity`), from its
+  // end.
+  void split_sequence(const SequenceImages& whole, int64_t ranges, size_t sequence = 0,
+                      int64_t capacity = 0) {
+    const int64_t size = ranges == 0 ? capacity : range_images(whole, ranges);
+    const int64_t fixed = whole.count() - whole.stored.size();
     SequenceImages part = whole;
-    part.stored.begin = whole.stored.end - (capacity - fixed);
+    part.stored.begin = std::max(whole.stored.begin, whole.stored.end - (size - fixed));
     bool resumes = false;
     while (true) {
       begin_batch();
       add_sequence(sequence, part, whole.stored.begin, resumes);
-      end_batch();
-      if (part.stored.begin == whole.stored.begin) return {};
+      if (part.stored.begin == whole.stored.begin) return;
       resumes = true;
       part.sink = part.bf16 = {};
       part.stored.end = part.stored.begin;
-      part.stored.begin = std::max(whole.stored.begin, part.stored.end - capacity);
+      part.stored.begin = std::max(whole.stored.begin, part.stored.end - size);
     }
   }
+
+  // What a batch has of one sequence; first_job and first_tile from the batch's first.
+  struct Part {
+    size_t first_job = 0, num_jobs = 0;
+    size_t first_tile = 0, num_tiles = 0;
+    int longest = 0;
+  };
 
   const PrefillPlanArgs& args_;
   const GroupView& view_;
@@ -268,6 +386,7 @@ class Planner {
   const int tile_tokens_;
   const int64_t slice_tokens_;
   const int64_t sinks_;
+  std::vector<std::vector<Part>> parts_;  // [batch]
 };
 
 }  // namespace

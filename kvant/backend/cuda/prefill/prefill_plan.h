@@ -72,18 +72,50 @@ struct QueryTile {
   int32_t continues = 0;  // a later batch goes on
 };
 
-// Images that are in the workspace at the same time, and the tiles that read them. Longest first.
+// A tile for one KV head.
+struct WorkItem {
+  int32_t tile = 0;
+  int32_t head = 0;  // of the pass
+};
+
+// Images in order of use: jobs [first_job, first_job + num_jobs) for some KV heads of the pass, K
+// and V, heads side by side.
+struct ImageChunk {
+  int32_t first_unit = 0;  // units before it: sides of pages of KV heads
+  int32_t first_job = 0;
+  int32_t num_jobs = 0;
+  int32_t first_head = 0;
+  int32_t num_heads = 0;
+};
+
+// Images that are in the workspace at the same time, and the tiles that read them. Jobs of a
+// sequence are in order of use; tiles of a sequence longest first. Both index from the batch's
+// first.
 struct PrefillBatch {
   int64_t images_per_head = 0;
   size_t first_job = 0, num_jobs = 0;
   size_t first_tile = 0, num_tiles = 0;
 };
 
+// A batch for some KV heads.
+struct PrefillPass {
+  size_t batch = 0;
+  int first_head = 0;
+  int num_heads = 0;
+  size_t first_item = 0, num_items = 0;
+  size_t first_chunk = 0, num_chunks = 0;
+};
+
 struct PrefillPlan {
   std::vector<ImageJob> jobs;
   std::vector<QueryTile> tiles;
   std::vector<PrefillBatch> batches;
-  int heads_per_pass = 0;  // every batch is done for this many KV heads at a time
+  // Items and chunks go by sequence, then by KV head: blocks that run at the same time read the
+  // same images, which are in L2 then.
+  std::vector<WorkItem> items;
+  std::vector<ImageChunk> chunks;
+  std::vector<PrefillPass> passes;
+  int heads_per_pass = 0;
   // [sequence]: the page that its reference key comes from (kind, place); see dequantise.h.
   std::vector<ImageJob> references;
 };
@@ -94,6 +126,7 @@ struct PrefillPlanArgs {
   int num_query_heads = 0;
   int sink_tokens = 0;
   int64_t workspace_bytes = 0;  // for images
+  int num_processors = 132;
 };
 
 // Fills `plan`, whose memory is reused. kResourceExhausted if one sequence's BF16 pages alone do

@@ -1,0 +1,256 @@
+// Device code that writes images, a warp a side of a page of a KV head: used by the kernels of
+// dequantise.cu and, beside attention, by attention_kernel.cuh.
+#pragma once
+
+#include "kvant/backend/cuda/prefill/dequantise.h"
+#include "kvant/backend/cuda/prefill/fragments.cuh"
+#include "kvant/backend/cuda/prefill/hopper.cuh"
+#include "kvant/formats/all_formats.h"
+
+namespace kvant::backend::cuda {
+
+using formats::FormatId;
+using formats::GlobalScale;
+
+template <FormatId kId>
+struct FormatOf;
+#define KVANT_FORMAT(number, Type, header)                    \
+  template <>                                                 \
+  struct FormatOf<FormatId::k##Type> {                        \
+    static constexpr FormatInfo kInfo = formats::Type::kInfo; \
+  };
+#include "kvant/formats/formats.def"
+#undef KVANT_FORMAT
+
+constexpr int kTileTokens = 16;
+
+// One side of one page of one KV head, for a warp.
+struct Side {
+  const uint8_t* codes;
+  const uint8_t* scales;
+  const uint16_t* mean;  // null: no such term; likewise below
+  const float* bias;
+  const float* smooth;
+  bool rotate;
+  float global_scale;
+  const float* reference;  // b, then the scale of values
+  int num_tokens;
+  int page_number;
+  std::byte* image;
+};
+
+__device__ __forceinline__ Side side_of(const DequantiseArgs& args, const ImageJob& job, int head,
+                                        bool keys) {
+  const UnitKind& kind = args.kinds[job.kind];
+  const SideKind& format = keys ? kind.k : kind.v;
+  const auto* unit = reinterpret_cast<const uint8_t*>(job.page) + head * kind.unit_bytes;
+  Side side;
+  side.codes = unit + format.codes;
+  side.scales = unit + format.scales;
+  side.mean = format.mean ? reinterpret_cast<const uint16_t*>(unit + format.mean_at) : nullptr;
+  const float* bias = keys ? args.k_bias : args.v_bias;
+  side.bias = format.bias && bias != nullptr ? bias + head * args.head_dim : nullptr;
+  side.smooth =
+      format.smooth && args.k_smooth != nullptr ? args.k_smooth + head * args.head_dim : nullptr;
+  side.rotate = format.rotate;
+  side.global_scale = (keys ? args.k_scale : args.v_scale)[head];
+  side.reference =
+      args.references + (static_cast<int64_t>(job.sequence) * args.num_kv_heads + head) *
+                            reference_floats(args.head_dim);
+  side.num_tokens = job.num_tokens;
+  side.page_number = job.page_number;
+  const int64_t bytes = image_bytes(args.head_dim, args.page_tokens);
+  side.image = args.images + (head - args.first_head) * args.head_stride +
+               (2 * static_cast<int64_t>(job.image) + (keys ? 0 : 1)) * bytes;
+  return side;
+}
+
+// Where element x[2 r + parity] of a lane's step lies: channel and token of the tile.
+template <bool kKeys>
+__device__ __forceinline__ int element_channel(int step, int i) {
+  const int lane = threadIdx.x % 32;
+  const int r = i / 2;
+  return 16 * step + (kKeys ? 8 * (r / 2) + 2 * (lane % 4) + i % 2 : 8 * (r % 2) + lane / 4);
+}
+template <bool kKeys>
+__device__ __forceinline__ int element_token(int i) {
+  const int lane = threadIdx.x % 32;
+  const int r = i / 2;
+  return kKeys ? 8 * (r % 2) + lane / 4 : 8 * (r / 2) + 2 * (lane % 4) + i % 2;
+}
+
+// Scales of a lane's tokens for one block: keys' tokens g and g + 8, values' 2t, 2t + 1, 2t + 8 and
+// 2t + 9, and zeros of pairs.
+template <Scale kScale, bool kKeys>
+__device__ __forceinline__ void read_scales(const uint8_t* scales, int num_blocks, int block,
+                                            float (&scale)[4], float (&zero)[4]) {
+  constexpr int kParts = scale_parts<kScale>();
+  const int lane = threadIdx.x % 32;
+  if constexpr (kKeys) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const int entry = (((lane / 4) * 2 + n) * num_blocks + block) * kParts;
+      scale[n] = read_scale_part<kScale>(scales, entry);
+      if constexpr (kParts == 2) zero[n] = read_scale_part<kScale>(scales, entry + 1);
+    }
+  } else {
+    const int entry = ((lane % 4) * num_blocks + block) * kParts * 4;
+    read_four_scales<kScale>(scales, entry, scale);
+    if constexpr (kParts == 2) read_four_scales<kScale>(scales, entry + 4, zero);
+  }
+}
+
+// Decodes 64 channels of a tile of 16 tokens as the codec does, before mean, bias and the rest;
+// calls sink(step, x) for every k-step, x as fragments.cuh says. Channel formats leave codes.
+template <FormatId kId, bool kKeys, typename Sink>
+__device__ __forceinline__ void decode_part(const Side& side, int head_dim, int tile, int part,
+                                            Sink&& sink) {
+  constexpr FormatInfo kInfo = FormatOf<kId>::kInfo;
+  constexpr Scale kScale = kInfo.scale;
+  constexpr bool kBlocks = kInfo.axis == BlockAxis::kHeadDim;
+  constexpr int kBlockSteps = kInfo.block_size / kStepChannels;  // 0: one block a row
+  constexpr int kDivisor = kBlockSteps == 0 ? 1 : kBlockSteps;
+  const int steps = head_dim / kStepChannels;
+  const int num_blocks = kBlockSteps == 0 ? 1 : (steps + kDivisor - 1) / kDivisor;
+  const uint8_t* codes = side.codes + tile * (2 * kInfo.code_bits) * head_dim;
+  const uint8_t* scales = side.scales;
+  if constexpr (kBlocks) {
+    scales += tile * kTileTokens * num_blocks * formats::scale_bytes(kScale);
+  }
+  PartWords<kInfo.code_bits> words;
+  words.load(codes, threadIdx.x % 32, part, steps);
+  float scale[4], zero[4];
+#pragma unroll
+  for (int i = 0; i < kPartSteps; ++i) {
+    const int step = part * kPartSteps + i;
+    if (step >= steps) break;
+    float x[8];
+    step_values<kInfo.element, kInfo.code_bits>(words, i, x);
+    if constexpr (kBlocks) {
+      if (i % kDivisor == 0) {
+        read_scales<kScale, kKeys>(scales, num_blocks, kBlockSteps == 0 ? 0 : step / kDivisor,
+                                   scale, zero);
+#pragma unroll
+        for (int n = 0; n < (kKeys ? 2 : 4); ++n) {
+          scale[n] *= element_factor(kInfo.element);
+          if constexpr (kInfo.global_scale != GlobalScale::kNone) scale[n] *= side.global_scale;
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        const int at = kKeys ? (n / 2) % 2 : 2 * (n / 4) + n % 2;
+        x[n] *= scale[at];
+        if constexpr (kScale == Scale::kF16Pair) x[n] += zero[at];
+      }
+    } else if constexpr (kInfo.global_scale != GlobalScale::kNone) {
+#pragma unroll
+      for (int n = 0; n < 8; ++n) x[n] *= side.global_scale;
+    }
+    sink(step, x);
+  }
+}
+
+// Scale and zero of a channel (formats with blocks along tokens).
+__device__ __forceinline__ float2 channel_scale(const uint8_t* scales, int channel) {
+  const int in_step = channel % 16;
+  const int entry = (channel / 16) * 32 + ((in_step % 8) / 2) * 8 + (in_step / 8) * 4 + in_step % 2;
+  return make_float2(read_scale_part<Scale::kF16>(scales, entry + 2),
+                     read_scale_part<Scale::kF16>(scales, entry));
+}
+
+// value = decoded * mul + add, per channel: everything that needs no other channel. What a K image
+// holds, or a V image.
+template <FormatId kId, bool kKeys>
+__device__ __forceinline__ void channel_factors(const Side& side, int head_dim, float2* factors) {
+  constexpr bool kByChannel = FormatOf<kId>::kInfo.axis == BlockAxis::kToken;
+  for (int c = threadIdx.x % 32; c < head_dim; c += 32) {
+    float a = 0.0f;
+    float m = 1.0f;
+    if (side.mean != nullptr) a += from_bf16(__ldg(side.mean + c));
+    if (side.bias != nullptr) a += __ldg(side.bias + c);
+    if constexpr (kByChannel) {
+      const float2 scale = channel_scale(side.scales, c);
+      m = scale.x;
+      a += scale.y;
+    }
+    if constexpr (kKeys) {
+      if (side.smooth != nullptr) {
+        m *= __ldg(side.smooth + c);
+        a *= __ldg(side.smooth + c);
+      }
+      a -= side.reference[c];
+    } else {
+      const float scale = side.reference[head_dim];
+      m *= scale;
+      a *= scale;
+    }
+    factors[c] = make_float2(m, a);
+  }
+  __syncwarp();
+}
+
+// `largest` remembers the largest magnitude: infinite if a value is beyond FP16.
+__device__ __forceinline__ uint32_t to_image(float low, float high, __half2& largest) {
+  const __half2 h = __floats2half2_rn(low, high);
+  largest = __hmax2(largest, __habs2(h));
+  return *reinterpret_cast<const uint32_t*>(&h);
+}
+
+__device__ __forceinline__ void report(const DequantiseArgs& args, __half2 largest) {
+  const bool infinite = __hisinf(__low2half(largest)) != 0 || __hisinf(__high2half(largest)) != 0;
+  if (infinite) *args.out_of_range = 1;
+}
+
+// Without rotation and RoPE: fragments to image rows through one part of staging, 16 rows of 128
+// bytes, two of them in turn.
+template <FormatId kId, bool kKeys>
+__device__ __forceinline__ void write_image(const DequantiseArgs& args, const Side& side,
+                                            uint8_t* shared) {
+  const int lane = threadIdx.x % 32;
+  const int d = args.head_dim;
+  float2* factors = reinterpret_cast<float2*>(shared + 2 * kTileTokens * 128);
+  channel_factors<kId, kKeys>(side, d, factors);
+  const int matrix = lane / 8;
+  // Lane 8 m + r gives the address of row r of matrix m: token 8 (m % 2) + r and chunk m / 2 of a
+  // step for keys, the other way round for values, which are transposed.
+  const int row = 8 * (kKeys ? matrix % 2 : matrix / 2) + lane % 8;
+  const int chunk = kKeys ? matrix / 2 : matrix % 2;
+  const uint32_t stage = shared_address(shared);
+  __half2 largest = __float2half2_rn(0.0f);
+  const int parts = (d + kImageChannels - 1) / kImageChannels;
+  for (int tile = 0; tile < args.page_tokens / kTileTokens; ++tile) {
+    const int tokens = side.num_tokens - tile * kTileTokens;
+    for (int part = 0; part < parts; ++part) {
+      const uint32_t buffer = stage + ((tile * parts + part) % 2) * (kTileTokens * 128);
+      decode_part<kId, kKeys>(side, d, tile, part, [&](int step, float(&x)[8]) {
+        uint32_t h[4];
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+          const float2 factor = factors[element_channel<kKeys>(step, n)];
+          x[n] = fmaf(x[n], factor.x, factor.y);
+          if constexpr (kId == FormatId::kBf16) {
+            if (element_token<kKeys>(n) >= tokens) x[n] = 0.0f;
+          }
+        }
+#pragma unroll
+        for (int r = 0; r < 4; ++r) h[r] = to_image(x[2 * r], x[2 * r + 1], largest);
+        const int at = 2 * (step % kPartSteps) + chunk;
+        store_matrices<!kKeys>(buffer + row * 128 + ((at ^ (row % 8)) << 4), h);
+      });
+      __syncwarp();
+      auto* target = reinterpret_cast<uint4*>(side.image + part * args.page_tokens * 128 +
+                                              tile * kTileTokens * 128);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        target[i * 32 + lane] = load_shared(buffer + (i * 32 + lane) * 16);
+    }
+  }
+  report(args, largest);
+}
+
+// Shared memory of a warp in write_image.
+constexpr int fast_shared_bytes(int head_dim) {
+  return 2 * kTileTokens * 128 + 2 * head_dim * 4;
+}
+
+}  // namespace kvant::backend::cuda
