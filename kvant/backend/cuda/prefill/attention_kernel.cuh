@@ -84,14 +84,35 @@ __device__ __forceinline__ int slice_place(const QueryTile& tile, int slice) {
 
 // ---- producer ----
 
-__device__ __forceinline__ void wait_for_image(const int32_t* ready, int32_t epoch) {
-  int32_t k, v;
-  while (true) {
-    asm volatile("ld.acquire.gpu.global.s32 %0,[%1];" : "=r"(k) : "l"(ready) : "memory");
-    asm volatile("ld.acquire.gpu.global.s32 %0,[%1];" : "=r"(v) : "l"(ready + 1) : "memory");
-    if (k == epoch && v == epoch) return;
-    __nanosleep(64);
+// Waits for the images of slices from `first` on, of which those from `known` on have been seen,
+// and returns the new `known`. Looks at 32 slices at a time: a look costs a trip to L2.
+__device__ __forceinline__ int wait_for_images(const PrefillKernelArgs& args,
+                                               const BackgroundImages& images,
+                                               const QueryTile& tile, int head, int first,
+                                               int known) {
+  const int lane = threadIdx.x % 32;
+  const int slices_shift = args.page_shift - args.slice_shift;
+  const int32_t* ready = images.ready + 2 * head * images.images_per_head;
+  const uint64_t written = static_cast<uint32_t>(images.epoch) * 0x100000001ull;
+  while (first < known) {
+    const int slice = known - 1 - lane;
+    uint64_t flags = written;
+    if (slice >= 0) {
+      asm volatile("ld.relaxed.gpu.global.b64 %0,[%1];"
+                   : "=l"(flags)
+                   : "l"(ready + 2 * (slice_place(tile, slice) >> slices_shift))
+                   : "memory");
+    }
+    const uint32_t missing = __ballot_sync(~0u, flags != written);
+    const int seen = missing == 0 ? 32 : __ffs(static_cast<int>(missing)) - 1;
+    known -= seen;
+    if (seen == 0) __nanosleep(100);
+    if (first >= known) {
+      __threadfence();
+      asm volatile("fence.proxy.async;" ::: "memory");
+    }
   }
+  return known;
 }
 
 // A lane's part of a key tile: 64 channels of one slice.
@@ -151,19 +172,15 @@ __device__ __forceinline__ void produce(const PrefillKernelArgs& args,
     }
     if (!more) return;
     const WorkItem item = args.items[index];
-    const QueryTile& tile = args.tiles[item.tile];
+    const QueryTile tile = args.tiles[item.tile];
     const std::byte* head = args.images + item.head * args.head_stride;
-    const int key_tiles = tile.num_key_tiles;
-    for (int i = 0; i < key_tiles; ++i) {
+    int known = tile.num_slices;
+    for (int i = 0; i < tile.num_key_tiles; ++i) {
       const int stage = i & 1;
       const LaneCopy copy = lane_copy<Shape>(args, head, tile, tile.num_slices - (i + 1) * slices);
       if constexpr (Images::kWrites) {
-        if (active) {
-          wait_for_image(images.ready + 2 * (item.head * images.images_per_head + copy.image),
-                         images.epoch);
-          asm volatile("fence.proxy.async;" ::: "memory");
-        }
-        __syncwarp();
+        known = wait_for_images(args, images, tile, item.head,
+                                max(tile.num_slices - (i + 1) * slices, 0), known);
       }
       barrier_wait(bars + 8 * (kKeysEmpty + stage), (empty >> stage) & 1);
       copy_side<Shape>(copy, copy.source, slice_bytes, active,
@@ -182,6 +199,7 @@ __device__ __forceinline__ void produce(const PrefillKernelArgs& args,
 template <typename Images>
 __device__ __forceinline__ void write_images(const BackgroundImages& images, uint8_t* shared) {
   const int lane = threadIdx.x % 32;
+  const int tiles = images.dequantise.page_tokens / kTileTokens;
   int at = 0;
   while (true) {
     int unit = 0;
@@ -199,15 +217,15 @@ __device__ __forceinline__ void write_images(const BackgroundImages& images, uin
     const UnitKind& kind = args.kinds[job.kind];
     if (keys) {
       if (kind.k.format == FormatId::kBf16) {
-        write_image<FormatId::kBf16, true>(args, side, shared);
+        write_image<FormatId::kBf16, true>(args, side, 0, tiles, shared);
       } else {
-        write_image<Images::kKeys, true>(args, side, shared);
+        write_image<Images::kKeys, true>(args, side, 0, tiles, shared);
       }
     } else {
       if (kind.v.format == FormatId::kBf16) {
-        write_image<FormatId::kBf16, false>(args, side, shared);
+        write_image<FormatId::kBf16, false>(args, side, 0, tiles, shared);
       } else {
-        write_image<Images::kValues, false>(args, side, shared);
+        write_image<Images::kValues, false>(args, side, 0, tiles, shared);
       }
     }
     __syncwarp();
@@ -224,32 +242,50 @@ __device__ __forceinline__ void write_images(const BackgroundImages& images, uin
 
 // ---- consumers ----
 
-// 64 rows of queries, scaled, as FP16 in shared memory. Rows without a token are zero.
+// 64 rows of queries, scaled, as FP16 in shared memory. Rows without a token are zero. Loads go out
+// several at a time: nothing else of the warpgroup runs meanwhile.
 template <int kHeadDim>
 __device__ __forceinline__ void load_queries(const PrefillKernelArgs& args, const QueryTile& tile,
                                              int kv_head, int warpgroup, uint32_t queries) {
   constexpr int kChunks = kHeadDim / 8;
+  constexpr int kPerThread = 64 * kChunks / 128;
+  constexpr int kAtOnce = kPerThread % 4 == 0 ? 4 : kPerThread % 5 == 0 ? 5 : 3;
+  static_assert(kPerThread % kAtOnce == 0, "every thread loads equally much");
   const int thread = threadIdx.x % 128;
-  for (int i = thread; i < 64 * kChunks; i += 128) {
-    const int row = warpgroup * 64 + i / kChunks;
-    const int chunk = i % kChunks;
-    const int token = row / args.group;
-    uint4 packed = make_uint4(0, 0, 0, 0);
-    if (token < tile.num_tokens) {
-      const int head = kv_head * args.group + row - token * args.group;
-      const float4* q = reinterpret_cast<const float4*>(
-          args.q +
-          (static_cast<int64_t>(tile.row + token) * args.num_query_heads + head) * kHeadDim +
-          chunk * 8);
-      const float4 x = __ldg(q);
-      const float4 y = __ldg(q + 1);
-      const float c = args.q_scale;
-      packed = make_uint4(pack_half2(x.x * c, x.y * c), pack_half2(x.z * c, x.w * c),
-                          pack_half2(y.x * c, y.y * c), pack_half2(y.z * c, y.w * c));
+  const int num_tokens = tile.num_tokens;
+  const float* first =
+      args.q +
+      (static_cast<int64_t>(tile.row) * args.num_query_heads + kv_head * args.group) * kHeadDim;
+#pragma unroll 1
+  for (int batch = 0; batch < kPerThread; batch += kAtOnce) {
+    float4 x[kAtOnce], y[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int index = (batch + i) * 128 + thread;
+      const int row = warpgroup * 64 + index / kChunks;
+      const int token = row / args.group;
+      x[i] = y[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      if (token < num_tokens) {
+        const float4* q = reinterpret_cast<const float4*>(
+            first +
+            (static_cast<int64_t>(token) * args.num_query_heads + row - token * args.group) *
+                kHeadDim +
+            index % kChunks * 8);
+        x[i] = __ldg(q);
+        y[i] = __ldg(q + 1);
+      }
     }
-    store_shared(
-        queries + (chunk / 8) * (kTileRows * 128) + row * 128 + (((chunk % 8) ^ (row % 8)) << 4),
-        packed);
+    const float c = args.q_scale;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int index = (batch + i) * 128 + thread;
+      const int row = warpgroup * 64 + index / kChunks;
+      const int chunk = index % kChunks;
+      store_shared(
+          queries + (chunk / 8) * (kTileRows * 128) + row * 128 + (((chunk % 8) ^ (row % 8)) << 4),
+          make_uint4(pack_half2(x[i].x * c, x[i].y * c), pack_half2(x[i].z * c, x[i].w * c),
+                     pack_half2(y[i].x * c, y[i].y * c), pack_half2(y[i].z * c, y[i].w * c)));
+    }
   }
 }
 

@@ -100,11 +100,12 @@ __device__ void plain_rows(const DequantiseArgs& args, const Side& side, int til
 }
 
 template <FormatId kId, bool kKeys>
-__device__ void write_image_by_rows(const DequantiseArgs& args, const Side& side, float* rows) {
+__device__ void write_image_by_rows(const DequantiseArgs& args, const Side& side, int first,
+                                    int count, float* rows) {
   const int lane = threadIdx.x % 32;
   const int d = args.head_dim;
   __half2 largest = __float2half2_rn(0.0f);
-  for (int tile = 0; tile < args.page_tokens / kTileTokens; ++tile) {
+  for (int tile = first; tile < first + count; ++tile) {
     plain_rows<kId, kKeys>(args, side, tile, rows);
     for (int i = lane; i < kTileTokens * d / 8; i += 32) {
       const int row = i / (d / 8);
@@ -153,29 +154,34 @@ __host__ __device__ constexpr int row_shared_bytes(int head_dim) {
   return kTileTokens * (head_dim + 4) * 4;
 }
 
-// A warp a side of a page of a head. kByRows: some kind needs whole rows.
+// A warp some tiles of a side of a page of a head. kByRows: some kind needs whole rows.
 template <bool kByRows>
 __global__ __launch_bounds__(32 *
-                             kWarps) void dequantise(const __grid_constant__ DequantiseArgs args) {
+                             kWarps) void dequantise(const __grid_constant__ DequantiseArgs args,
+                                                     int tiles_per_unit) {
   extern __shared__ __align__(128) uint8_t shared[];
   const int warp = threadIdx.x / 32;
-  const int num_units = args.num_jobs * args.num_heads * 2;
+  const int units_per_side = args.page_tokens / kTileTokens / tiles_per_unit;
+  const int num_units = args.num_jobs * args.num_heads * 2 * units_per_side;
   uint8_t* own = shared + warp * (kByRows ? max(fast_shared_bytes(args.head_dim),
                                                 row_shared_bytes(args.head_dim))
                                           : fast_shared_bytes(args.head_dim));
   for (int n = blockIdx.x * kWarps + warp; n < num_units; n += gridDim.x * kWarps) {
-    const bool keys = n % 2 == 0;
-    const int head = args.first_head + n / 2 % args.num_heads;
-    const ImageJob job = args.jobs[n / 2 / args.num_heads];
+    const int first = n % units_per_side * tiles_per_unit;
+    const int page_side = n / units_per_side;
+    const bool keys = page_side % 2 == 0;
+    const int head = args.first_head + page_side / 2 % args.num_heads;
+    const ImageJob job = args.jobs[page_side / 2 / args.num_heads];
     const Side side = side_of(args, job, head, keys);
     const UnitKind& kind = args.kinds[job.kind];
     const bool by_rows = kByRows && (side.rotate || (keys && args.rope_frequency != nullptr));
     const auto write = [&](auto id, auto is_keys) {
       if (kByRows && by_rows) {
         write_image_by_rows<decltype(id)::value, decltype(is_keys)::value>(
-            args, side, reinterpret_cast<float*>(own));
+            args, side, first, tiles_per_unit, reinterpret_cast<float*>(own));
       } else {
-        write_image<decltype(id)::value, decltype(is_keys)::value>(args, side, own);
+        write_image<decltype(id)::value, decltype(is_keys)::value>(args, side, first,
+                                                                   tiles_per_unit, own);
       }
     };
     if (keys) {
@@ -214,8 +220,8 @@ __global__ __launch_bounds__(64) void make_references(const __grid_constant__ De
   with_format<false>(kind.v.format,
                      [&](auto id) { plain_rows<decltype(id)::value, false>(args, side, 0, rows); });
   float largest = 0.0f;
-  for (int i = lane; i < tokens * d; i += 32) {
-    largest = fmaxf(largest, fabsf(rows[(i / d) * (d + 4) + i % d]));
+  for (int c = lane; c < d; c += 32) {
+    for (int t = 0; t < tokens; ++t) largest = fmaxf(largest, fabsf(rows[t * (d + 4) + c]));
   }
   for (int n = 16; n > 0; n /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, n));
   // Largest magnitude to [4, 8): a factor of 8000 above it fits, of 60000 below it is normal.
@@ -269,9 +275,20 @@ Status launch_dequantise(const DequantiseArgs& args, int num_processors, cudaStr
   KVANT_TRY(
       cuda_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
                   "asking for shared memory of dequantisation"));
-  const int units = args.num_jobs * args.num_heads * 2;
-  const int blocks = std::min((units + kWarps - 1) / kWarps, num_processors * 8);
-  kernel<<<blocks, 32 * kWarps, bytes, stream>>>(args);
+  int blocks_per_processor = 0;
+  KVANT_TRY(cuda_status(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+                            &blocks_per_processor, kernel, 32 * kWarps, static_cast<size_t>(bytes)),
+                        "asking for the occupancy of dequantisation"));
+  // A page at a time if there are plenty, else less: a page takes a warp as long as many do.
+  const int resident = blocks_per_processor * num_processors;
+  const int sides = args.num_jobs * args.num_heads * 2;
+  int tiles = args.page_tokens / kTileTokens;
+  while (tiles > 1 && sides * (args.page_tokens / kTileTokens / tiles) < 8 * resident * kWarps) {
+    tiles /= 2;
+  }
+  const int units = sides * (args.page_tokens / kTileTokens / tiles);
+  const int blocks = std::min((units + kWarps - 1) / kWarps, resident);
+  kernel<<<blocks, 32 * kWarps, bytes, stream>>>(args, tiles);
   return launch_status("dequantisation of pages");
 }
 

@@ -201,11 +201,11 @@ __device__ __forceinline__ void report(const DequantiseArgs& args, __half2 large
   if (infinite) *args.out_of_range = 1;
 }
 
-// Without rotation and RoPE: fragments to image rows through one part of staging, 16 rows of 128
-// bytes, two of them in turn.
+// Tiles [first, first + count) of 16 tokens, without rotation and RoPE: fragments to image rows
+// through one part of staging, 16 rows of 128 bytes, two of them in turn.
 template <FormatId kId, bool kKeys>
-__device__ __forceinline__ void write_image(const DequantiseArgs& args, const Side& side,
-                                            uint8_t* shared) {
+__device__ __forceinline__ void write_image(const DequantiseArgs& args, const Side& side, int first,
+                                            int count, uint8_t* shared) {
   const int lane = threadIdx.x % 32;
   const int d = args.head_dim;
   float2* factors = reinterpret_cast<float2*>(shared + 2 * kTileTokens * 128);
@@ -218,7 +218,7 @@ __device__ __forceinline__ void write_image(const DequantiseArgs& args, const Si
   const uint32_t stage = shared_address(shared);
   __half2 largest = __float2half2_rn(0.0f);
   const int parts = (d + kImageChannels - 1) / kImageChannels;
-  for (int tile = 0; tile < args.page_tokens / kTileTokens; ++tile) {
+  for (int tile = first; tile < first + count; ++tile) {
     const int tokens = side.num_tokens - tile * kTileTokens;
     for (int part = 0; part < parts; ++part) {
       const uint32_t buffer = stage + ((tile * parts + part) % 2) * (kTileTokens * 128);
