@@ -1,0 +1,139 @@
+// The kernel that closes pages: a block of threads per page, KV head and side.
+#pragma once
+
+#include "kvant/backend/cuda/quant/append_rows.cuh"
+#include "kvant/backend/cuda/quant/close_columns.cuh"
+#include "kvant/backend/cuda/quant/close_general.cuh"
+#include "kvant/backend/cuda/quant/close_rows.cuh"
+
+namespace kvant::backend::cuda::quant {
+
+__device__ inline void zero_padding(std::byte* unit, int begin, int end) {
+  for (int i = begin + static_cast<int>(threadIdx.x) * 16; i < end; i += kCloseThreads * 16)
+    *reinterpret_cast<uint4*>(unit + i) = make_uint4(0, 0, 0, 0);
+}
+
+template <typename Codec, bool kValues>
+__device__ bool close_rows_with_mean(const CloseUnit& unit, float* mean) {
+  if constexpr (!kValues) {
+    if (unit.side.format.mean) {
+      page_mean(unit, mean);
+      __syncthreads();
+      return close_rows<Codec, kValues, true>(unit, mean);
+    }
+  }
+  return close_rows<Codec, kValues, false>(unit, nullptr);
+}
+
+__device__ __forceinline__ bool is_power_of_two(float g) {
+  return (as_bits(g) & 0x7fffffu) == 0;
+}
+
+template <bool kValues>
+__device__ bool close_nvfp4(const CloseUnit& unit, float* mean) {
+  if (!unit.side.format.four_over_six)
+    return close_rows_with_mean<Nvfp4Codec<false, false>, kValues>(unit, mean);
+  if (is_power_of_two(unit.params.global_scale))
+    return close_rows_with_mean<Nvfp4Codec<true, true>, kValues>(unit, mean);
+  return close_rows_with_mean<Nvfp4Codec<true, false>, kValues>(unit, mean);
+}
+
+// False if the side has no specialised kernel or met a block that this is not for.
+template <bool kValues>
+__device__ bool close_specialised(const CloseUnit& unit, std::byte* shared) {
+  const formats::SideFormat& format = unit.side.format;
+  if (format.rotate || (format.smooth && unit.params.smooth != nullptr) ||
+      (format.bias && unit.params.bias != nullptr)) {
+    return false;
+  }
+  auto* mean = reinterpret_cast<float*>(shared);
+  bool bad = true;
+  using formats::FormatId;
+  switch (format.base) {
+    case FormatId::kFp8:
+    case FormatId::kFp8Head:
+      bad = close_rows_with_mean<Float8Codec<formats::Fp8>, kValues>(unit, mean);
+      break;
+    case FormatId::kFp8E5m2:
+      bad = close_rows_with_mean<Float8Codec<formats::Fp8E5m2>, kValues>(unit, mean);
+      break;
+    case FormatId::kMxfp8:
+      bad = close_rows_with_mean<MicroscalingCodec<formats::Mxfp8>, kValues>(unit, mean);
+      break;
+    case FormatId::kMxfp4:
+      bad = close_rows_with_mean<MicroscalingCodec<formats::Mxfp4>, kValues>(unit, mean);
+      break;
+    case FormatId::kInt8: bad = close_rows_with_mean<Int8Codec, kValues>(unit, mean); break;
+    case FormatId::kInt4: bad = close_rows_with_mean<Int4Codec, kValues>(unit, mean); break;
+    case FormatId::kNvfp4: bad = close_nvfp4<kValues>(unit, mean); break;
+    case FormatId::kInt4Channel:
+      if constexpr (!kValues) {
+        if (!format.mean) bad = close_int4_channel(unit, reinterpret_cast<uint32_t*>(shared));
+      }
+      break;
+    default: break;
+  }
+  return !__syncthreads_or(bad);
+}
+
+// The page's BF16 values, where all of its rows are in this step.
+template <bool kValues>
+__device__ __forceinline__ void append_page(const CloseArgs& args, const ClosedPage& page,
+                                            int head) {
+  const SideMap& map = args.rows.sides[0].map;
+  const int lane = static_cast<int>(threadIdx.x % kLanes);
+  for (int tile = static_cast<int>(threadIdx.x / kLanes); tile < map.page_tokens / kTile;
+       tile += kCloseThreads / kLanes) {
+    AppendItem item;
+    item.row = page.row + tile * kTile;
+    item.slot = page.source_slot;
+    item.kind = static_cast<uint8_t>(page.source_kind);
+    item.token = static_cast<uint8_t>(tile * kTile);
+    item.count = kTile;
+    append_run(args.rows, find_run(args.rows, item, head, kValues), kValues, lane);
+  }
+}
+
+template <bool kValues>
+__device__ __forceinline__ void close_side(const CloseArgs& args, int item, int head,
+                                           std::byte* shared) {
+  const ClosedPage page = args.pages[item];
+  const CloseSide& side = args.rows.sides[kValues ? 1 : 0];
+  std::byte* target = args.rows.kinds[cache::kKindStored].unit(page.target_slot, head);
+  const std::byte* source = args.rows.kinds[page.source_kind].unit(page.source_slot, head);
+  const CloseUnit unit = {side,
+                          side.params[head],
+                          reinterpret_cast<const uint8_t*>(source) + side.source_at,
+                          reinterpret_cast<uint8_t*>(target) + side.codes_at,
+                          reinterpret_cast<uint8_t*>(target) + side.scales_at,
+                          reinterpret_cast<uint16_t*>(target + side.mean_at)};
+  if (page.row >= 0) {
+    append_page<kValues>(args, page, head);
+    __syncthreads();
+  }
+  zero_padding(target, side.codes_at + side.map.code_bytes, side.scales_at);
+  zero_padding(target, side.scales_at + side.map.scale_bytes, side.mean_at);
+  zero_padding(target, side.mean_at + (side.format.mean ? side.map.head_dim * 2 : 0), side.end_at);
+  if (!close_specialised<kValues>(unit, shared)) close_general(unit, shared, args.rows.counters);
+}
+
+inline int close_scratch_bytes(int page_tokens, int head_dim) {
+  const int general = general_scratch_bytes(head_dim);
+  const int columns = column_scratch_bytes(page_tokens, head_dim);
+  return general > columns ? general : columns;
+}
+
+__global__ void __launch_bounds__(kCloseThreads, 5)
+    close_kernel(const __grid_constant__ CloseArgs args) {
+  extern __shared__ __align__(16) std::byte close_scratch[];
+  const int unit = static_cast<int>(blockIdx.x / 2);
+  const int item = unit / args.rows.num_kv_heads;
+  const int head = unit % args.rows.num_kv_heads;
+  if (blockIdx.x % 2 == 0) {
+    close_side<false>(args, item, head, close_scratch);
+  } else {
+    close_side<true>(args, item, head, close_scratch);
+  }
+}
+
+}  // namespace kvant::backend::cuda::quant

@@ -1,0 +1,136 @@
+// Roundings and divisions of the codecs with the machine's own instructions, exact as codecs.md
+// asks.
+//
+// Each of them gives the bits of the scalar function in base/small_floats.h that it stands for, in
+// the range that its comment names; outside it the callers leave a page to the scalar code.
+#pragma once
+
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+
+#include <cstdint>
+
+namespace kvant::backend::cuda::quant {
+
+__device__ __forceinline__ float as_float(uint32_t bits) {
+  return __uint_as_float(bits);
+}
+__device__ __forceinline__ uint32_t as_bits(float x) {
+  return __float_as_uint(x);
+}
+
+// The two numbers of a word of a BF16 page.
+__device__ __forceinline__ float low_float(uint32_t word) {
+  return as_float(word << 16);
+}
+__device__ __forceinline__ float high_float(uint32_t word) {
+  return as_float(word & 0xffff0000u);
+}
+
+// ---- division ----
+
+// A divisor and its reciprocal to within an ulp. Zero stands for "all codes are 0".
+struct Divisor {
+  float d = 0.0f;
+  float r = 0.0f;
+};
+
+__device__ __forceinline__ Divisor make_divisor(float d) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(d));
+  r = __fmaf_rn(r, __fmaf_rn(-d, r, 1.0f), r);
+  return {d, d == 0.0f ? 0.0f : r};
+}
+
+// Quotients are exact enough for divisors in this range or zero.
+__device__ __forceinline__ bool in_range(float d) {
+  return d == 0.0f || (d >= 0x1p-90f && d <= 0x1p90f);
+}
+
+// fl(x / d) as the compiler's own division computes it where nothing over- or underflows. Smaller
+// quotients (|x| < 2^-100) may be off, but then they round to code 0 either way.
+__device__ __forceinline__ float quotient(float x, const Divisor& by) {
+  float q = __fmul_rn(x, by.r);
+  q = __fmaf_rn(__fmaf_rn(-by.d, q, x), by.r, q);
+  return __fmaf_rn(__fmaf_rn(-by.d, q, x), by.r, q);
+}
+
+// The same up to one ulp, but never on another side of a boundary of at most 8 significant bits, if
+// d has at most 12. After one correction q is the rounding of x / d + e with |e| < 2^-20 ulps. It
+// could differ from fl(x / d) in a comparison with the boundary b only if x / d were that close to
+// the middle of b and its neighbour; but x - d b is a multiple of x's ulp and d times half an ulp
+// of b is not, and both are multiples of 2^-12 ulps of x: they are at least 2^-12 ulps apart.
+__device__ __forceinline__ float short_quotient(float x, const Divisor& by) {
+  const float q = __fmul_rn(x, by.r);
+  return __fmaf_rn(__fmaf_rn(-by.d, q, x), by.r, q);
+}
+
+// ---- rounding ----
+
+// to_e4m3 or to_e5m2 of two finite numbers: the first in the low byte.
+__device__ __forceinline__ uint32_t e4m3_pair(float low, float high) {
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+__device__ __forceinline__ uint32_t e5m2_pair(float low, float high) {
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+// from_e4m3 of a code that is no NaN.
+__device__ __forceinline__ float e4m3_value(uint32_t code) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(static_cast<uint16_t>(code)));
+  return __half2float(__ushort_as_half(static_cast<uint16_t>(pair)));
+}
+
+// to_f16_saturated of a number that is no NaN.
+__device__ __forceinline__ uint32_t f16_saturated(float x) {
+  const uint32_t h = __half_as_ushort(__float2half_rn(x));
+  return (h & 0x7fffu) == 0x7c00u ? h - 1 : h;
+}
+__device__ __forceinline__ float f16_value(uint32_t bits) {
+  return __half2float(__ushort_as_half(static_cast<uint16_t>(bits)));
+}
+
+// E2M1 values are handled times 2^-14: as fp16 their bits 11..9 are then the code.
+inline constexpr float kE2m1Unit = 0x1p-14f;
+
+// RNE to E2M1 of a >= 0, saturating, both times 2^-14. An fp32 sum with a power of two whose ulp is
+// the target's step at `a` rounds like the target.
+__device__ __forceinline__ float round_e2m1(float a) {
+  const uint32_t power = max(as_bits(a), as_bits(kE2m1Unit)) & 0x7f800000u;
+  const float magic = __fmul_rn(as_float(power), 0x1p22f);
+  return fminf(__fadd_rn(__fadd_rn(a, magic), -magic), 6.0f * kE2m1Unit);
+}
+
+// Two such values as fp16: exact.
+__device__ __forceinline__ uint32_t f16_pair(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+// clamp(RNE(q)) in the low bits of the result: an integer plus the bits of `kMagic`.
+inline constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
+__device__ __forceinline__ uint32_t round_integer(float q, float low, float high) {
+  return as_bits(__fadd_rn(fminf(fmaxf(q, low), high), kMagic));
+}
+
+// ---- order ----
+
+// Integers in the order of the floats, -0 below +0: formats::order_key, on fp32 and on two BF16.
+__device__ __forceinline__ int32_t order_key(float x) {
+  const int32_t bits = __float_as_int(x);
+  return bits ^ (bits >> 31 & 0x7fffffff);
+}
+__device__ __forceinline__ float from_order_key(int32_t key) {
+  return __int_as_float(key ^ (key >> 31 & 0x7fffffff));
+}
+__device__ __forceinline__ uint32_t order_keys(uint32_t word) {
+  return word ^ ((word >> 15 & 0x00010001u) * 0x7fffu);
+}
+
+}  // namespace kvant::backend::cuda::quant
