@@ -1,0 +1,298 @@
+#include "kvant/backend/cuda/attention.h"
+
+#include <algorithm>
+#include <string>
+
+#include "kvant/backend/cuda/decode/combine.h"
+#include "kvant/formats/format.h"
+
+namespace kvant::backend::cuda {
+namespace {
+
+using formats::FormatId;
+using formats::SideFormat;
+
+KeyKernel key_kernel(FormatId base) {
+  switch (base) {
+    case FormatId::kBf16: return KeyKernel::kBf16;
+    case FormatId::kF16: return KeyKernel::kF16;
+    case FormatId::kFp8:
+    case FormatId::kFp8Head: return KeyKernel::kE4m3;
+    case FormatId::kFp8Token: return KeyKernel::kE4m3Token;
+    case FormatId::kFp8E5m2: return KeyKernel::kE5m2;
+    case FormatId::kMxfp8: return KeyKernel::kMxfp8;
+    case FormatId::kInt8: return KeyKernel::kInt8;
+    case FormatId::kInt4: return KeyKernel::kInt4;
+    case FormatId::kInt4Channel: return KeyKernel::kInt4Channel;
+    case FormatId::kInt3Channel: return KeyKernel::kInt3Channel;
+    case FormatId::kInt2Channel: return KeyKernel::kInt2Channel;
+    case FormatId::kNvfp4: return KeyKernel::kNvfp4;
+    case FormatId::kMxfp4: return KeyKernel::kMxfp4;
+  }
+  return KeyKernel::kAny;
+}
+
+// Per-channel formats are keys' only: spec.h refuses them for values.
+ValueKernel value_kernel(FormatId base) {
+  switch (base) {
+    case FormatId::kBf16: return ValueKernel::kBf16;
+    case FormatId::kF16: return ValueKernel::kF16;
+    case FormatId::kFp8:
+    case FormatId::kFp8Head: return ValueKernel::kE4m3;
+    case FormatId::kFp8Token: return ValueKernel::kE4m3Token;
+    case FormatId::kFp8E5m2: return ValueKernel::kE5m2;
+    case FormatId::kMxfp8: return ValueKernel::kMxfp8;
+    case FormatId::kInt8: return ValueKernel::kInt8;
+    case FormatId::kInt4: return ValueKernel::kInt4;
+    case FormatId::kNvfp4: return ValueKernel::kNvfp4;
+    case FormatId::kMxfp4: return ValueKernel::kMxfp4;
+    default: return ValueKernel::kAny;
+  }
+}
+
+StoredSections sections_of(const formats::UnitSections& unit, const SideFormat& k) {
+  StoredSections sections;
+  sections.k_bytes = static_cast<int32_t>(unit.v_codes);
+  sections.k_scales = static_cast<int32_t>(unit.k_scales);
+  sections.k_mean = k.mean ? static_cast<int32_t>(unit.k_mean) : 0;
+  sections.v_start = static_cast<int32_t>(unit.v_codes);
+  sections.v_bytes = static_cast<int32_t>(unit.bytes - unit.v_codes);
+  sections.v_scales = static_cast<int32_t>(unit.v_scales - unit.v_codes);
+  return sections;
+}
+
+Status unsupported(const std::string& what) {
+  return Error(ErrorCode::kUnsupported, "CUDA decode attention does not support " + what);
+}
+
+// Options that act on K or V as attention reads them.
+Status check_side(const SideFormat& side, bool keys) {
+  const std::string name = keys ? "keys" : "values";
+  if (side.pre_rope) return unsupported("+prerope; use a format without it, or --device cpu");
+  if (side.bias || side.rotate || side.smooth)
+    return unsupported("+bias, +rot or +smooth of " + name +
+                       " yet; use a format without them, or --device cpu");
+  return {};
+}
+
+constexpr int kSharedMemoryLimit = 227 * 1024;
+constexpr int kBarrierBytes = 4096;  // static shared memory of the kernel, rounded up
+constexpr int kWantedSlots = 3;
+
+cudaLaunchConfig_t launch_config(dim3 grid, int threads, int smem, cudaStream_t stream,
+                                 cudaLaunchAttribute* overlap) {
+  overlap->id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap->val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(smem);
+  config.stream = stream;
+  config.attrs = overlap;
+  config.numAttrs = 1;
+  return config;
+}
+
+}  // namespace
+
+Result<std::unique_ptr<CudaAttention>> CudaAttention::create() {
+  int device = 0;
+  int num_sms = 0;
+  KVANT_TRY(cuda_status(cudaGetDevice(&device), "asking for the current device"));
+  KVANT_TRY(cuda_status(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device),
+                        "asking for the number of multiprocessors"));
+  return std::unique_ptr<CudaAttention>(new CudaAttention(num_sms));
+}
+
+CudaAttention::~CudaAttention() {
+  cudaFree(partial_sums_);
+  cudaFree(partial_states_);
+}
+
+Status CudaAttention::supports(const formats::CacheFormat& format, int head_dim, int group) const {
+  KVANT_TRY(check_side(format.k, true));
+  KVANT_TRY(check_side(format.v, false));
+  if (group > 16)
+    return unsupported(std::to_string(group) + " query heads per KV head (at most 16)");
+  VariantQuery query;
+  query.key = key_kernel(format.k.base);
+  query.value = value_kernel(format.v.base);
+  query.head_dim = head_dim;
+  query.rows = group;
+  if (find_variant(query) == nullptr)
+    return unsupported("head_dim " + std::to_string(head_dim) +
+                       " (it has 64, 80, 96, 128, 192 and 256)");
+  return {};
+}
+
+// What depends on formats and geometry: the kernel, its ring, where sections lie.
+Status CudaAttention::configure(const AttentionArgs& args, int layer) {
+  const cache::GroupView& view = *args.view;
+  const cache::PageKind& stored = view.kinds[cache::kKindStored];
+  const SideFormat& k = stored.k_format[layer];
+  const SideFormat& v = stored.v_format[layer];
+  const int group = args.params.num_query_heads / view.num_kv_heads;
+  VariantQuery query;
+  query.key = key_kernel(k.base);
+  query.value = value_kernel(v.base);
+  query.head_dim = view.head_dim;
+  query.page_tokens = view.page_tokens;
+  query.num_multiprocessors = num_sms_;
+  query.pages = 0;
+  for (const cache::SequenceView& sequence : view.sequences) {
+    query.rows = std::max(query.rows, group * sequence.num_new_tokens);
+    const int64_t end = sequence.first_position + sequence.num_new_tokens;
+    query.pages += (end / view.page_tokens + 1 - sequence.first_page) * view.num_kv_heads;
+  }
+  query.rows = std::min(16, query.rows);
+  variant_ = find_variant(query);
+  if (variant_ == nullptr)
+    return unsupported("head_dim " + std::to_string(view.head_dim) + " with " +
+                       std::to_string(group) + " query heads per KV head");
+
+  params_ = {};
+  params_.stored = sections_of(stored.units[layer], k);
+  params_.key_kernel = key_kernel(k.base);
+  params_.value_kernel = value_kernel(v.base);
+  params_.stored_by_tile = k.base == v.base && is_16_bit(params_.key_kernel);
+  params_.stored_is_f16 = params_.key_kernel == KeyKernel::kF16;
+  params_.page_tokens = view.page_tokens;
+  params_.head_dim = view.head_dim;
+  params_.num_query_heads = args.params.num_query_heads;
+  params_.group = group;
+  params_.max_rows = variant_->max_rows;
+  params_.window = view.window;
+  params_.sink_tokens = args.params.sink_tokens;
+
+  const int tile_bytes = 16 * view.head_dim * 2;
+  params_.slot_bytes = tile_bytes;
+  if (!params_.stored_by_tile)
+    params_.slot_bytes = std::max({tile_bytes, params_.stored.k_bytes, params_.stored.v_bytes});
+  const int left = kSharedMemoryLimit / variant_->blocks - kBarrierBytes -
+                   variant_->teams * variant_->team_bytes;
+  params_.num_slots = std::min(kWantedSlots, left / (variant_->teams * params_.slot_bytes));
+  // The ring takes a result of the team when its last segment ends.
+  const int result_bytes = variant_->max_rows * (view.head_dim + 4) * 4;
+  if (params_.num_slots < 2 || params_.num_slots * params_.slot_bytes < result_bytes)
+    return unsupported("pages of " + std::to_string(stored.units[layer].bytes) +
+                       " bytes per KV head; use smaller pages");
+  smem_bytes_ = variant_->teams * (params_.num_slots * params_.slot_bytes + variant_->team_bytes);
+  return cuda_status(cudaFuncSetAttribute(variant_->kernel,
+                                          cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes_),
+                     "setting the shared memory of a decode kernel");
+}
+
+Status CudaAttention::reserve_partials(int64_t num_partials, int max_rows, int head_dim,
+                                       cudaStream_t stream) {
+  const int64_t rows = num_partials * max_rows;
+  if (rows <= partial_rows_ && rows * head_dim <= partial_values_) return {};
+  KVANT_TRY(cuda_status(cudaStreamSynchronize(stream), "waiting for partial results in use"));
+  cudaFree(partial_sums_);
+  cudaFree(partial_states_);
+  partial_sums_ = nullptr;
+  partial_states_ = nullptr;
+  partial_rows_ = std::max(rows, partial_rows_);
+  partial_values_ = std::max(rows * head_dim, partial_values_);
+  KVANT_TRY(cuda_status(cudaMalloc(reinterpret_cast<void**>(&partial_sums_),
+                                   static_cast<size_t>(partial_values_) * sizeof(float)),
+                        "allocating partial results"));
+  return cuda_status(cudaMalloc(reinterpret_cast<void**>(&partial_states_),
+                                static_cast<size_t>(partial_rows_) * sizeof(float2)),
+                     "allocating partial results");
+}
+
+Status CudaAttention::prepare(const AttentionArgs& args, cudaStream_t stream) {
+  const cache::GroupView& view = *args.view;
+  view_ = nullptr;
+  KVANT_TRY(configure(args, args.group_layer));
+  const cache::PageKind& stored = view.kinds[cache::kKindStored];
+  const cache::PageKind& bf16 = view.kinds[cache::kKindBf16];
+  PlanShape shape;
+  shape.group = params_.group;
+  shape.max_rows = variant_->max_rows;
+  const int num_blocks = num_sms_ * variant_->blocks;
+  shape.num_workers = num_blocks * variant_->teams;
+  shape.block_workers = variant_->teams;
+  shape.sink_tokens = args.params.sink_tokens;
+  shape.stored_bytes = stored.units[args.group_layer].bytes;
+  shape.bf16_bytes = bf16.units[args.group_layer].bytes;
+  const DecodePlan plan = make_decode_plan(view, shape);
+  // Each block cuts a unit at most twice: 2 partial results of blocks, and one sum per worker.
+  const int num_results = 2 * num_blocks + shape.num_workers;
+  KVANT_TRY(reserve_partials(num_results, shape.max_rows, view.head_dim, stream));
+
+  factors_.clear();
+  for (const cache::LayerParams& layer : view.layers) {
+    for (int head = 0; head < view.num_kv_heads; ++head)
+      factors_.push_back({layer.k[head].global_scale,
+                          layer.v[head].global_scale * value_unit(params_.value_kernel)});
+  }
+  upload_.clear();
+  const int64_t segments = upload_.add(plan.segments);
+  const int64_t workers = upload_.add(plan.workers);
+  const int64_t split_units = upload_.add(plan.split_units);
+  const int64_t entries = upload_.add(plan.entries);
+  factors_offset_ = upload_.add(factors_);
+  KVANT_TRY(upload_.send(stream));
+  params_.segments = upload_.device<Segment>(segments);
+  params_.workers = upload_.device<WorkerStart>(workers);
+  params_.split_units = upload_.device<SplitUnit>(split_units);
+  params_.entries = upload_.device<uint32_t>(entries);
+  params_.partial_sums = partial_sums_;
+  params_.partial_states = partial_states_;
+  params_.worker_sums =
+      partial_sums_ + static_cast<int64_t>(2 * num_blocks) * shape.max_rows * view.head_dim;
+  num_split_units_ = static_cast<int>(plan.split_units.size());
+  combine_rows_ = 1;
+  for (const SplitUnit& unit : plan.split_units)
+    combine_rows_ = std::max(combine_rows_, unit.num_rows);
+  view_ = args.view;
+  return {};
+}
+
+DecodeParams CudaAttention::params_of(const AttentionArgs& args) const {
+  DecodeParams params = params_;
+  const cache::GroupView& view = *args.view;
+  for (int kind = 0; kind < kMaxPageKinds && kind < static_cast<int>(view.kinds.size()); ++kind) {
+    const cache::PageKind& pages = view.kinds[kind];
+    if (pages.base == nullptr) continue;
+    params.slabs[kind] = {pages.base + pages.layer_offset[args.group_layer], pages.page_bytes,
+                          pages.units[args.group_layer].bytes};
+  }
+  params.q = params.stored_q = static_cast<const float*>(args.q);
+  params.out = static_cast<float*>(args.out);
+  params.lse = lse_;
+  params.sink_logits = args.params.sink_logits;
+  params.factors = upload_.device<HeadFactors>(factors_offset_) +
+                   static_cast<int64_t>(args.group_layer) * view.num_kv_heads;
+  params.scale_log2 = args.params.scale * 1.4426950408889634f;
+  params.softcap = args.params.softcap;
+  return params;
+}
+
+Status CudaAttention::launch(const AttentionArgs& args, cudaStream_t stream) {
+  if (args.view != view_)
+    return Error(ErrorCode::kInternal, "attention was not prepared for this step");
+  DecodeParams params = params_of(args);
+  void* arguments[] = {&params};
+  cudaLaunchAttribute overlap;
+  const cudaLaunchConfig_t config =
+      launch_config(dim3(static_cast<unsigned>(num_sms_ * variant_->blocks)), variant_->threads,
+                    smem_bytes_, stream, &overlap);
+  KVANT_TRY(cuda_status(cudaLaunchKernelExC(&config, variant_->kernel, arguments),
+                        std::string("launching decode attention, keys ") +
+                            kernel_name(params.key_kernel) + ", values " +
+                            kernel_name(params.value_kernel)));
+  if (num_split_units_ == 0) return {};
+  const dim3 grid(static_cast<unsigned>(num_split_units_), static_cast<unsigned>(combine_rows_));
+  const cudaLaunchConfig_t combine = launch_config(grid, kCombineThreads, 0, stream, &overlap);
+  return cuda_status(cudaLaunchKernelExC(&combine, combine_function(), arguments),
+                     "launching the merge of partial results");
+}
+
+Status CudaAttention::run(const AttentionArgs& args, cudaStream_t stream) {
+  if (args.group_layer == 0 || args.view != view_) KVANT_TRY(prepare(args, stream));
+  return launch(args, stream);
+}
+
+}  // namespace kvant::backend::cuda

@@ -1,0 +1,66 @@
+// Attention of the CUDA backend: decode kernels on stored pages (docs/kernels/cuda-decode.md).
+//
+// For steps of few new tokens per sequence (decode, speculative decoding); longer chunks work too,
+// a tile of query rows at a time, and belong to prefill attention. One thread at a time.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "kvant/backend/backend.h"
+#include "kvant/backend/cuda/decode/kernel_params.h"
+#include "kvant/backend/cuda/decode/variants.h"
+#include "kvant/backend/cuda/upload.h"
+
+namespace kvant::backend::cuda {
+
+class CudaAttention {
+ public:
+  // kDeviceError without a device.
+  static Result<std::unique_ptr<CudaAttention>> create();
+  ~CudaAttention();
+
+  // kUnsupported names what decode kernels lack.
+  Status supports(const formats::CacheFormat& format, int head_dim, int group) const;
+
+  // Makes the plan of a step and sends it to the device. Needed once per group and step: run() does
+  // it for a group's first layer.
+  Status prepare(const AttentionArgs& args, cudaStream_t stream);
+  // Enqueues the kernels of one layer; may be captured into a graph after prepare().
+  Status launch(const AttentionArgs& args, cudaStream_t stream);
+  Status run(const AttentionArgs& args, cudaStream_t stream);
+
+  // Natural logarithms of the softmax denominators of the next launches, device memory
+  // [rows][num_query_heads]; null: not written.
+  void set_lse(float* lse) { lse_ = lse; }
+
+ private:
+  explicit CudaAttention(int num_sms) : num_sms_(num_sms) {}
+  Status configure(const AttentionArgs& args, int group_layer);
+  Status reserve_partials(int64_t num_partials, int max_rows, int head_dim, cudaStream_t stream);
+  DecodeParams params_of(const AttentionArgs& args) const;
+
+  const int num_sms_;
+  float* lse_ = nullptr;
+
+  // Of the prepared step.
+  const cache::GroupView* view_ = nullptr;
+  const DecodeVariant* variant_ = nullptr;
+  DecodeParams params_ = {};
+  int num_split_units_ = 0;
+  int combine_rows_ = 0;  // blocks per split unit
+  int smem_bytes_ = 0;
+  std::vector<HeadFactors> factors_;  // [layers][num_kv_heads]
+  Upload upload_;
+  int64_t factors_offset_ = 0;
+
+  float* partial_sums_ = nullptr;
+  float2* partial_states_ = nullptr;
+  int64_t partial_rows_ = 0;
+  int64_t partial_values_ = 0;
+};
+
+}  // namespace kvant::backend::cuda

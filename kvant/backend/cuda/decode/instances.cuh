@@ -1,0 +1,26 @@
+// Makes rows of the table of variants.
+#pragma once
+
+#include "kvant/backend/cuda/decode/kernel.cuh"
+#include "kvant/backend/cuda/decode/variants.h"
+
+namespace kvant::backend::cuda {
+
+template <typename Shape>
+DecodeVariant variant_of(int least_pages = 0) {
+  DecodeVariant variant;
+  variant.key = Shape::kKey;
+  variant.value = Shape::kValue;
+  variant.head_dim = Shape::kHeadDim;
+  variant.max_rows = Shape::kNTiles * 8;
+  variant.page_tokens = Shape::kAny ? 0 : 64;
+  variant.teams = Shape::kTeams;
+  variant.blocks = Shape::kBlocks;
+  variant.threads = Shape::kThreads;
+  variant.team_bytes = Shape::kTeamBytes;
+  variant.least_pages = least_pages;
+  variant.kernel = reinterpret_cast<const void*>(&decode_kernel<Shape>);
+  return variant;
+}
+
+}  // namespace kvant::backend::cuda

@@ -1,0 +1,208 @@
+#include "kvant/backend/cuda/decode/plan.h"
+
+#include <algorithm>
+
+#include "kvant/base/check.h"
+
+namespace kvant::backend::cuda {
+namespace {
+
+using cache::GroupView;
+using cache::PageEntry;
+using cache::SequenceView;
+
+uint32_t pack(PageEntry entry) {
+  return entry.slot << 8 | entry.kind;
+}
+
+// A tile, as a segment that still covers all its pages, and what reading it costs.
+struct Tile {
+  Segment all;
+  int num_bf16 = 0;  // its last pages, read from the BF16 table
+  int64_t cost = 0;  // bytes of one KV head
+};
+
+int page_number(const Segment& tile, int index) {
+  return index < tile.num_sink_pages ? index : tile.first_page + index - tile.num_sink_pages;
+}
+
+uint32_t page_entry(const Segment& tile, int index, const std::vector<uint32_t>& entries) {
+  const int page = page_number(tile, index);
+  return entries[(page >= tile.first_bf16_page ? tile.bf16_entries : tile.stored_entries) + page];
+}
+
+int64_t page_cost(const Segment& tile, int index, const std::vector<uint32_t>& entries,
+                  const PlanShape& shape) {
+  const bool stored = (page_entry(tile, index, entries) & 0xff) == cache::kKindStored;
+  return stored ? shape.stored_bytes : shape.bf16_bytes;
+}
+
+class Planner {
+ public:
+  Planner(const GroupView& view, const PlanShape& shape) : view_(view), shape_(shape) {
+    KVANT_CHECK(shape.group >= 1 && shape.group <= shape.max_rows, "a tile holds a token's heads");
+  }
+
+  DecodePlan make() {
+    for (const SequenceView& sequence : view_.sequences)
+      if (sequence.num_new_tokens > 0) add_sequence(sequence);
+    cut();
+    return std::move(plan_);
+  }
+
+ private:
+  void add_sequence(const SequenceView& sequence) {
+    const int64_t last_position = sequence.first_position + sequence.num_new_tokens - 1;
+    const int last_page = static_cast<int>(last_position / view_.page_tokens);
+    const int first_page = static_cast<int>(sequence.first_page);
+    Segment tile{};
+    tile.stored_entries = static_cast<int>(plan_.entries.size()) - first_page;
+    // Pages that some query reads as stored: those before the last query's BF16 pages.
+    const int stored_end = std::max(first_page, last_page - sequence.recent_pages);
+    for (int page = first_page; page < stored_end; ++page)
+      plan_.entries.push_back(pack(sequence.stored[page]));
+    const int bf16_first = static_cast<int>(sequence.bf16_first_page);
+    tile.bf16_entries = static_cast<int>(plan_.entries.size()) - bf16_first;
+    for (int page = bf16_first; page <= last_page; ++page)
+      plan_.entries.push_back(pack(sequence.bf16[page - bf16_first]));
+    tile.first_new_page = static_cast<int>(sequence.first_position / view_.page_tokens);
+
+    const int tile_tokens = shape_.max_rows / shape_.group;
+    for (int64_t position = sequence.first_position; position <= last_position;) {
+      const int64_t page_end = (position / view_.page_tokens + 1) * view_.page_tokens;
+      const int64_t end = std::min({position + tile_tokens, page_end, last_position + 1});
+      tile.first_row = sequence.first_row + static_cast<int>(position - sequence.first_position);
+      tile.first_position = static_cast<int>(position);
+      tile.num_tokens = static_cast<int>(end - position);
+      tile.num_rows = tile.num_tokens * shape_.group;
+      add_tile(tile, sequence, first_page);
+      position = end;
+    }
+  }
+
+  void add_tile(const Segment& start, const SequenceView& sequence, int first_page) {
+    Segment tile = start;
+    const int own_page = tile.first_position / view_.page_tokens;
+    tile.first_bf16_page = std::max(first_page, own_page - sequence.recent_pages);
+    tile.first_page = first_page;
+    if (view_.window > 0) {
+      const int first_key = std::max(0, tile.first_position - view_.window + 1);
+      tile.first_page = std::max(first_page, first_key / view_.page_tokens);
+      const int sink_pages = (shape_.sink_tokens + view_.page_tokens - 1) / view_.page_tokens;
+      if (first_page == 0) tile.num_sink_pages = std::min(sink_pages, tile.first_page);
+    }
+    tile.page_begin = 0;
+    tile.page_end = tile.num_sink_pages + own_page + 1 - tile.first_page;
+    Tile entry{tile, own_page + 1 - std::max(tile.first_bf16_page, tile.first_page), 0};
+    // Only the first page (a sink) and those of the BF16 table differ from the rest.
+    const int num_stored = tile.page_end - entry.num_bf16;
+    entry.cost = entry.num_bf16 * shape_.bf16_bytes + num_stored * shape_.stored_bytes;
+    if (num_stored > 0) {
+      entry.cost += page_cost(tile, 0, plan_.entries, shape_) - shape_.stored_bytes;
+    }
+    tiles_.push_back(entry);
+  }
+
+  // Pages [0, result) of a tile cost at least `bytes`, rounded to the nearer page.
+  int pages_of(const Tile& tile, int64_t bytes) const {
+    if (bytes <= 0) return 0;
+    if (bytes >= tile.cost) return tile.all.page_end;
+    const int64_t first = page_cost(tile.all, 0, plan_.entries, shape_);
+    const int num_stored = tile.all.page_end - tile.num_bf16;
+    const int64_t stored_cost = tile.cost - tile.num_bf16 * shape_.bf16_bytes;
+    if (bytes >= stored_cost) {
+      return num_stored +
+             static_cast<int>((bytes - stored_cost + shape_.bf16_bytes / 2) / shape_.bf16_bytes);
+    }
+    if (bytes < first) return 2 * bytes >= first ? 1 : 0;
+    return 1 + static_cast<int>((bytes - first + shape_.stored_bytes / 2) / shape_.stored_bytes);
+  }
+
+  // Walks units and workers side by side; both ends of a worker's share are absolute, so that
+  // rounding to pages does not add up.
+  void cut() {
+    int64_t total = 0;
+    for (const Tile& tile : tiles_) total += tile.cost * view_.num_kv_heads;
+    // total < 2^45 bytes, workers < 2^13: no overflow.
+    const auto end_of = [&](int worker) { return total * (worker + 1) / shape_.num_workers; };
+    int64_t done = 0;  // cost of all units before this one
+    int worker = 0;
+    int unit = 0;
+    for (const Tile& tile : tiles_) {
+      for (int head = 0; head < view_.num_kv_heads; ++head, ++unit) {
+        const size_t first_segment = plan_.segments.size();
+        int page = 0;
+        for (;;) {
+          const bool last_worker = worker + 1 == shape_.num_workers;
+          const int end = last_worker ? tile.all.page_end
+                                      : std::max(page, pages_of(tile, end_of(worker) - done));
+          if (end > page) {
+            Segment segment = tile.all;
+            segment.kv_head = head;
+            segment.unit = unit;
+            segment.page_begin = page;
+            segment.page_end = end;
+            plan_.segments.push_back(segment);
+            owners_.push_back(worker);
+            page = end;
+          }
+          if (page == tile.all.page_end && (last_worker || end_of(worker) > done + tile.cost))
+            break;
+          ++worker;
+          if (page == tile.all.page_end) break;
+        }
+        done += tile.cost;
+        number_partials(first_segment);
+      }
+    }
+    start_workers();
+  }
+
+  // One partial result per block of a unit that several blocks share.
+  void number_partials(size_t first) {
+    const size_t end = plan_.segments.size();
+    const auto block_of = [&](size_t i) { return owners_[i] / shape_.block_workers; };
+    const bool split = block_of(first) != block_of(end - 1);
+    const Segment& unit = plan_.segments[first];
+    SplitUnit merged{unit.first_row, unit.num_rows, unit.kv_head, plan_.num_partials, 0};
+    for (size_t i = first; i < end; ++i) {
+      Segment& segment = plan_.segments[i];
+      const bool follows = i > first && block_of(i) == block_of(i - 1);
+      const bool precedes = i + 1 < end && block_of(i) == block_of(i + 1);
+      segment.is_shared = follows || precedes ? 1 : 0;
+      if (split && !follows) ++plan_.num_partials;
+      segment.partial = split ? plan_.num_partials - 1 : -1;
+    }
+    merged.num_partials = plan_.num_partials - merged.first_partial;
+    if (split) plan_.split_units.push_back(merged);
+  }
+
+  void start_workers() {
+    plan_.workers.resize(static_cast<size_t>(shape_.num_workers));
+    for (size_t i = 0; i < plan_.segments.size(); ++i) {
+      WorkerStart& start = plan_.workers[owners_[i]];
+      if (start.num_segments++ > 0) continue;
+      start.segment = plan_.segments[i];
+      start.first_segment = static_cast<int32_t>(i);
+      for (int k = 0; k < kStartEntries; ++k) {
+        const int index = start.segment.page_begin + k;
+        if (index < start.segment.page_end)
+          start.entries[k] = page_entry(start.segment, index, plan_.entries);
+      }
+    }
+  }
+
+  const GroupView& view_;
+  const PlanShape& shape_;
+  DecodePlan plan_;
+  std::vector<Tile> tiles_;
+  std::vector<int> owners_;  // worker of each segment
+};
+
+}  // namespace
+
+DecodePlan make_decode_plan(const GroupView& view, const PlanShape& shape) {
+  return Planner(view, shape).make();
+}
+
+}  // namespace kvant::backend::cuda

@@ -1,0 +1,81 @@
+// Work of one decode step of one layer group, cut into equal shares: host code, tested on CPUs.
+//
+// A *query tile* is up to 8 or 16 query rows (tokens x heads of one KV head) of one sequence whose
+// tokens lie in one page, so that all of them read the same pages in the same form. A *unit* is a
+// tile and a KV head. A *worker* is a team of warps; each gets a run of consecutive pages of
+// consecutive units, cut so that all workers read about the same number of bytes. Each piece of a
+// unit that a worker gets is a *segment*. A unit of one segment is written to the output at once.
+// Others leave partial results: those of the workers of one block are merged in the block, one per
+// block remains, and a second kernel merges these. Both merge in the order of the pages: results
+// depend on the plan only, never on timing.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kvant/cache/view.h"
+
+namespace kvant::backend::cuda {
+
+// A segment as the kernel reads it; 64 bytes.
+struct alignas(64) Segment {
+  int32_t first_row;  // of the tile's first token, in the step's activations
+  int32_t num_rows;   // tokens of the tile x query heads per KV head
+  int32_t kv_head;
+  int32_t partial;         // where the block's result goes; -1: the unit ends in the output
+  int32_t first_position;  // of the tile's first token (positions are below 2^31)
+  int32_t num_tokens;      // of the tile
+  int32_t page_begin;      // [page_begin, page_end) of the tile's list of pages: first
+  int32_t page_end;        //   num_sink_pages pages from 0, then those from first_page
+  int32_t num_sink_pages;
+  int32_t first_page;
+  int32_t first_bf16_page;  // this page and later ones are read from the BF16 table
+  int32_t first_new_page;   // this page and later ones may be written in this step
+  int32_t stored_entries;   // page p is entries[stored_entries + p]
+  int32_t bf16_entries;     // page p is entries[bf16_entries + p]
+  int32_t unit;             // number of the unit
+  int32_t is_shared;        // other workers of the block have segments of the unit
+};
+static_assert(sizeof(Segment) == 64);
+
+// A worker's first segment and first pages together, so that its first copies start after one load.
+inline constexpr int kStartEntries = 14;
+struct alignas(128) WorkerStart {
+  Segment segment;                  // a copy of the first one
+  int32_t first_segment;            // its number
+  int32_t num_segments;             // 0: nothing to do
+  uint32_t entries[kStartEntries];  // of its first pages
+};
+static_assert(sizeof(WorkerStart) == 128);
+
+// A unit whose blocks' results must be merged.
+struct SplitUnit {
+  int32_t first_row;
+  int32_t num_rows;
+  int32_t kv_head;
+  int32_t first_partial;
+  int32_t num_partials;
+};
+
+struct PlanShape {
+  int group = 1;             // query heads per KV head
+  int max_rows = 8;          // of a tile: 8 or 16, at least `group`
+  int num_workers = 1;       // teams on the device
+  int block_workers = 1;     // of a block; divides num_workers
+  int sink_tokens = 0;       // AttentionParams::sink_tokens
+  int64_t stored_bytes = 1;  // a page of one KV head, by kind: the cost of reading it
+  int64_t bf16_bytes = 1;
+};
+
+struct DecodePlan {
+  std::vector<uint32_t> entries;  // cache::PageEntry as slot << 8 | kind
+  std::vector<Segment> segments;
+  std::vector<WorkerStart> workers;  // [num_workers]
+  std::vector<SplitUnit> split_units;
+  int num_partials = 0;
+};
+
+// `view` is one step; its tables must name every page that its queries read.
+DecodePlan make_decode_plan(const cache::GroupView& view, const PlanShape& shape);
+
+}  // namespace kvant::backend::cuda

@@ -1,0 +1,198 @@
+// The plan of a decode step: everything is read exactly once, shares are equal, and results come
+// together in order. Runs on CPUs.
+#include "kvant/backend/cuda/decode/plan.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <map>
+#include <numeric>
+
+namespace kvant::backend::cuda {
+namespace {
+
+using cache::PageEntry;
+
+struct Sequences {
+  std::vector<cache::SequenceView> views;
+  std::vector<std::vector<PageEntry>> stored, bf16;
+  cache::GroupView group;
+};
+
+// Sequences of `lengths` tokens after a step of `new_tokens` each; page p of sequence s has slot
+// 1000 s + p, BF16 pages those slots plus 500.
+Sequences make_sequences(const std::vector<int64_t>& lengths, int new_tokens, int page_tokens,
+                         int window = 0) {
+  Sequences made;
+  int row = 0;
+  for (size_t s = 0; s < lengths.size(); ++s) {
+    cache::SequenceView view;
+    view.first_row = row;
+    view.num_new_tokens = new_tokens;
+    view.first_position = lengths[s] - new_tokens;
+    const int64_t last_page = (lengths[s] - 1) / page_tokens;
+    view.bf16_first_page = view.first_position / page_tokens;
+    std::vector<PageEntry> stored, bf16;
+    for (int64_t page = 0; page <= last_page; ++page)
+      stored.push_back(PageEntry::make(cache::kKindStored, static_cast<uint32_t>(1000 * s + page)));
+    for (int64_t page = view.bf16_first_page; page <= last_page; ++page)
+      bf16.push_back(
+          PageEntry::make(cache::kKindBf16, static_cast<uint32_t>(1000 * s + page + 500)));
+    made.stored.push_back(stored);
+    made.bf16.push_back(bf16);
+    made.views.push_back(view);
+    row += new_tokens;
+  }
+  for (size_t s = 0; s < lengths.size(); ++s) {
+    made.views[s].stored = made.stored[s].data();
+    made.views[s].bf16 = made.bf16[s].data();
+  }
+  made.group.page_tokens = page_tokens;
+  made.group.num_kv_heads = 3;
+  made.group.head_dim = 128;
+  made.group.window = window;
+  made.group.sequences = made.views;
+  return made;
+}
+
+PlanShape shape_of(int group, int max_rows, int workers) {
+  PlanShape shape;
+  shape.group = group;
+  shape.max_rows = max_rows;
+  shape.num_workers = workers;
+  shape.block_workers = 4;
+  shape.stored_bytes = 9216;
+  shape.bf16_bytes = 32768;
+  return shape;
+}
+
+int64_t cost_of(const Segment& segment, int page_tokens) {
+  int64_t cost = 0;
+  for (int page = segment.page_begin; page < segment.page_end; ++page) {
+    const bool bf16 = segment.first_page + page >= segment.first_bf16_page;
+    cost += bf16 ? 32768 : 9216;
+  }
+  (void)page_tokens;
+  return cost;
+}
+
+// Segments of each unit cover its pages once and in order; a worker's are consecutive.
+void check_cover(const DecodePlan& plan, int num_workers) {
+  int next_segment = 0;
+  for (int w = 0; w < num_workers; ++w) {
+    const WorkerStart& start = plan.workers[w];
+    if (start.num_segments == 0) continue;
+    EXPECT_EQ(start.first_segment, next_segment);
+    next_segment += start.num_segments;
+    EXPECT_EQ(start.segment.unit, plan.segments[start.first_segment].unit);
+    EXPECT_EQ(start.segment.page_begin, plan.segments[start.first_segment].page_begin);
+  }
+  EXPECT_EQ(next_segment, static_cast<int>(plan.segments.size()));
+  int unit = -1, page = 0, end = 0;
+  for (const Segment& segment : plan.segments) {
+    if (segment.unit != unit) {
+      EXPECT_EQ(page, end) << "unit " << unit << " is not read to its end";
+      EXPECT_EQ(segment.unit, unit + 1);
+      unit = segment.unit;
+      page = 0;
+      const int own_page = segment.first_position / 64;
+      end = segment.num_sink_pages + own_page + 1 - segment.first_page;
+    }
+    EXPECT_EQ(segment.page_begin, page);
+    EXPECT_GT(segment.page_end, segment.page_begin);
+    page = segment.page_end;
+  }
+  EXPECT_EQ(page, end);
+}
+
+TEST(DecodePlan, CoversEveryPageOnceAndEvenly) {
+  for (const std::vector<int64_t>& lengths :
+       {std::vector<int64_t>{1}, std::vector<int64_t>{32769}, std::vector<int64_t>{131073, 4097},
+        std::vector<int64_t>(31, 4097), std::vector<int64_t>(7, 64)}) {
+    for (const int workers : {4, 132, 1056}) {
+      const Sequences sequences = make_sequences(lengths, 1, 64);
+      const PlanShape shape = shape_of(4, 8, workers);
+      const DecodePlan plan = make_decode_plan(sequences.group, shape);
+      check_cover(plan, workers);
+      int64_t total = 0;
+      std::vector<int64_t> load(static_cast<size_t>(workers));
+      for (int w = 0; w < workers; ++w) {
+        const WorkerStart& start = plan.workers[w];
+        for (int i = 0; i < start.num_segments; ++i)
+          load[w] += cost_of(plan.segments[start.first_segment + i], 64);
+        total += load[w];
+      }
+      // Within a page at each end of the share.
+      EXPECT_LE(*std::max_element(load.begin(), load.end()), total / workers + 2 * 32768);
+    }
+  }
+}
+
+TEST(DecodePlan, PartialResultsOfBlocksAreConsecutive) {
+  const Sequences sequences = make_sequences({20001, 777, 5000}, 1, 64);
+  const PlanShape shape = shape_of(4, 8, 64);
+  const DecodePlan plan = make_decode_plan(sequences.group, shape);
+  std::vector<int> owner(plan.segments.size());
+  for (int w = 0; w < shape.num_workers; ++w) {
+    for (int i = 0; i < plan.workers[w].num_segments; ++i)
+      owner[plan.workers[w].first_segment + i] = w;
+  }
+  std::map<int, std::vector<int>> blocks_of_unit, partials_of_unit;
+  for (size_t i = 0; i < plan.segments.size(); ++i) {
+    const Segment& segment = plan.segments[i];
+    auto& blocks = blocks_of_unit[segment.unit];
+    const int block = owner[i] / shape.block_workers;
+    if (blocks.empty() || blocks.back() != block) {
+      blocks.push_back(block);
+      partials_of_unit[segment.unit].push_back(segment.partial);
+    } else {
+      EXPECT_EQ(segment.is_shared, 1);
+      EXPECT_EQ(segment.partial, partials_of_unit[segment.unit].back());
+    }
+  }
+  size_t num_split = 0;
+  int next = 0;
+  for (const auto& [unit, partials] : partials_of_unit) {
+    if (partials.size() == 1) {
+      EXPECT_EQ(partials[0], -1);
+      continue;
+    }
+    for (const int partial : partials) EXPECT_EQ(partial, next++);
+    EXPECT_EQ(plan.split_units[num_split].num_partials, static_cast<int>(partials.size()));
+    ++num_split;
+  }
+  EXPECT_EQ(plan.split_units.size(), num_split);
+  EXPECT_EQ(plan.num_partials, next);
+  EXPECT_LE(plan.num_partials, 2 * shape.num_workers / shape.block_workers);
+}
+
+// Tiles end where pages end: all rows of a tile read the same pages in the same form.
+TEST(DecodePlan, TilesDoNotCrossPages) {
+  const Sequences sequences = make_sequences({200}, 75, 64);
+  const DecodePlan plan = make_decode_plan(sequences.group, shape_of(4, 8, 4));
+  check_cover(plan, 4);
+  int rows = 0;
+  for (const Segment& segment : plan.segments) {
+    EXPECT_EQ(segment.num_rows, segment.num_tokens * 4);
+    EXPECT_LE(segment.num_rows, 8);
+    EXPECT_EQ(segment.first_position / 64, (segment.first_position + segment.num_tokens - 1) / 64);
+    EXPECT_EQ(segment.first_bf16_page, segment.first_position / 64);
+    if (segment.page_begin == 0 && segment.kv_head == 0) rows += segment.num_rows;
+  }
+  EXPECT_EQ(rows, 75 * 4);
+}
+
+TEST(DecodePlan, WindowsStartAtTheirFirstPageAndKeepSinks) {
+  Sequences sequences = make_sequences({2000}, 1, 64, 300);
+  PlanShape shape = shape_of(4, 8, 4);
+  DecodePlan plan = make_decode_plan(sequences.group, shape);
+  EXPECT_EQ(plan.segments[0].first_page, (1999 - 299) / 64);
+  EXPECT_EQ(plan.segments[0].num_sink_pages, 0);
+  shape.sink_tokens = 70;
+  plan = make_decode_plan(sequences.group, shape);
+  EXPECT_EQ(plan.segments[0].num_sink_pages, 2);
+  check_cover(plan, 4);
+}
+
+}  // namespace
+}  // namespace kvant::backend::cuda

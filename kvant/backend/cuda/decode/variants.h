@@ -1,0 +1,51 @@
+// The table of compiled decode kernels, and how one is chosen.
+#pragma once
+
+#include <span>
+
+#include "kvant/backend/cuda/decode/variant.h"
+
+namespace kvant::backend::cuda {
+
+struct DecodeVariant {
+  KeyKernel key;
+  ValueKernel value;
+  int head_dim;
+  int max_rows;     // query rows of a tile: 8 or 16
+  int page_tokens;  // 0: any
+  int teams;        // of a block: workers
+  int blocks;       // on a multiprocessor
+  int threads;      // of a block
+  int team_bytes;   // shared memory of a team besides its ring
+  int least_pages;  // pages (of a KV head) per multiprocessor from which it is the best
+  const void* kernel;
+};
+
+// One per source file of instances; find_variant searches them in this order.
+std::span<const DecodeVariant> nvfp4_variants();
+std::span<const DecodeVariant> int4_channel_variants();
+std::span<const DecodeVariant> e4m3_variants();
+std::span<const DecodeVariant> bf16_variants();
+std::span<const DecodeVariant> integer_variants();
+std::span<const DecodeVariant> microscaling_variants();
+std::span<const DecodeVariant> any_variants();
+
+struct VariantQuery {
+  KeyKernel key;
+  ValueKernel value;
+  int head_dim = 0;
+  int page_tokens = 0;
+  int rows = 1;       // query rows of a tile, at most 16
+  int64_t pages = 1;  // of a KV head, read in the step
+  int64_t num_multiprocessors = 1;
+};
+
+// The kernel for these formats, or the one that decides at run time; null for a head_dim that no
+// kernel has.
+const DecodeVariant* find_variant(const VariantQuery& query);
+
+// Names for messages, e.g. "decode nvfp4/nvfp4 128x8".
+const char* kernel_name(KeyKernel kernel);
+const char* kernel_name(ValueKernel kernel);
+
+}  // namespace kvant::backend::cuda

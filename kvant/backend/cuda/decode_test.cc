@@ -1,0 +1,167 @@
+// Decode attention on the device against the exact reference, and against itself.
+#include <cuda_runtime_api.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "kvant/backend/cuda/attention.h"
+#include "kvant/backend/cuda/testing/paged_problem.h"
+
+namespace kvant::backend::cuda {
+namespace {
+
+using testing::PagedProblem;
+using testing::ProblemOptions;
+
+constexpr double kErrorLimit = 5e-4;  // relative L2 of a launch
+
+bool has_device() {
+  int count = 0;
+  return cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
+}
+
+// One launch; the error of its output.
+double run(const ProblemOptions& options) {
+  auto attention = CudaAttention::create();
+  if (!attention.has_value()) {
+    ADD_FAILURE() << attention.error().message();
+    return NAN;
+  }
+  PagedProblem problem(options);
+  const Status status = (*attention)->run(problem.device_args(), nullptr);
+  EXPECT_TRUE(status.has_value()) << (status ? "" : status.error().message());
+  const cudaError_t error = cudaDeviceSynchronize();
+  EXPECT_EQ(error, cudaSuccess) << cudaGetErrorString(error);
+  if (!status.has_value() || error != cudaSuccess) return NAN;
+  const std::vector<float> first = problem.download();
+  problem.poison_output();
+  EXPECT_TRUE((*attention)->run(problem.device_args(), nullptr).has_value());
+  EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+  const std::vector<float> second = problem.download();
+  EXPECT_EQ(std::memcmp(first.data(), second.data(), first.size() * sizeof(float)), 0)
+      << "two runs of the same step differ";
+  return problem.error_of(first);
+}
+
+class CudaDecode : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    if (!has_device()) GTEST_SKIP() << "needs a CUDA device";
+  }
+};
+
+constexpr const char* kKeyFormats[] = {
+    "bf16", "f16",          "fp8",          "fp8:token",    "fp8e5m2", "mxfp8", "int8",
+    "int4", "int4:channel", "int3:channel", "int2:channel", "nvfp4",   "mxfp4"};
+constexpr const char* kValueFormats[] = {"bf16",  "f16",  "fp8",  "fp8:token", "fp8e5m2",
+                                         "mxfp8", "int8", "int4", "nvfp4",     "mxfp4"};
+
+TEST_F(CudaDecode, EveryPairOfFormats) {
+  for (const char* k : kKeyFormats) {
+    for (const char* v : kValueFormats) {
+      ProblemOptions options;
+      options.kv = std::string("k=") + k + ",v=" + v;
+      options.lengths = {517, 64, 129};
+      const double error = run(options);
+      EXPECT_LT(error, kErrorLimit) << options.kv;
+    }
+  }
+}
+
+TEST_F(CudaDecode, Presets) {
+  for (const char* kv : {"8bit", "6bit", "4bit", "3bit", "k=nvfp4+46+mean,v=nvfp4+46+sink",
+                         "nvfp4+recent100", "bf16", "f16"}) {
+    for (const int page_tokens : {16, 32, 64, 128}) {
+      ProblemOptions options;
+      options.kv = kv;
+      options.page_tokens = page_tokens;
+      options.lengths = {1000, 1, 65, 256};
+      EXPECT_LT(run(options), kErrorLimit) << kv << ", pages of " << page_tokens;
+    }
+  }
+}
+
+TEST_F(CudaDecode, GroupsAndHeadSizes) {
+  for (const char* kv : {"nvfp4", "4bit", "fp8", "int8", "bf16"}) {
+    for (const int head_dim : {64, 80, 96, 128, 192, 256}) {
+      for (const int group : {1, 2, 3, 4, 6, 7, 8, 12, 16}) {
+        ProblemOptions options;
+        options.kv = kv;
+        options.head_dim = head_dim;
+        options.group = group;
+        options.lengths = {333, 90};
+        EXPECT_LT(run(options), kErrorLimit)
+            << kv << ", head_dim " << head_dim << ", group " << group;
+      }
+    }
+  }
+}
+
+TEST_F(CudaDecode, SeveralNewTokens) {
+  for (const char* kv : {"nvfp4", "4bit", "bf16"}) {
+    for (const int new_tokens : {2, 3, 5, 8, 70}) {
+      for (const int group : {1, 4, 8}) {
+        ProblemOptions options;
+        options.kv = kv;
+        options.group = group;
+        options.lengths = {200, 389, 640 + new_tokens / 2};
+        options.new_tokens = {new_tokens, 1, new_tokens};
+        EXPECT_LT(run(options), kErrorLimit)
+            << kv << ", " << new_tokens << " new tokens, group " << group;
+      }
+    }
+  }
+}
+
+TEST_F(CudaDecode, WindowsSoftcapAndSinks) {
+  std::vector<float> sinks(8);
+  for (size_t i = 0; i < sinks.size(); ++i) sinks[i] = 0.5f * static_cast<float>(i) - 1.0f;
+  for (const char* kv : {"nvfp4", "4bit", "int8", "bf16"}) {
+    for (const int window : {0, 1, 100, 128, 500}) {
+      ProblemOptions options;
+      options.kv = kv;
+      options.window = window;
+      options.lengths = {900, 130, 40};
+      options.new_tokens = {1, 3, 1};
+      EXPECT_LT(run(options), kErrorLimit) << kv << ", window " << window;
+      options.params.softcap = 3.0f;
+      EXPECT_LT(run(options), kErrorLimit) << kv << ", softcap, window " << window;
+      options.params.softcap = 0.0f;
+      options.params.sink_tokens = 70;
+      options.params.sink_logits = sinks.data();
+      EXPECT_LT(run(options), kErrorLimit) << kv << ", sinks, window " << window;
+    }
+  }
+}
+
+TEST_F(CudaDecode, LongAndManySequences) {
+  for (const char* kv : {"nvfp4", "4bit"}) {
+    ProblemOptions options;
+    options.kv = kv;
+    options.lengths = {20000};
+    EXPECT_LT(run(options), kErrorLimit) << kv << ", one long sequence";
+    options.lengths.assign(100, 70);
+    options.lengths[7] = 5000;
+    options.num_kv_heads = 3;
+    EXPECT_LT(run(options), kErrorLimit) << kv << ", a ragged batch";
+  }
+}
+
+// Sharp softmax, and scores that rise from page to page so that the reference always moves.
+TEST_F(CudaDecode, SharpAndRisingScores) {
+  for (const char* kv :
+       {"nvfp4", "4bit", "k=int3:channel,v=int4", "int8", "fp8", "mxfp4", "bf16"}) {
+    ProblemOptions options;
+    options.kv = kv;
+    options.lengths = {3000};
+    options.score_deviation = 2.0f;
+    EXPECT_LT(run(options), kErrorLimit) << kv << ", score deviation 2";
+    options.score_deviation = 1.0f;
+    options.rising = true;
+    EXPECT_LT(run(options), kErrorLimit) << kv << ", rising";
+  }
+}
+
+}  // namespace
+}  // namespace kvant::backend::cuda
