@@ -307,6 +307,13 @@ TEST(Registry, KnowsItsBackends) {
   ASSERT_FALSE(missing);
   EXPECT_EQ(missing.error().code(), ErrorCode::kUnsupported);
   EXPECT_NE(missing.error().message().find("cpu, reference"), std::string::npos);
+#ifndef KVANT_CUDA
+  options.name = "cuda";
+  const auto no_cuda = create_backend(options);
+  ASSERT_FALSE(no_cuda);
+  EXPECT_EQ(no_cuda.error().code(), ErrorCode::kUnsupported);
+  EXPECT_NE(no_cuda.error().message().find("scripts/build cuda"), std::string::npos);
+#endif
   options.name = "cpu";
   options.num_threads = -1;
   EXPECT_EQ(create_backend(options).error().code(), ErrorCode::kInvalidArgument);

@@ -5,6 +5,9 @@
 
 #include "kvant/backend/backend.h"
 #include "kvant/backend/cpu/cpu_backend.h"
+#ifdef KVANT_CUDA
+#include "kvant/backend/cuda/cuda_backend.h"
+#endif
 #include "kvant/backend/reference/reference_backend.h"
 #include "kvant/base/cpu_level.h"
 
@@ -33,6 +36,9 @@ Result<std::unique_ptr<Backend>> create_reference(const BackendOptions& options)
 constexpr std::array kBackends = {
     BackendEntry{"cpu", create_cpu},
     BackendEntry{"reference", create_reference},
+#ifdef KVANT_CUDA
+    BackendEntry{"cuda", cuda::CudaBackend::create},
+#endif
 };
 
 }  // namespace
@@ -55,6 +61,12 @@ Result<std::unique_ptr<Backend>> create_backend(const BackendOptions& options) {
   for (const BackendEntry& entry : kBackends) {
     if (entry.name == options.name) return entry.create(options);
     names += (names.empty() ? "" : ", ") + std::string(entry.name);
+  }
+  if (options.name == "cuda") {
+    return Error(ErrorCode::kUnsupported,
+                 "this build has no CUDA backend; build one with `scripts/build cuda` (needs CUDA "
+                 "12.8 or later), or use one of: " +
+                     names);
   }
   return Error(ErrorCode::kUnsupported,
                "backend '" + options.name + "' is not in this build; it has: " + names);

@@ -28,7 +28,7 @@ constexpr int reference_floats(int head_dim) {
   return head_dim + 4;
 }
 
-inline constexpr int kMaxPageKinds = 8;
+inline constexpr int kMaxPrefillKinds = 8;
 
 struct SideKind {
   formats::FormatId format = formats::FormatId::kBf16;
@@ -56,7 +56,7 @@ struct DequantiseArgs {
   int num_kv_heads = 0;
   int head_dim = 0;
   int page_tokens = 0;
-  UnitKind kinds[kMaxPageKinds];
+  UnitKind kinds[kMaxPrefillKinds];
 
   const float* k_scale = nullptr;   // [head]: global scales of the plan
   const float* v_scale = nullptr;   // [head]

@@ -178,7 +178,7 @@ Status PrefillAttention::check(const AttentionArgs& args) const {
                   view.num_kv_heads == limits_.num_kv_heads &&
                   args.params.num_query_heads == limits_.num_query_heads,
               "a step has the geometry that the workspace was made for");
-  KVANT_CHECK(view.kinds.size() <= kMaxPageKinds, "page kinds fit the kernel's table");
+  KVANT_CHECK(view.kinds.size() <= kMaxPrefillKinds, "page kinds fit the kernel's table");
   for (const cache::PageKind& kind : view.kinds) {
     if (kind.base != nullptr && kind.layout != cache::Layout::kSm90) {
       return Error(ErrorCode::kInvalidArgument,

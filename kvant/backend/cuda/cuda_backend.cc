@@ -1,0 +1,314 @@
+#include "kvant/backend/cuda/cuda_backend.h"
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <utility>
+
+#include "kvant/backend/cuda/dense/matrix.h"
+#include "kvant/backend/cuda/dense/operators.h"
+#include "kvant/backend/cuda/status.h"
+#include "kvant/backend/host.h"
+#include "kvant/base/check.h"
+
+namespace kvant::backend::cuda {
+namespace {
+
+constexpr int64_t kRingBytes = int64_t{64} << 20;
+constexpr int64_t kStagingBytes = int64_t{16} << 20;
+constexpr int kMostDecodeTokens = 8;  // new tokens of a sequence in a step of decoding
+
+int64_t round_up(int64_t bytes) {
+  return (bytes + 255) / 256 * 256;
+}
+
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// Nothing to attend to without heads: max_rows is 0 then.
+PrefillLimits prefill_limits(const WorkspaceNeeds& needs) {
+  PrefillLimits limits;
+  if (needs.num_kv_heads == 0) return limits;
+  limits.max_rows = needs.max_rows;
+  limits.max_sequences = needs.max_sequences;
+  limits.num_query_heads = needs.num_query_heads;
+  limits.num_kv_heads = needs.num_kv_heads;
+  limits.head_dim = needs.head_dim;
+  limits.page_tokens = needs.page_tokens;
+  const int64_t pages = ceil_div(needs.max_context, needs.page_tokens) * needs.max_sequences;
+  const int64_t new_pages = ceil_div(needs.max_rows, needs.page_tokens) + 2 * needs.max_sequences;
+  limits.max_pages = pages + 2 * new_pages;
+  // Short contexts need less than the default.
+  limits.image_bytes =
+      std::min(limits.image_bytes, limits.max_pages * limits.num_kv_heads * 2 *
+                                       image_bytes(needs.head_dim, needs.page_tokens));
+  return limits;
+}
+
+struct WorkspaceParts {
+  int64_t linear;
+  int64_t rope;
+  int64_t moe;
+  int64_t rows;
+  int64_t prefill;
+  int64_t total() const { return linear + rope + moe + rows + prefill; }
+};
+
+WorkspaceParts workspace_parts(const WorkspaceNeeds& needs) {
+  return {round_up(CudaLinear::workspace_bytes(needs.max_rows, needs.max_cols)),
+          RopeTables::workspace_bytes(needs.max_rows, needs.head_dim),
+          round_up(CudaMoe::workspace_bytes(needs)),
+          round_up(needs.max_rows * int64_t{sizeof(int64_t)}),
+          needs.num_kv_heads > 0 ? PrefillAttention::workspace_bytes(prefill_limits(needs)) : 0};
+}
+
+Error no_device(const std::string& found) {
+  return Error(ErrorCode::kUnsupported,
+               "--device cuda needs an NVIDIA GPU of the Hopper generation (compute capability "
+               "9.0: H100, H200, GH200) and its driver; found " +
+                   found + "; use --device cpu, or choose a GPU with CUDA_VISIBLE_DEVICES");
+}
+
+// The current device, if kernels run on it.
+Result<cudaDeviceProp> find_device() {
+  int count = 0;
+  if (const cudaError_t error = cudaGetDeviceCount(&count); error != cudaSuccess) {
+    cudaGetLastError();
+    return no_device(std::string("none (") + cudaGetErrorString(error) + ")");
+  }
+  if (count == 0) return no_device("none");
+  int device = 0;
+  KVANT_TRY(cuda_status(cudaGetDevice(&device), "asking for the current device"));
+  cudaDeviceProp properties = {};
+  KVANT_TRY(cuda_status(cudaGetDeviceProperties(&properties, device), "asking about the device"));
+  if (properties.major != 9) {
+    return no_device(std::string(properties.name) + " of compute capability " +
+                     std::to_string(properties.major) + "." + std::to_string(properties.minor));
+  }
+  return properties;
+}
+
+const float* floats(const void* p) {
+  return static_cast<const float*>(p);
+}
+float* floats(void* p) {
+  return static_cast<float*>(p);
+}
+
+}  // namespace
+
+Result<std::unique_ptr<Backend>> CudaBackend::create(const BackendOptions& options) {
+  std::unique_ptr<CudaBackend> backend(new CudaBackend());
+  KVANT_TRY(backend->start(options));
+  return std::unique_ptr<Backend>(std::move(backend));
+}
+
+Status CudaBackend::start(const BackendOptions& options) {
+  KVANT_ASSIGN(const cudaDeviceProp properties, find_device());
+  num_sms_ = properties.multiProcessorCount;
+  KVANT_TRY(
+      cuda_status(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream"));
+  memory_ = std::make_unique<DeviceMemory>(stream_, options.memory_limit);
+  own_memory_ = std::make_unique<DeviceMemory>(stream_, 0);
+  KVANT_TRY(ring_.create(kRingBytes));
+  KVANT_ASSIGN(staging_, Buffer::create(*own_memory_, kStagingBytes, MemoryUse::kOther));
+  KVANT_TRY(linear_.create(num_sms_, options.deterministic));
+  KVANT_ASSIGN(append_, CacheAppend::create());
+  KVANT_ASSIGN(decode_, CudaAttention::create());
+  size_t free_bytes = 0;
+  size_t total_bytes = 0;
+  KVANT_TRY(cuda_status(cudaMemGetInfo(&free_bytes, &total_bytes), "asking for free memory"));
+  free_at_start_ = static_cast<int64_t>(free_bytes);
+  info_.name = "cuda";
+  info_.description =
+      std::string(properties.name) + ", " + std::to_string(num_sms_) + " multiprocessors";
+  info_.activation_type = ActivationType::kF32;
+  info_.page_layout = cache::Layout::kSm90;
+  info_.host_memory = false;
+  info_.memory_total = static_cast<int64_t>(total_bytes);
+  update_free_memory();
+  return {};
+}
+
+CudaBackend::~CudaBackend() {
+  if (stream_ != nullptr) cudaStreamSynchronize(stream_);
+  prefill_ = nullptr;
+  decode_ = nullptr;
+  append_ = nullptr;
+  workspace_ = Buffer();
+  staging_ = Buffer();
+  if (stream_ != nullptr) cudaStreamDestroy(stream_);
+}
+
+// What weights have left.
+void CudaBackend::update_free_memory() {
+  info_.memory_free = std::max<int64_t>(1, free_at_start_ - memory_->stats().total_now);
+}
+
+Status CudaBackend::supports(const formats::CacheFormat&, int head_dim,
+                             int query_heads_per_kv_head) const {
+  return PrefillAttention::supports(head_dim, query_heads_per_kv_head);
+}
+
+// ---- memory ----
+
+int64_t CudaBackend::workspace_bytes(const WorkspaceNeeds& needs) const {
+  return workspace_parts(needs).total();
+}
+
+Status CudaBackend::reserve_workspace(const WorkspaceNeeds& needs) {
+  const WorkspaceParts parts = workspace_parts(needs);
+  prefill_ = nullptr;
+  workspace_ = Buffer();  // given back first, so that the peak is the larger of the two
+  max_rows_ = 0;
+  if (parts.total() == 0) return {};
+  KVANT_ASSIGN(workspace_, Buffer::create(*memory_, parts.total(), MemoryUse::kWorkspace));
+  std::byte* at = workspace_.data();
+  linear_.set_workspace(at, needs.max_rows, needs.max_cols);
+  rope_tables_.set_workspace(at += parts.linear, needs.max_rows, needs.head_dim);
+  moe_.set_workspace(at += parts.rope, needs);
+  row_indices_ = reinterpret_cast<int64_t*>(at += parts.moe);
+  if (parts.prefill > 0) {
+    KVANT_ASSIGN(prefill_,
+                 PrefillAttention::create(prefill_limits(needs), at + parts.rows, parts.prefill));
+  }
+  max_rows_ = needs.max_rows;
+  return {};
+}
+
+int64_t CudaBackend::matrix_bytes(const MatrixSource& source) const {
+  return CudaMatrix::bytes_for(source);
+}
+
+Result<std::unique_ptr<Matrix>> CudaBackend::load_matrix(const MatrixSource& source) {
+  KVANT_ASSIGN(std::unique_ptr<CudaMatrix> matrix,
+               CudaMatrix::load(source, *memory_, ring_, staging_, stream_));
+  update_free_memory();
+  return std::unique_ptr<Matrix>(std::move(matrix));
+}
+
+// ---- dense operators ----
+
+// Rows go to the device as they are in the file and are dequantised there.
+Status CudaBackend::embed(const MatrixSource& table, std::span<const int32_t> ids, float scale,
+                          void* out) {
+  KVANT_TRY(check_embed(table, ids));
+  const int64_t row_bytes = formats::weight_bytes(table.type, table.cols);
+  const auto num_rows = static_cast<int64_t>(ids.size());
+  const int64_t step = kStagingBytes / row_bytes;
+  if (step == 0) {
+    return Error(ErrorCode::kUnsupported, "embeddings of " + std::to_string(row_bytes) +
+                                              " bytes; the CUDA backend takes at most " +
+                                              std::to_string(kStagingBytes));
+  }
+  for (int64_t first = 0; first < num_rows; first += step) {
+    const int64_t count = std::min(step, num_rows - first);
+    KVANT_ASSIGN(void* const rows, ring_.take(count * row_bytes, stream_));
+    for (int64_t i = 0; i < count; ++i) {
+      const int32_t id = ids[static_cast<size_t>(first + i)];
+      const int64_t row = table.row_order.empty() ? id : table.row_order[static_cast<size_t>(id)];
+      std::memcpy(static_cast<std::byte*>(rows) + i * row_bytes,
+                  table.bytes.data() + row * row_bytes, static_cast<size_t>(row_bytes));
+    }
+    KVANT_TRY(
+        cuda_status(cudaMemcpyAsync(staging_.data(), rows, static_cast<size_t>(count * row_bytes),
+                                    cudaMemcpyHostToDevice, stream_),
+                    "copying embeddings to the device"));
+    KVANT_TRY(dequantize_rows(table.type, staging_.as<uint8_t>(), count, table.cols, scale,
+                              floats(out) + first * table.cols, stream_));
+  }
+  return {};
+}
+
+Status CudaBackend::rms_norm(const RmsNormArgs& args) {
+  return cuda::rms_norm(args, stream_);
+}
+
+Status CudaBackend::linear(const void* x, int64_t num_rows, std::span<const LinearTarget> targets) {
+  return linear_.run(floats(x), num_rows, targets, stream_);
+}
+
+Status CudaBackend::rope(const RopeArgs& args) {
+  if (args.num_rows == 0 || args.num_query_heads + args.num_kv_heads == 0) return {};
+  const std::span positions(args.positions, static_cast<size_t>(args.num_rows));
+  KVANT_ASSIGN(const float* const table, rope_tables_.get(args.rope, positions, ring_, stream_));
+  return cuda::rope(args, table, stream_);
+}
+
+Status CudaBackend::gate(GateKind kind, const void* gate, const void* up, void* out,
+                         int64_t num_values) {
+  return cuda::gate(kind, floats(gate), floats(up), floats(out), num_values, stream_);
+}
+
+Status CudaBackend::add(const void* x, void* y, int64_t num_values) {
+  return cuda::add(floats(x), floats(y), num_values, stream_);
+}
+
+Status CudaBackend::moe(const MoeArgs& args) {
+  return moe_.run(args, linear_, ring_, stream_);
+}
+
+Status CudaBackend::gather_rows(const void* x, std::span<const int64_t> rows, int dim, void* out) {
+  const auto num_rows = static_cast<int64_t>(rows.size());
+  KVANT_CHECK(num_rows <= max_rows_, "reserve_workspace covers the rows");
+  KVANT_TRY(ring_.upload(row_indices_, rows.data(), num_rows * int64_t{sizeof(int64_t)}, stream_));
+  return cuda::gather_rows(floats(x), row_indices_, num_rows, dim, floats(out), stream_);
+}
+
+// ---- cache operators ----
+
+Status CudaBackend::append(const AppendArgs& args) {
+  return append_->run(args, stream_);
+}
+
+Result<formats::EncodeStats> CudaBackend::take_encode_stats() {
+  KVANT_ASSIGN(const formats::EncodeStats stats, append_->take_stats(stream_));
+  // Asked for in any case, so that the next step starts afresh.
+  Status in_range;
+  if (std::exchange(prefilled_, false)) in_range = prefill_->check_range(stream_);
+  if (stats.non_finite == 0) KVANT_TRY(std::move(in_range));
+  return stats;
+}
+
+// Steps of few new tokens read pages as they are; what those kernels lack, and longer steps, goes
+// through images.
+Status CudaBackend::attention(const AttentionArgs& args) {
+  const cache::GroupView& view = *args.view;
+  int most_tokens = 0;
+  for (const cache::SequenceView& sequence : view.sequences) {
+    most_tokens = std::max(most_tokens, sequence.num_new_tokens);
+  }
+  const cache::PageKind& stored = view.kinds[cache::kKindStored];
+  formats::CacheFormat format;
+  format.k = stored.k_format[args.group_layer];
+  format.v = stored.v_format[args.group_layer];
+  const int group = args.params.num_query_heads / view.num_kv_heads;
+  if (most_tokens <= kMostDecodeTokens && decode_->supports(format, view.head_dim, group)) {
+    return decode_->run(args, stream_);
+  }
+  KVANT_CHECK(prefill_ != nullptr, "reserve_workspace covers attention");
+  prefilled_ = true;
+  return prefill_->run(args, stream_);
+}
+
+// ---- host exchange ----
+
+Status CudaBackend::download_f32(const void* activations, int64_t num_values, float* host) {
+  KVANT_TRY(cuda_status(cudaMemcpyAsync(host, activations, sizeof(float) * num_values,
+                                        cudaMemcpyDeviceToHost, stream_),
+                        "copying from the device"));
+  return synchronize();
+}
+
+Status CudaBackend::upload_f32(const float* host, int64_t num_values, void* activations) {
+  return ring_.upload(activations, host, num_values * int64_t{sizeof(float)}, stream_);
+}
+
+Status CudaBackend::synchronize() {
+  KVANT_TRY(cuda_status(cudaStreamSynchronize(stream_), "waiting for the device"));
+  ring_.reset();
+  return memory_->take_error();
+}
+
+}  // namespace kvant::backend::cuda

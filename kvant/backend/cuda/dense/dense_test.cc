@@ -1,0 +1,467 @@
+// Every dense operator on the device against the reference backend (exact weights, sums in double),
+// on odd sizes.
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <vector>
+
+#include "kvant/backend/cuda/testing/cache_on_device.h"
+#include "kvant/backend/reference/reference_backend.h"
+#include "kvant/backend/testing/random_matrix.h"
+
+namespace kvant::backend::cuda {
+namespace {
+
+using backend::testing::random_activations;
+using backend::testing::random_matrix;
+using backend::testing::RandomMatrix;
+using formats::WeightType;
+using formats::WeightTypeInfo;
+using Floats = std::vector<float>;
+
+WorkspaceNeeds small_needs() {
+  WorkspaceNeeds needs;
+  needs.max_rows = 100;
+  needs.max_cols = 1024;
+  needs.head_dim = 128;
+  needs.num_experts = 6;
+  needs.num_experts_used = 3;
+  needs.expert_dim = 64;
+  return needs;
+}
+
+std::unique_ptr<Backend> make_cuda(bool deterministic) {
+  BackendOptions options;
+  options.name = "cuda";
+  options.deterministic = deterministic;
+  auto backend = create_backend(options);
+  EXPECT_TRUE(backend) << (backend ? "" : backend.error().message());
+  if (!backend) return nullptr;
+  EXPECT_TRUE((*backend)->reserve_workspace(small_needs()));
+  return std::move(*backend);
+}
+
+// Values in the backend's memory; with a size of 0 a null pointer.
+class Values {
+ public:
+  Values(Backend& backend, const Floats& values)
+      : backend_(backend), size_(static_cast<int64_t>(values.size())) {
+    if (size_ == 0) return;
+    auto buffer = Buffer::create(backend.memory(), 4 * size_, MemoryUse::kOther);
+    EXPECT_TRUE(buffer);
+    buffer_ = std::move(*buffer);
+    EXPECT_TRUE(backend.upload_f32(values.data(), size_, buffer_.data()));
+  }
+  float* data() { return buffer_.as<float>(); }
+  Floats get() {
+    Floats out(static_cast<size_t>(size_));
+    EXPECT_TRUE(backend_.download_f32(buffer_.data(), size_, out.data()));
+    return out;
+  }
+
+ private:
+  Backend& backend_;
+  int64_t size_;
+  Buffer buffer_;
+};
+
+double relative_error(const Floats& a, const Floats& b) {
+  double difference = 0;
+  double norm = 0;
+  for (size_t i = 0; i < b.size(); ++i) {
+    const double d = static_cast<double>(a[i]) - static_cast<double>(b[i]);
+    difference += d * d;
+    norm += static_cast<double>(b[i]) * static_cast<double>(b[i]);
+  }
+  return std::sqrt(difference / std::max(norm, 1e-300));
+}
+
+bool same_bits(const Floats& a, const Floats& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), 4 * a.size()) == 0;
+}
+
+class CudaDense : public ::testing::Test {
+ protected:
+  // f runs one operator and returns what it wrote.
+  void compare(double tolerance, const std::function<Floats(Backend&)>& f) {
+    const Floats expected = f(reference_);
+    const Floats found = f(*cuda_);
+    ASSERT_EQ(found.size(), expected.size());
+    EXPECT_LE(relative_error(found, expected), tolerance);
+  }
+  void SetUp() override {
+    const std::string reason = testing::no_device_reason();
+    if (!reason.empty()) GTEST_SKIP() << reason;
+    cuda_ = make_cuda(false);
+    deterministic_ = make_cuda(true);
+    ASSERT_TRUE(cuda_ != nullptr && deterministic_ != nullptr);
+  }
+  std::unique_ptr<Backend> cuda_;
+  std::unique_ptr<Backend> deterministic_;
+  reference::ReferenceBackend reference_{1, 0};
+};
+
+TEST_F(CudaDense, RmsNorm) {
+  for (const int dim : {1, 33, 64, 128, 576, 1000, 4096}) {
+    for (const int rows : {1, 7, 40}) {
+      const Floats x = random_activations(rows, dim, 1);
+      const Floats weight = random_activations(1, dim, 2);
+      compare(1e-6, [&](Backend& backend) {
+        Values in(backend, x);
+        Values w(backend, weight);
+        EXPECT_TRUE(backend.rms_norm({in.data(), w.data(), in.data(), rows, dim, 1e-5f}));
+        return in.get();
+      });
+    }
+  }
+}
+
+TEST_F(CudaDense, Rope) {
+  Floats factors(48);
+  for (size_t i = 0; i < factors.size(); ++i) factors[i] = 1.0f + 0.25f * static_cast<float>(i);
+  const std::vector<int64_t> positions = {0, 1, 77, 8191, 1000003};
+  for (const int rotary : {64, 96}) {
+    const Floats q = random_activations(5 * 3, 96, 3);
+    const Floats k = random_activations(5 * 2, 96, 4);
+    compare(1e-6, [&](Backend& backend) {
+      Values queries(backend, q);
+      Values keys(backend, k);
+      Values device_factors(backend, factors);
+      RopeArgs args;
+      args.q = queries.data();
+      args.k = keys.data();
+      args.positions = positions.data();
+      args.num_rows = 5;
+      args.num_query_heads = 3;
+      args.num_kv_heads = 2;
+      args.head_dim = 96;
+      args.rope.rotary_dim = rotary;
+      args.rope.base = 5e5f;
+      args.rope.position_scale = 0.125f;
+      args.rope.frequency_factors = rotary == 96 ? device_factors.data() : nullptr;
+      args.rope.attention_factor = 1.25f;
+      EXPECT_TRUE(backend.rope(args));
+      Floats out = queries.get();
+      const Floats rotated = keys.get();
+      out.insert(out.end(), rotated.begin(), rotated.end());
+      return out;
+    });
+  }
+}
+
+// Tables are kept between calls: other positions and settings must not see old ones.
+TEST_F(CudaDense, RopeFollowsPositionsAndSettings) {
+  const Floats q = random_activations(3, 64, 5);
+  const auto check = [&](float base, std::vector<int64_t> positions) {
+    compare(1e-6, [&](Backend& backend) {
+      Values queries(backend, q);
+      RopeArgs args;
+      args.q = queries.data();
+      args.positions = positions.data();
+      args.num_rows = static_cast<int64_t>(positions.size());
+      args.num_query_heads = 1;
+      args.head_dim = 64;
+      args.rope.rotary_dim = 64;
+      args.rope.base = base;
+      EXPECT_TRUE(backend.rope(args));
+      return queries.get();
+    });
+  };
+  check(1e4f, {0, 1, 2});
+  check(1e6f, {0, 1, 2});
+  check(1e5f, {0, 1, 2});
+  check(1e4f, {4});
+  check(1e4f, {4, 7, 9});
+}
+
+TEST_F(CudaDense, Gates) {
+  Floats gate;
+  for (float v = -120.0f; v < 120.0f; v += 0.37f) gate.push_back(v);
+  const Floats up = random_activations(1, static_cast<int64_t>(gate.size()), 6);
+  for (const GateKind kind : {GateKind::kSilu, GateKind::kGeluTanh}) {
+    compare(1e-6, [&](Backend& backend) {
+      Values g(backend, gate);
+      Values u(backend, up);
+      EXPECT_TRUE(backend.gate(kind, g.data(), u.data(), g.data(), int64_t(gate.size())));
+      return g.get();
+    });
+  }
+}
+
+TEST_F(CudaDense, AddAndGatherRows) {
+  const Floats x = random_activations(40, 999, 7);
+  const Floats y = random_activations(40, 999, 8);
+  compare(0.0, [&](Backend& backend) {
+    Values a(backend, x);
+    Values b(backend, y);
+    EXPECT_TRUE(backend.add(a.data(), b.data(), int64_t(x.size())));
+    return b.get();
+  });
+  const std::vector<int64_t> rows = {39, 0, 7, 7};
+  compare(0.0, [&](Backend& backend) {
+    Values a(backend, x);
+    Values out(backend, Floats(4 * 999));
+    EXPECT_TRUE(backend.gather_rows(a.data(), rows, 999, out.data()));
+    return out.get();
+  });
+}
+
+TEST_F(CudaDense, Embed) {
+  std::vector<int32_t> order(50);
+  std::iota(order.rbegin(), order.rend(), 0);
+  for (const WeightTypeInfo& info : formats::weight_types()) {
+    const RandomMatrix table = random_matrix(info.type, 50, 256, 9);
+    const std::vector<int32_t> ids = {0, 49, 3, 3};
+    for (const bool reordered : {false, true}) {
+      compare(0.0, [&](Backend& backend) {
+        MatrixSource source = table.source();
+        if (reordered) source.row_order = order;
+        Values out(backend, Floats(4 * 256));
+        EXPECT_TRUE(backend.embed(source, ids, 1.5f, out.data()));
+        return out.get();
+      });
+    }
+  }
+}
+
+struct Product {
+  const RandomMatrix& matrix;
+  const Floats& x;
+  const Floats* bias = nullptr;
+  std::vector<int32_t> order = {};
+  bool accumulate = false;
+
+  int64_t num_rows() const { return static_cast<int64_t>(x.size()) / matrix.cols; }
+  Floats run(Backend& backend) const {
+    MatrixSource source = matrix.source();
+    source.row_order = order;
+    auto loaded = backend.load_matrix(source);
+    EXPECT_TRUE(loaded) << (loaded ? "" : loaded.error().message());
+    EXPECT_EQ((*loaded)->memory_bytes(), backend.matrix_bytes(source));
+    Values in(backend, x);
+    Values b(backend, bias != nullptr ? *bias : Floats());
+    Values out(backend, Floats(static_cast<size_t>(num_rows() * matrix.rows), 0.5f));
+    LinearTarget target{loaded->get(), b.data(), out.data(), accumulate};
+    const Status done = backend.linear(in.data(), num_rows(), {&target, 1});
+    EXPECT_TRUE(done) << (done ? "" : done.error().message());
+    return out.get();
+  }
+};
+
+// An output's error against the norm of the products it sums, which cancellation leaves out of
+// account; the root of the mean over all outputs.
+double product_error(const Product& product, const Floats& found, const Floats& expected) {
+  const Floats w = product.matrix.values();
+  const int64_t cols = product.matrix.cols;
+  double difference = 0;
+  double norm = 0;
+  for (size_t at = 0; at < found.size(); ++at) {
+    const auto row = static_cast<int64_t>(at) / product.matrix.rows;
+    auto output = static_cast<int64_t>(at) % product.matrix.rows;
+    if (!product.order.empty()) output = product.order[static_cast<size_t>(output)];
+    const double d = static_cast<double>(found[at]) - static_cast<double>(expected[at]);
+    difference += d * d;
+    for (int64_t i = 0; i < cols; ++i) {
+      const double term = static_cast<double>(w[static_cast<size_t>(output * cols + i)]) *
+                          static_cast<double>(product.x[static_cast<size_t>(row * cols + i)]);
+      norm += term * term;
+    }
+  }
+  return std::sqrt(difference / norm);
+}
+
+std::vector<int64_t> widths(const WeightTypeInfo& info) {
+  if (info.block_elements == 1) return {1, 33, 576};
+  if (info.block_elements == 32) return {32, 576, 896};
+  return {256, 768};
+}
+
+class CudaLinearTest : public CudaDense {
+ protected:
+  void check(double tolerance, const Product& product) {
+    EXPECT_LE(product_error(product, product.run(*cuda_), product.run(reference_)), tolerance);
+  }
+};
+
+// The products of few rows are as exact as 16-bit activations: 2^-17 a value.
+TEST_F(CudaLinearTest, FewRows) {
+  for (const WeightTypeInfo& info : formats::weight_types()) {
+    for (const int64_t cols : widths(info)) {
+      for (const int64_t rows : {1, 45, 320}) {
+        const RandomMatrix matrix = random_matrix(info.type, rows, cols, 10);
+        for (const int64_t num_rows : {1, 3, 8, 9, 16, 27}) {
+          if (info.type == WeightType::kBF16 && num_rows > 8) continue;
+          const Floats x = random_activations(num_rows, cols, 11);
+          SCOPED_TRACE(std::string(info.name) + " " + std::to_string(rows) + " x " +
+                       std::to_string(cols) + ", rows " + std::to_string(num_rows));
+          check(2e-5, Product{matrix, x});
+        }
+      }
+    }
+  }
+}
+
+// Activations and weights are rounded to BF16, each to within 2^-8; few terms do not average out.
+TEST_F(CudaLinearTest, ManyRows) {
+  for (const WeightTypeInfo& info : formats::weight_types()) {
+    for (const int64_t cols : widths(info)) {
+      for (const int64_t rows : {1, 45, 320}) {
+        const RandomMatrix matrix = random_matrix(info.type, rows, cols, 12);
+        for (const int64_t num_rows : {33, 100, 133}) {
+          const Floats x = random_activations(num_rows, cols, 13);
+          SCOPED_TRACE(std::string(info.name) + " " + std::to_string(rows) + " x " +
+                       std::to_string(cols) + ", rows " + std::to_string(num_rows));
+          check(7e-3, Product{matrix, x});
+        }
+      }
+    }
+  }
+}
+
+TEST_F(CudaLinearTest, BiasOrderAndSum) {
+  std::vector<int32_t> order(45);
+  std::iota(order.rbegin(), order.rend(), 0);
+  const Floats bias = random_activations(1, 45, 14);
+  for (const WeightType type : {WeightType::kQ4_K, WeightType::kQ8_0, WeightType::kBF16}) {
+    const RandomMatrix matrix = random_matrix(type, 45, 512, 15);
+    for (const int64_t num_rows : {2, 40}) {
+      const Floats x = random_activations(num_rows, 512, 16);
+      for (const bool accumulate : {false, true}) {
+        SCOPED_TRACE(num_rows);
+        check(num_rows == 2 ? 2e-5 : 7e-3, Product{matrix, x, &bias, order, accumulate});
+      }
+    }
+  }
+}
+
+// Three targets of two types over one input, as queries, keys and values are.
+TEST_F(CudaDense, LinearTargetsShareTheirInput) {
+  const RandomMatrix a = random_matrix(WeightType::kQ4_K, 100, 256, 17);
+  const RandomMatrix b = random_matrix(WeightType::kQ4_K, 33, 256, 18);
+  const RandomMatrix c = random_matrix(WeightType::kQ6_K, 70, 256, 19);
+  for (const int64_t num_rows : {1, 50}) {
+    const Floats x = random_activations(num_rows, 256, 20);
+    compare(num_rows == 1 ? 2e-5 : 5e-3, [&](Backend& backend) {
+      std::vector<std::unique_ptr<Matrix>> matrices;
+      std::vector<std::unique_ptr<Values>> outs;
+      std::vector<LinearTarget> targets;
+      for (const RandomMatrix* matrix : {&a, &b, &c}) {
+        auto loaded = backend.load_matrix(matrix->source());
+        EXPECT_TRUE(loaded);
+        matrices.push_back(std::move(*loaded));
+        outs.push_back(std::make_unique<Values>(
+            backend, Floats(static_cast<size_t>(num_rows * matrix->rows))));
+        targets.push_back({matrices.back().get(), nullptr, outs.back()->data(), false});
+      }
+      Values in(backend, x);
+      EXPECT_TRUE(backend.linear(in.data(), num_rows, targets));
+      Floats all;
+      for (auto& out : outs) {
+        const Floats part = out->get();
+        all.insert(all.end(), part.begin(), part.end());
+      }
+      return all;
+    });
+  }
+}
+
+TEST_F(CudaDense, DeterministicRowsDoNotSeeTheirNeighbours) {
+  for (const WeightTypeInfo& info : formats::weight_types()) {
+    for (const int64_t rows : {45, 9000}) {
+      const RandomMatrix matrix = random_matrix(info.type, rows, 512, 21);
+      const Floats x = random_activations(40, 512, 22);
+      const Floats all = Product{matrix, x}.run(*deterministic_);
+      for (const int64_t count : {1, 5, 16}) {
+        const Floats some(x.end() - 512 * count, x.end());
+        const Floats out = Product{matrix, some}.run(*deterministic_);
+        EXPECT_TRUE(same_bits(out, Floats(all.end() - rows * count, all.end()))) << info.name;
+      }
+    }
+  }
+}
+
+struct Experts {
+  RandomMatrix router = random_matrix(WeightType::kF32, 6, 256, 30);
+  std::vector<RandomMatrix> gate, up, down;
+  Experts() {
+    for (uint32_t e = 0; e < 6; ++e) {
+      gate.push_back(random_matrix(WeightType::kQ4_K, 64, 256, 40 + e));
+      up.push_back(random_matrix(WeightType::kQ8_0, 64, 256, 50 + e));
+      down.push_back(random_matrix(WeightType::kF16, 256, 64, 60 + e));
+    }
+  }
+  Floats run(Backend& backend, const Floats& x, bool normalize) const {
+    std::vector<std::unique_ptr<Matrix>> owned;
+    std::vector<const Matrix*> gates, ups, downs;
+    const auto load = [&](const RandomMatrix& matrix) {
+      auto loaded = backend.load_matrix(matrix.source());
+      EXPECT_TRUE(loaded);
+      owned.push_back(std::move(*loaded));
+      return owned.back().get();
+    };
+    for (size_t e = 0; e < 6; ++e) {
+      gates.push_back(load(gate[e]));
+      ups.push_back(load(up[e]));
+      downs.push_back(load(down[e]));
+    }
+    Values in(backend, x);
+    Values out(backend, Floats(x.size()));
+    MoeArgs args;
+    args.x = in.data();
+    args.out = out.data();
+    args.num_rows = static_cast<int64_t>(x.size()) / 256;
+    args.num_experts = 6;
+    args.num_experts_used = 3;
+    args.normalize_weights = normalize;
+    args.router = load(router);
+    args.gate_proj = gates;
+    args.up_proj = ups;
+    args.down_proj = downs;
+    const Status done = backend.moe(args);
+    EXPECT_TRUE(done) << (done ? "" : done.error().message());
+    return out.get();
+  }
+};
+
+TEST_F(CudaDense, MixtureOfExperts) {
+  const Experts experts;
+  for (const int64_t rows : {1, 8, 150}) {
+    Floats x = random_activations(rows, 256, 31);
+    // Keeps the router's logits small: exp would magnify their rounding.
+    for (float& v : x) v *= 0.002f;
+    for (const bool normalize : {true, false}) {
+      compare(rows == 150 ? 1e-2 : 1e-4,
+              [&](Backend& backend) { return experts.run(backend, x, normalize); });
+    }
+    const Floats all = experts.run(*deterministic_, x, true);
+    const Floats last = experts.run(*deterministic_, Floats(x.end() - 256, x.end()), true);
+    EXPECT_TRUE(same_bits(last, Floats(all.end() - 256, all.end())));
+  }
+}
+
+TEST_F(CudaDense, MemoryIsCountedAndLimited) {
+  auto memory = make_cuda(false);
+  EXPECT_EQ(memory->memory().stats().total_now, memory->workspace_bytes(small_needs()));
+  BackendOptions options;
+  options.name = "cuda";
+  options.memory_limit = 1 << 20;
+  auto limited = create_backend(options);
+  ASSERT_TRUE(limited);
+  const auto refused = Buffer::create((*limited)->memory(), 2 << 20, MemoryUse::kPages);
+  ASSERT_FALSE(refused);
+  EXPECT_EQ(refused.error().code(), ErrorCode::kResourceExhausted);
+  // Tables are the host's to write.
+  auto table = Buffer::create((*limited)->memory(), 4096, MemoryUse::kTables);
+  ASSERT_TRUE(table);
+  EXPECT_EQ(table->as<int>()[17], 0);
+  table->as<int>()[17] = 5;
+}
+
+}  // namespace
+}  // namespace kvant::backend::cuda

@@ -1,0 +1,215 @@
+#include "kvant/backend/cuda/dense/linear.h"
+
+#include <algorithm>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kvant/backend/cuda/dense/matrix.h"
+#include "kvant/backend/cuda/dense/operators.h"
+#include "kvant/base/check.h"
+
+namespace kvant::backend::cuda {
+namespace {
+
+// Up to so many rows a product that reads the stored weights is faster: cuBLASLt reads BF16 as it
+// is and everything else once more than that.
+constexpr int64_t kFewRowsBf16 = 8;
+constexpr int64_t kFewRows = 32;
+constexpr int64_t kBlasWorkspace = int64_t{32} << 20;     // cuBLASLt's advice for Hopper
+constexpr size_t kMaxAlgorithms = 4096;                   // remembered
+constexpr int64_t kDequantisedPiece = int64_t{64} << 20;  // of BF16 weights
+
+int64_t padded(int64_t cols) {
+  WeightTiles tiles;
+  tiles.cols = cols;
+  return tiles.padded_cols();
+}
+
+// Rows of a matrix that are dequantised at a time.
+int64_t piece_rows(int64_t cols) {
+  return std::max<int64_t>(1, kDequantisedPiece / (2 * padded(cols)) / kStripRows) * kStripRows;
+}
+
+Status blas_status(cublasStatus_t status, const char* what) {
+  if (status == CUBLAS_STATUS_SUCCESS) return {};
+  return Error(ErrorCode::kDeviceError,
+               std::string("cuBLASLt, ") + what + ": " + cublasLtGetStatusString(status));
+}
+
+template <typename T, cublasStatus_t (*kDestroy)(T)>
+struct Destroy {
+  void operator()(T object) const { kDestroy(object); }
+};
+using Operation = std::unique_ptr<cublasLtMatmulDescOpaque_t,
+                                  Destroy<cublasLtMatmulDesc_t, cublasLtMatmulDescDestroy>>;
+using Layout = std::unique_ptr<cublasLtMatrixLayoutOpaque_t,
+                               Destroy<cublasLtMatrixLayout_t, cublasLtMatrixLayoutDestroy>>;
+using Preference =
+    std::unique_ptr<cublasLtMatmulPreferenceOpaque_t,
+                    Destroy<cublasLtMatmulPreference_t, cublasLtMatmulPreferenceDestroy>>;
+
+Result<Layout> make_layout(cudaDataType_t type, int64_t rows, int64_t cols, int64_t stride) {
+  cublasLtMatrixLayout_t layout = nullptr;
+  KVANT_TRY(blas_status(cublasLtMatrixLayoutCreate(&layout, type, static_cast<uint64_t>(rows),
+                                                   static_cast<uint64_t>(cols), stride),
+                        "describing a matrix"));
+  return Layout(layout);
+}
+
+template <typename T>
+Status set(cublasLtMatmulDesc_t operation, cublasLtMatmulDescAttributes_t attribute, T value) {
+  return blas_status(cublasLtMatmulDescSetAttribute(operation, attribute, &value, sizeof(value)),
+                     "describing a product");
+}
+
+// Row-major out = x W^T is column-major out^T = W x^T with W transposed as stored.
+Result<Operation> make_operation(const float* bias) {
+  cublasLtMatmulDesc_t raw = nullptr;
+  KVANT_TRY(blas_status(cublasLtMatmulDescCreate(&raw, CUBLAS_COMPUTE_32F, CUDA_R_32F),
+                        "describing a product"));
+  Operation operation(raw);
+  KVANT_TRY(set(raw, CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T));
+  if (bias == nullptr) return operation;
+  KVANT_TRY(set(raw, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS));
+  KVANT_TRY(set(raw, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, CUDA_R_32F));
+  KVANT_TRY(set(raw, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias));
+  return operation;
+}
+
+}  // namespace
+
+CudaLinear::~CudaLinear() {
+  if (handle_ != nullptr) cublasLtDestroy(handle_);
+}
+
+Status CudaLinear::create(int num_sms, bool deterministic) {
+  num_sms_ = num_sms;
+  deterministic_ = deterministic;
+  return blas_status(cublasLtCreate(&handle_), "starting");
+}
+
+int64_t CudaLinear::workspace_bytes(int64_t max_rows, int64_t max_cols) {
+  if (max_rows <= 0 || max_cols <= 0) return 0;
+  const int64_t rounded = (2 * max_rows * padded(max_cols) + 255) / 256 * 256;
+  return kBlasWorkspace + rounded + 2 * piece_rows(max_cols) * padded(max_cols);
+}
+
+void CudaLinear::set_workspace(std::byte* workspace, int64_t max_rows, int64_t max_cols) {
+  max_rows_ = max_rows;
+  max_cols_ = max_cols;
+  blas_workspace_ = workspace;
+  rounded_x_ = reinterpret_cast<uint16_t*>(workspace + kBlasWorkspace);
+  const int64_t rounded = (2 * max_rows * padded(max_cols) + 255) / 256 * 256;
+  weights_ = reinterpret_cast<uint16_t*>(workspace + kBlasWorkspace + rounded);
+}
+
+Status CudaLinear::run(const float* x, int64_t num_rows, std::span<const LinearTarget> targets,
+                       cudaStream_t stream) {
+  if (num_rows == 0 || targets.empty()) return {};
+  const bool is_bf16 = tiles_of(targets[0].matrix).type == formats::WeightType::kBF16;
+  if (deterministic_ || num_rows <= (is_bf16 ? kFewRowsBf16 : kFewRows)) {
+    return run_exact(x, num_rows, targets, {}, stream);
+  }
+  const int64_t cols = targets[0].matrix->cols();
+  KVANT_CHECK(max_rows_ > 0 && cols <= max_cols_, "reserve_workspace covers the products");
+  for (int64_t first = 0; first < num_rows; first += max_rows_) {
+    const int64_t count = std::min(max_rows_, num_rows - first);
+    KVANT_TRY(round_rows(x + first * cols, count, cols, padded(cols), rounded_x_, stream));
+    for (const LinearTarget& target : targets) {
+      LinearTarget part = target;
+      part.out = static_cast<float*>(target.out) + first * target.matrix->rows();
+      KVANT_TRY(run_target(count, part, stream));
+    }
+  }
+  return {};
+}
+
+Status CudaLinear::run_exact(const float* x, int64_t num_rows,
+                             std::span<const LinearTarget> targets, const ExpertChoice& choice,
+                             cudaStream_t stream) {
+  // Targets of one type share a launch.
+  std::array<ProductTarget, kMaxProductTargets> group;
+  size_t size = 0;
+  for (size_t i = 0; i < targets.size(); ++i) {
+    group[size++] = {.weights = tiles_of(targets[i].matrix),
+                     .bias = targets[i].bias,
+                     .out = static_cast<float*>(targets[i].out),
+                     .accumulate = targets[i].accumulate};
+    const bool ends = i + 1 == targets.size() || size == group.size() ||
+                      tiles_of(targets[i + 1].matrix).type != group[0].weights.type;
+    if (!ends) continue;
+    KVANT_TRY(multiply_rows(x, num_rows, std::span(group).first(size), choice, num_sms_, stream));
+    size = 0;
+  }
+  return {};
+}
+
+// x is in rounded_x_.
+Status CudaLinear::run_target(int64_t num_rows, const LinearTarget& target, cudaStream_t stream) {
+  const WeightTiles& tiles = tiles_of(target.matrix);
+  const bool in_place = tiles.type == formats::WeightType::kBF16;
+  const int64_t step = in_place ? tiles.rows : piece_rows(max_cols_);
+  for (int64_t first = 0; first < tiles.rows; first += step) {
+    const int64_t outputs = std::min(step, tiles.rows - first);
+    const uint16_t* weights = reinterpret_cast<const uint16_t*>(tiles.data);
+    if (!in_place) {
+      KVANT_TRY(dequantize_to_bf16(tiles, first, outputs, weights_, stream));
+      weights = weights_;
+    }
+    KVANT_TRY(multiply({.outputs = outputs,
+                        .rows = num_rows,
+                        .inputs = tiles.padded_cols(),
+                        .out_stride = tiles.rows,
+                        .weights = weights,
+                        .x = rounded_x_,
+                        .bias = target.bias == nullptr ? nullptr : target.bias + first,
+                        .out = static_cast<float*>(target.out) + first,
+                        .accumulate = target.accumulate},
+                       stream));
+  }
+  return {};
+}
+
+Status CudaLinear::multiply(const Gemm& gemm, cudaStream_t stream) {
+  KVANT_ASSIGN(const Operation operation, make_operation(gemm.bias));
+  KVANT_ASSIGN(const Layout a, make_layout(CUDA_R_16BF, gemm.inputs, gemm.outputs, gemm.inputs));
+  KVANT_ASSIGN(const Layout b, make_layout(CUDA_R_16BF, gemm.inputs, gemm.rows, gemm.inputs));
+  KVANT_ASSIGN(const Layout c, make_layout(CUDA_R_32F, gemm.outputs, gemm.rows, gemm.out_stride));
+  const auto alignment = [](const void* p) {
+    const auto address = reinterpret_cast<uintptr_t>(p);
+    return static_cast<uint32_t>(std::min<uintptr_t>(256, address & (~address + 1)));
+  };
+  const uint32_t out_alignment = alignment(gemm.out);
+  const Shape shape = {gemm.outputs, gemm.rows, gemm.inputs, gemm.out_stride,
+                       out_alignment * 2 + (gemm.bias != nullptr ? 1 : 0)};
+  auto found = algorithms_.find(shape);
+  if (found == algorithms_.end()) {
+    if (algorithms_.size() >= kMaxAlgorithms) algorithms_.clear();
+    cublasLtMatmulPreference_t raw = nullptr;
+    KVANT_TRY(blas_status(cublasLtMatmulPreferenceCreate(&raw), "choosing an algorithm"));
+    const Preference preference(raw);
+    const size_t workspace = kBlasWorkspace;
+    cublasLtMatmulPreferenceSetAttribute(raw, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace,
+                                         sizeof(workspace));
+    for (const auto attribute :
+         {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES}) {
+      cublasLtMatmulPreferenceSetAttribute(raw, attribute, &out_alignment, sizeof(out_alignment));
+    }
+    cublasLtMatmulHeuristicResult_t result = {};
+    int count = 0;
+    KVANT_TRY(blas_status(cublasLtMatmulAlgoGetHeuristic(handle_, operation.get(), a.get(), b.get(),
+                                                         c.get(), c.get(), raw, 1, &result, &count),
+                          "choosing an algorithm"));
+    KVANT_CHECK(count > 0, "cuBLASLt has an algorithm for every product of aligned BF16");
+    found = algorithms_.emplace(shape, result.algo).first;
+  }
+  const float one = 1.0f;
+  const float beta = gemm.accumulate ? 1.0f : 0.0f;
+  return blas_status(cublasLtMatmul(handle_, operation.get(), &one, gemm.weights, a.get(), gemm.x,
+                                    b.get(), &beta, gemm.out, c.get(), gemm.out, c.get(),
+                                    &found->second, blas_workspace_, kBlasWorkspace, stream),
+                     "multiplying");
+}
+
+}  // namespace kvant::backend::cuda

@@ -1,0 +1,67 @@
+// Matrix products of the CUDA backend: few rows by reading weights as they are (product.h), many
+// rows by cuBLASLt in BF16 with fp32 sums, for which tiled weights are dequantised piece by piece
+// right before their product, so that no second copy of the weights is kept.
+//
+// With many rows activations and dequantised weights are rounded to BF16 (8 bits). In deterministic
+// mode every product is that of few rows.
+#pragma once
+
+#include <cublasLt.h>
+#include <cuda_runtime_api.h>
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <span>
+
+#include "kvant/backend/backend.h"
+#include "kvant/backend/cuda/dense/product.h"
+#include "kvant/base/result.h"
+
+namespace kvant::backend::cuda {
+
+class CudaLinear {
+ public:
+  CudaLinear() = default;
+  CudaLinear(const CudaLinear&) = delete;
+  CudaLinear& operator=(const CudaLinear&) = delete;
+  ~CudaLinear();
+  Status create(int num_sms, bool deterministic);
+
+  // Scratch memory for products of `max_rows` rows at most (more rows take more turns).
+  static int64_t workspace_bytes(int64_t max_rows, int64_t max_cols);
+  void set_workspace(std::byte* workspace, int64_t max_rows, int64_t max_cols);
+
+  Status run(const float* x, int64_t num_rows, std::span<const LinearTarget> targets,
+             cudaStream_t stream);
+  // With the exactness of few rows, however many there are.
+  Status run_exact(const float* x, int64_t num_rows, std::span<const LinearTarget> targets,
+                   const ExpertChoice& choice, cudaStream_t stream);
+  bool deterministic() const { return deterministic_; }
+
+ private:
+  struct Gemm {
+    int64_t outputs, rows, inputs, out_stride;
+    const uint16_t* weights;  // [outputs][inputs]
+    const uint16_t* x;        // [rows][inputs]
+    const float* bias;        // [outputs] or null
+    float* out;               // [rows][out_stride]
+    bool accumulate;
+  };
+  using Shape = std::array<int64_t, 5>;  // what the choice of an algorithm depends on
+
+  Status run_target(int64_t num_rows, const LinearTarget& target, cudaStream_t stream);
+  Status multiply(const Gemm& gemm, cudaStream_t stream);
+
+  cublasLtHandle_t handle_ = nullptr;
+  int num_sms_ = 0;
+  bool deterministic_ = false;
+  int64_t max_rows_ = 0;
+  int64_t max_cols_ = 0;
+  std::byte* blas_workspace_ = nullptr;
+  uint16_t* rounded_x_ = nullptr;  // [max_rows][padded cols]
+  uint16_t* weights_ = nullptr;    // a piece of a matrix
+  std::map<Shape, cublasLtMatmulAlgo_t> algorithms_;
+};
+
+}  // namespace kvant::backend::cuda

@@ -1,0 +1,210 @@
+#include "kvant/backend/cuda/dense/operators.h"
+
+#include <algorithm>
+
+#include "kvant/backend/cuda/dense/file_blocks.cuh"
+#include "kvant/backend/cuda/status.h"
+
+namespace kvant::backend::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+// Blocks of a loop over n values with a stride of the grid.
+unsigned grid_for(int64_t n) {
+  return static_cast<unsigned>(
+      std::clamp<int64_t>((n + kThreads - 1) / kThreads, 1, int64_t{1} << 16));
+}
+
+#define KVANT_GRID_LOOP(i, n)                                               \
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < (n); \
+       i += int64_t{gridDim.x} * blockDim.x)
+
+__device__ float warp_sum(float x) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xffffffffu, x, lanes);
+  return x;
+}
+
+// One warp or one block of kWarps a row; the order of the sum depends on `dim` only.
+template <int kWarps>
+__global__ void rms_norm_kernel(const float* x, const float* weight, float* out, int64_t num_rows,
+                                int dim, float epsilon) {
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  const bool row_per_warp = kWarps == 1;
+  const int64_t row = row_per_warp ? blockIdx.x * int64_t{blockDim.x / 32} + warp : blockIdx.x;
+  if (row >= num_rows) return;  // whole warps
+  const int first = row_per_warp ? lane : static_cast<int>(threadIdx.x);
+  const float* from = x + row * dim;
+  float sum = 0.0f;
+  for (int i = first; i < dim; i += 32 * kWarps) sum = fmaf(from[i], from[i], sum);
+  sum = warp_sum(sum);
+  if (!row_per_warp) {
+    __shared__ float parts[kWarps];
+    if (lane == 0) parts[warp] = sum;
+    __syncthreads();
+    sum = 0.0f;
+    for (int w = 0; w < kWarps; ++w) sum += parts[w];
+  }
+  const float factor = 1.0f / sqrtf(sum / static_cast<float>(dim) + epsilon);
+  for (int i = first; i < dim; i += 32 * kWarps) out[row * dim + i] = from[i] * factor * weight[i];
+}
+
+__global__ void rope_table_kernel(attention::RopeParams rope, const int64_t* positions,
+                                  int64_t num_rows, float* table) {
+  const int half = rope.rotary_dim / 2;
+  KVANT_GRID_LOOP(at, num_rows * half) {
+    const int64_t row = at / half;
+    const int i = static_cast<int>(at % half);
+    double frequency = pow(static_cast<double>(rope.base), -2.0 * i / rope.rotary_dim) *
+                       static_cast<double>(rope.position_scale);
+    if (rope.frequency_factors != nullptr) {
+      frequency /= static_cast<double>(rope.frequency_factors[i]);
+    }
+    double sine, cosine;
+    sincos(static_cast<double>(positions[row]) * frequency, &sine, &cosine);
+    const double factor = static_cast<double>(rope.attention_factor);
+    table[row * 2 * half + i] = static_cast<float>(factor * cosine);
+    table[row * 2 * half + half + i] = static_cast<float>(factor * sine);
+  }
+}
+
+// Heads of q, then of k.
+__global__ void rope_kernel(RopeArgs args, const float* table) {
+  const int half = args.rope.rotary_dim / 2;
+  const int heads = args.num_query_heads + args.num_kv_heads;
+  KVANT_GRID_LOOP(at, args.num_rows * heads * half) {
+    const int i = static_cast<int>(at % half);
+    const int head = static_cast<int>(at / half % heads);
+    const int64_t row = at / half / heads;
+    float* x =
+        head < args.num_query_heads
+            ? static_cast<float*>(args.q) + (row * args.num_query_heads + head) * args.head_dim
+            : static_cast<float*>(args.k) +
+                  (row * args.num_kv_heads + head - args.num_query_heads) * args.head_dim;
+    const float c = table[row * 2 * half + i];
+    const float s = table[row * 2 * half + half + i];
+    const float a = x[i];
+    const float b = x[i + half];
+    x[i] = fmaf(-b, s, a * c);
+    x[i + half] = fmaf(a, s, b * c);
+  }
+}
+
+// x / (1 + e^-t)
+__device__ float times_sigmoid(float x, float t) {
+  return x / (1.0f + expf(-t));
+}
+
+template <GateKind kKind>
+__global__ void gate_kernel(const float* gate, const float* up, float* out, int64_t n) {
+  KVANT_GRID_LOOP(i, n) {
+    const float g = gate[i];
+    float t = g;
+    // GELU with tanh: x / 2 * (1 + tanh t) = x / (1 + e^-2t), t = sqrt(2 / pi) (x + 0.044715 x^3).
+    if (kKind == GateKind::kGeluTanh) {
+      t = g * fmaf(g * g, 2.0f * 0.7978845608f * 0.044715f, 2.0f * 0.7978845608f);
+    }
+    out[i] = times_sigmoid(g, t) * up[i];
+  }
+}
+
+__global__ void add_kernel(const float* x, float* y, int64_t n) {
+  KVANT_GRID_LOOP(i, n) y[i] += x[i];
+}
+
+__global__ void gather_kernel(const float* x, const int64_t* rows, int64_t num_rows, int dim,
+                              float* out) {
+  KVANT_GRID_LOOP(at, num_rows * dim) out[at] = x[rows[at / dim] * dim + at % dim];
+}
+
+template <WeightType kType>
+__global__ void dequantize_kernel(const uint8_t* rows, int64_t row_bytes, int64_t num_rows,
+                                  int64_t cols, float scale, float* out) {
+  KVANT_GRID_LOOP(at, num_rows * cols) {
+    out[at] = file_value<kType>(rows + at / cols * row_bytes, at % cols) * scale;
+  }
+}
+
+__global__ void round_kernel(const float* x, int64_t num_rows, int64_t cols, int64_t padded,
+                             uint16_t* out) {
+  KVANT_GRID_LOOP(at, num_rows * padded) {
+    const int64_t i = at % padded;
+    out[at] = i < cols ? to_bf16(x[at / padded * cols + i]) : uint16_t{0};
+  }
+}
+
+}  // namespace
+
+Status rms_norm(const RmsNormArgs& args, cudaStream_t stream) {
+  if (args.num_rows == 0) return {};
+  const auto* x = static_cast<const float*>(args.x);
+  auto* out = static_cast<float*>(args.out);
+  if (args.dim <= 512) {  // heads
+    const int64_t blocks = (args.num_rows + 7) / 8;
+    rms_norm_kernel<1><<<static_cast<unsigned>(blocks), 256, 0, stream>>>(
+        x, args.weight, out, args.num_rows, args.dim, args.epsilon);
+  } else {
+    rms_norm_kernel<16><<<static_cast<unsigned>(args.num_rows), 512, 0, stream>>>(
+        x, args.weight, out, args.num_rows, args.dim, args.epsilon);
+  }
+  return launch_status("rms_norm");
+}
+
+Status rope_table(const attention::RopeParams& rope, const int64_t* positions, int64_t num_rows,
+                  float* table, cudaStream_t stream) {
+  rope_table_kernel<<<grid_for(num_rows * rope.rotary_dim / 2), kThreads, 0, stream>>>(
+      rope, positions, num_rows, table);
+  return launch_status("rope_table");
+}
+
+Status rope(const RopeArgs& args, const float* table, cudaStream_t stream) {
+  const int64_t n =
+      args.num_rows * (args.num_query_heads + args.num_kv_heads) * (args.rope.rotary_dim / 2);
+  if (n == 0) return {};
+  rope_kernel<<<grid_for(n), kThreads, 0, stream>>>(args, table);
+  return launch_status("rope");
+}
+
+Status gate(GateKind kind, const float* gate, const float* up, float* out, int64_t num_values,
+            cudaStream_t stream) {
+  if (num_values == 0) return {};
+  const auto kernel =
+      kind == GateKind::kSilu ? gate_kernel<GateKind::kSilu> : gate_kernel<GateKind::kGeluTanh>;
+  kernel<<<grid_for(num_values), kThreads, 0, stream>>>(gate, up, out, num_values);
+  return launch_status("gate");
+}
+
+Status add(const float* x, float* y, int64_t num_values, cudaStream_t stream) {
+  if (num_values == 0) return {};
+  add_kernel<<<grid_for(num_values), kThreads, 0, stream>>>(x, y, num_values);
+  return launch_status("add");
+}
+
+Status gather_rows(const float* x, const int64_t* rows, int64_t num_rows, int dim, float* out,
+                   cudaStream_t stream) {
+  if (num_rows == 0) return {};
+  gather_kernel<<<grid_for(num_rows * dim), kThreads, 0, stream>>>(x, rows, num_rows, dim, out);
+  return launch_status("gather_rows");
+}
+
+Status dequantize_rows(formats::WeightType type, const uint8_t* rows, int64_t num_rows,
+                       int64_t cols, float scale, float* out, cudaStream_t stream) {
+  if (num_rows == 0) return {};
+  const int64_t row_bytes = formats::weight_bytes(type, cols);
+  for_weight_type<WeightTag>(type, [&](auto tag) {
+    dequantize_kernel<decltype(tag)::kValue><<<grid_for(num_rows * cols), kThreads, 0, stream>>>(
+        rows, row_bytes, num_rows, cols, scale, out);
+  });
+  return launch_status("dequantize_rows");
+}
+
+Status round_rows(const float* x, int64_t num_rows, int64_t cols, int64_t padded, uint16_t* out,
+                  cudaStream_t stream) {
+  if (num_rows == 0) return {};
+  round_kernel<<<grid_for(num_rows * padded), kThreads, 0, stream>>>(x, num_rows, cols, padded,
+                                                                     out);
+  return launch_status("round_rows");
+}
+
+}  // namespace kvant::backend::cuda

@@ -1,0 +1,171 @@
+// File blocks to tiles, and tiles to rows of BF16.
+#include "kvant/backend/cuda/dense/file_blocks.cuh"
+#include "kvant/backend/cuda/dense/product.h"
+#include "kvant/backend/cuda/dense/product_tiles.cuh"
+#include "kvant/backend/cuda/status.h"
+
+namespace kvant::backend::cuda {
+namespace {
+
+// A warp a tile; rows and steps of a tile as in the product.
+template <WeightType kType>
+__global__ void to_bf16_kernel(WeightTiles w, int64_t first_strip, int64_t num_strips,
+                               int64_t first_row, int64_t num_rows, uint16_t* out) {
+  const int lane = threadIdx.x % 32;
+  const int64_t at = blockIdx.x * int64_t{blockDim.x / 32} + threadIdx.x / 32;
+  const int64_t strip = first_strip + at / w.num_tiles();
+  const int64_t tile = at % w.num_tiles();
+  if (strip >= first_strip + num_strips) return;
+  typename TileOf<kType>::Type raw;
+  raw.load(typename TileOf<kType>::Source(w, strip, static_cast<int>(tile), lane), 0);
+#pragma unroll
+  for (int s = 0; s < 4; ++s) {
+    uint32_t word[4];
+    if constexpr (kTiled<kType>) {
+      const RowScales scales = raw.row_scales(s);
+      uint32_t codes[4];
+      raw.codes(s, codes);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        word[i] = pack_bf16(fmaf(scales.scale[i % 2], low_bf16(codes[i]), scales.offset[i % 2]),
+                            fmaf(scales.scale[i % 2], high_bf16(codes[i]), scales.offset[i % 2]));
+      }
+    } else {
+      uint32_t rest[4];
+      raw.operands(s, word, rest);
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int64_t row = strip * kStripRows + lane / 4 + 8 * r - first_row;
+      if (row >= num_rows) continue;
+      const int64_t place = row * w.padded_cols() + tile * kTileCols + input_of<kType>(s, lane % 4);
+      *reinterpret_cast<uint2*>(out + place) = make_uint2(word[r], word[r + 2]);
+    }
+  }
+}
+
+__device__ void put_u16(uint8_t* at, uint32_t bits) {
+  *reinterpret_cast<uint16_t*>(at) = static_cast<uint16_t>(bits);
+}
+
+// Scales of rows g and g + 8 in one tile, by the thread of row `r` of the pair.
+template <WeightType kType>
+__device__ void pack_scales(const WeightTiles& w, uint8_t* strip, int64_t tile, int g, int r,
+                            const uint8_t* row) {
+  using Block = FileBlock<kType>;
+  constexpr TileBytes kBytes = tile_bytes(kType);
+  const StripPlanes planes(kBytes, static_cast<int>(w.num_tiles()));
+  uint8_t* at = strip + planes.scales + tile * kBytes.scales + g * (kBytes.scales / 8);
+  uint8_t* super =
+      strip + planes.super + tile / kGroupTiles * kBytes.super + g * (kBytes.super / 8);
+  for (int b = 0; b < 2; ++b) {
+    const int64_t input = tile * kTileCols + 32 * b;
+    if (row == nullptr || input >= w.cols) continue;  // zeros: memory is clear
+    const uint8_t* block = row + input / Block::kElements * Block::kBytes;
+    if constexpr (kBytes.super == 0) {
+      constexpr int kNumbers = kHasOffset<kType> ? 2 : 1;
+      for (int i = 0; i < kNumbers; ++i) {
+        put_u16(at + ((r * 2 + b) * kNumbers + i) * 2, byte_pair(block + 2 * i));
+      }
+    } else if constexpr (kType == WeightType::kQ6_K) {
+      const int first = static_cast<int>(input % 256) / 16;
+      for (int i = 0; i < 2; ++i) at[4 * r + 2 * b + i] = block[192 + first + i];
+      put_u16(super + 2 * r, byte_pair(block + 208));
+    } else {
+      int scale, minimum;
+      scale_and_minimum(block + 4, static_cast<int>(input % 256) / 32, &scale, &minimum);
+      at[4 * r + 2 * b] = static_cast<uint8_t>(scale);
+      at[4 * r + 2 * b + 1] = static_cast<uint8_t>(minimum);
+      for (int i = 0; i < 2; ++i) put_u16(super + 4 * r + 2 * i, byte_pair(block + 2 * i));
+    }
+  }
+}
+
+// A thread a lane of a tile.
+template <WeightType kType>
+__global__ void pack_kernel(WeightTiles w, int64_t first_strip, int64_t num_strips,
+                            int64_t row_bytes, const uint8_t* file_rows, uint8_t* out) {
+  using Block = FileBlock<kType>;
+  constexpr TileBytes kBytes = tile_bytes(kType);
+  const int lane = threadIdx.x % 32;
+  const int64_t at = blockIdx.x * int64_t{blockDim.x / 32} + threadIdx.x / 32;
+  const int64_t tile = at % w.num_tiles();
+  const int64_t local = at / w.num_tiles();
+  if (local >= num_strips) return;
+  const StripPlanes planes(kBytes, static_cast<int>(w.num_tiles()));
+  uint8_t* strip = out + (first_strip + local) * planes.bytes;
+  const uint8_t* rows[2];
+  for (int r = 0; r < 2; ++r) {
+    const int64_t row = local * kStripRows + lane / 4 + 8 * r;
+    const bool exists = first_strip * kStripRows + row < w.rows;
+    rows[r] = exists ? file_rows + row * row_bytes : nullptr;
+  }
+  uint32_t low[8] = {};
+  uint32_t high[2] = {};
+  for (int s = 0; s < 4; ++s) {
+    for (int i = 0; i < 4; ++i) {
+      for (int h = 0; h < 2; ++h) {
+        const uint8_t* row = rows[i % 2];
+        const int64_t input = tile * kTileCols + s * 16 + lane % 4 * 4 + i / 2 * 2 + h;
+        uint32_t code = kCodeBias<kType>;
+        if (row != nullptr && input < w.cols) {
+          code += Block::code(row + input / Block::kElements * Block::kBytes,
+                              static_cast<int>(input % Block::kElements));
+        }
+        if constexpr (kType == WeightType::kQ8_0) {
+          low[2 * s + i / 2] |= code << (16 * (i % 2) + 8 * h);
+        } else {
+          low[s] |= (code & 15) << (4 * i + 16 * h);
+          if constexpr (kBytes.high == 128) high[0] |= (code >> 4) << (4 * s + i + 16 * h);
+          if constexpr (kBytes.high == 256) {
+            high[s / 2] |= (code >> 4) << (2 * (4 * (s % 2) + i) + 16 * h);
+          }
+        }
+      }
+    }
+  }
+  for (int i = 0; i < kBytes.low / 512; ++i) {
+    *reinterpret_cast<uint4*>(strip + tile * kBytes.low + i * 512 + lane * 16) =
+        make_uint4(low[4 * i], low[4 * i + 1], low[4 * i + 2], low[4 * i + 3]);
+  }
+  for (int i = 0; i < kBytes.high / 128; ++i) {
+    uint8_t* place = strip + planes.high + tile * kBytes.high + lane * (kBytes.high / 32) + 4 * i;
+    *reinterpret_cast<uint32_t*>(place) = high[i];
+  }
+  const int r = lane % 4;
+  if (r < 2) pack_scales<kType>(w, strip, tile, lane / 4, r, rows[r]);
+}
+
+unsigned blocks_of_warps(int64_t warps) {
+  return static_cast<unsigned>((warps + 7) / 8);
+}
+
+}  // namespace
+
+Status dequantize_to_bf16(const WeightTiles& weights, int64_t first_row, int64_t num_rows,
+                          uint16_t* out, cudaStream_t stream) {
+  const int64_t first_strip = first_row / kStripRows;
+  const int64_t num_strips = (num_rows + kStripRows - 1) / kStripRows;
+  for_weight_type<WeightTag>(weights.type, [&](auto tag) {
+    to_bf16_kernel<decltype(tag)::kValue>
+        <<<blocks_of_warps(num_strips * weights.num_tiles()), 256, 0, stream>>>(
+            weights, first_strip, num_strips, first_row, num_rows, out);
+  });
+  return launch_status("dequantize_to_bf16");
+}
+
+Status pack_tiles(const WeightTiles& weights, int64_t first_strip, int64_t num_strips,
+                  const uint8_t* file_rows, cudaStream_t stream) {
+  const int64_t row_bytes = formats::weight_bytes(weights.type, weights.cols);
+  for_weight_type<WeightTag>(weights.type, [&](auto tag) {
+    constexpr WeightType kType = decltype(tag)::kValue;
+    if constexpr (is_tiled(kType)) {
+      pack_kernel<kType><<<blocks_of_warps(num_strips * weights.num_tiles()), 256, 0, stream>>>(
+          weights, first_strip, num_strips, row_bytes, file_rows,
+          const_cast<uint8_t*>(weights.data));
+    }
+  });
+  return launch_status("pack_tiles");
+}
+
+}  // namespace kvant::backend::cuda

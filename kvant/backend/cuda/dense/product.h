@@ -1,0 +1,50 @@
+// Products of few rows with weights as they are stored: y = x W^T, bound by reading the weights.
+//
+// Activations enter as two BF16 numbers each (16 bits of mantissa), codes exactly, sums are fp32. A
+// row's bits depend on nothing but the row and the matrix: the order of a sum is that of tiles over
+// a fixed number of warps. docs/kernels/cuda-linear.md.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <span>
+
+#include "kvant/backend/cuda/dense/weight_tiles.h"
+#include "kvant/base/result.h"
+
+namespace kvant::backend::cuda {
+
+struct ProductTarget {
+  WeightTiles weights;
+  const float* bias = nullptr;  // [rows] or null
+  float* out = nullptr;         // [num_rows][rows]
+  bool accumulate = false;
+};
+
+// With `experts`, row i is multiplied with matrix experts[i] of a device table of `matrices` that
+// all look like weights (whose data is not read), and reads row i / rows_per_x of x.
+struct ExpertChoice {
+  const int32_t* experts = nullptr;
+  const uint8_t* const* matrices = nullptr;
+  int rows_per_x = 1;
+};
+
+inline constexpr int kMaxProductTargets = 4;
+
+// Any number of rows; efficient up to 16. At most kMaxProductTargets targets with the same type and
+// number of columns; with a choice of experts exactly one.
+Status multiply_rows(const float* x, int64_t num_rows, std::span<const ProductTarget> targets,
+                     const ExpertChoice& choice, int num_sms, cudaStream_t stream);
+
+// Values of rows [first_row, first_row + num_rows) rounded to BF16, [num_rows][padded_cols].
+// first_row is a multiple of 16.
+Status dequantize_to_bf16(const WeightTiles& weights, int64_t first_row, int64_t num_rows,
+                          uint16_t* out, cudaStream_t stream);
+
+// Strips [first_strip, first_strip + num_strips) of a tiled matrix from file blocks of their rows,
+// in device memory.
+Status pack_tiles(const WeightTiles& weights, int64_t first_strip, int64_t num_strips,
+                  const uint8_t* file_rows, cudaStream_t stream);
+
+}  // namespace kvant::backend::cuda

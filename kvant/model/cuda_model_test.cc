@@ -1,0 +1,109 @@
+// Whole models on a CUDA device against the CPU backend: prompts, chunks, single tokens and
+// batches, every architecture. Skipped where there is no device.
+
+#include <gtest/gtest.h>
+
+#include <tuple>
+
+#include "kvant/model/model.h"
+#include "kvant/model/testing/engine.h"
+#include "kvant/model/testing/tiny_models.h"
+
+namespace kvant::model {
+namespace {
+
+using testing::Engine;
+using testing::must;
+using testing::random_tokens;
+using testing::relative_error;
+using testing::small_runtime;
+
+constexpr int kVocab = 64;
+// Rounding of activations to BF16 in prompts; a wrong operator costs far more.
+constexpr double kTolerance = 0.02;
+
+std::vector<std::byte> model_bytes(const std::string& architecture) {
+  testing::TinyShape shape;
+  shape.head_dim = 64;  // the smallest that the device's attention has
+  return testing::tiny_model(architecture, shape);
+}
+
+class OnCuda : public ::testing::TestWithParam<std::tuple<std::string, std::string>> {
+ protected:
+  void SetUp() override {
+    const auto backend = backend::create_backend({.name = "cuda"});
+    if (!backend) GTEST_SKIP() << backend.error().message();
+  }
+  std::string arch() const { return std::get<0>(GetParam()); }
+  std::string kv() const { return std::get<1>(GetParam()); }
+};
+
+std::string case_name(const ::testing::TestParamInfo<OnCuda::ParamType>& info) {
+  std::string name = std::get<0>(info.param) + "_" + std::get<1>(info.param);
+  std::erase_if(name,
+                [](char c) { return c != '_' && !std::isalnum(static_cast<unsigned char>(c)); });
+  return name;
+}
+
+INSTANTIATE_TEST_SUITE_P(Architectures, OnCuda,
+                         ::testing::Combine(::testing::ValuesIn(testing::tiny_architectures()),
+                                            ::testing::Values("bf16", "8bit", "4bit", "nvfp4")),
+                         case_name);
+
+double mean_error(const std::vector<std::vector<float>>& got,
+                  const std::vector<std::vector<float>>& want) {
+  EXPECT_EQ(got.size(), want.size());
+  double mean = 0;
+  for (size_t i = 0; i < want.size(); ++i) mean += relative_error(got[i], want[i]);
+  return mean / static_cast<double>(want.size());
+}
+
+TEST_P(OnCuda, LogitsAreTheCpus) {
+  Engine cpu(model_bytes(arch()), "cpu");
+  Engine cuda(model_bytes(arch()), "cuda");
+  const RuntimeOptions runtime = small_runtime(kv());
+  const std::vector<int32_t> tokens = random_tokens(90, kVocab, 1);
+  for (const size_t chunk : {90, 33, 1}) {
+    const auto cpu_cache = cpu.cache(runtime);
+    const auto cuda_cache = cuda.cache(runtime);
+    const auto want = cpu.logits(*cpu_cache, must(cpu_cache->add_sequence()), tokens, chunk);
+    const auto got = cuda.logits(*cuda_cache, must(cuda_cache->add_sequence()), tokens, chunk);
+    EXPECT_LT(mean_error(got, want), kTolerance) << "chunks of " << chunk;
+  }
+}
+
+TEST_P(OnCuda, RaggedBatchesGiveTheCpusLogits) {
+  const std::vector<std::vector<int32_t>> prompts = {
+      random_tokens(37, kVocab, 4), random_tokens(1, kVocab, 5), random_tokens(52, kVocab, 6)};
+  const auto run = [&](const std::string& backend) {
+    Engine engine(model_bytes(arch()), backend);
+    const auto cache = engine.cache(small_runtime(kv()));
+    std::vector<ForwardSequence> step;
+    for (const auto& prompt : prompts) {
+      step.push_back({must(cache->add_sequence()), prompt, static_cast<int>(prompt.size())});
+    }
+    auto rows = engine.step(*cache, step);
+    const std::vector<int32_t> next = random_tokens(3, kVocab, 7);
+    for (size_t i = 0; i < step.size(); ++i) {
+      step[i].tokens = std::span(next).subspan(i, 1);
+      step[i].num_logit_rows = 1;
+    }
+    for (int i = 0; i < 20; ++i) {
+      for (auto& row : engine.step(*cache, step)) rows.push_back(std::move(row));
+    }
+    return rows;
+  };
+  EXPECT_LT(mean_error(run("cuda"), run("cpu")), kTolerance);
+}
+
+TEST_P(OnCuda, MemoryIsWhatWasPlanned) {
+  Engine cuda(model_bytes(arch()), "cuda");
+  const RuntimeOptions runtime = small_runtime(kv());
+  const auto plan = must(plan_memory(cuda.model().source(), cuda.backend(), runtime));
+  const auto cache = cuda.cache(runtime);
+  EXPECT_EQ(cuda.backend().memory().stats().total_now, plan.total());
+  EXPECT_EQ(cuda.backend().memory().stats().total_peak, plan.peak());
+}
+
+}  // namespace
+}  // namespace kvant::model
