@@ -92,9 +92,11 @@ __device__ __forceinline__ uint4 load_fragment(const RowRun& run, int step, int 
 // All 16 tokens of a tile. Returns whether something is not finite: NaNs are then to be written
 // again, with the payload that to_bf16 keeps.
 template <bool kValues>
-__device__ __forceinline__ bool append_tile(const RowRun& run, int head_dim, int lane) {
+__device__ __forceinline__ bool append_tile(const RowRun& run, int head_dim, int lane,
+                                            uint4* shared) {
   const int num_steps = head_dim / kTile;
-  auto* out = reinterpret_cast<uint4*>(run.codes) + run.token / kTile * num_steps * kLanes + lane;
+  const int first = run.token / kTile * num_steps;
+  auto* out = reinterpret_cast<uint4*>(run.codes) + first * kLanes + lane;
   uint32_t largest = 0;
 #pragma unroll 4
   for (int step = 0; step < num_steps; ++step) {
@@ -102,25 +104,33 @@ __device__ __forceinline__ bool append_tile(const RowRun& run, int head_dim, int
     largest = __vmaxu2(largest, __vmaxu2(__vmaxu2(words.x & 0x7fff7fffu, words.y & 0x7fff7fffu),
                                          __vmaxu2(words.z & 0x7fff7fffu, words.w & 0x7fff7fffu)));
     out[step * kLanes] = words;
+    if (shared != nullptr) shared[source_chunk(first + step, step, lane)] = words;
   }
   return (largest & 0xffffu) >= 0x7f80u || largest >> 16 >= 0x7f80u;
 }
 
 inline constexpr int kAppendThreads = 128;
 
-// A warp.
-__device__ __forceinline__ void append_run(const AppendRowsArgs& args, const RowRun& run,
-                                           bool values, int lane) {
+// A warp. `shared`: see append_tile; only for whole tiles.
+template <bool kValues>
+__device__ __forceinline__ void append_run(const AppendRowsArgs& args, const RowRun& run, int lane,
+                                           uint4* shared) {
   if (run.count == kTile) {
-    const bool bad = values ? append_tile<true>(run, args.head_dim, lane)
-                            : append_tile<false>(run, args.head_dim, lane);
+    const bool bad = append_tile<kValues>(run, args.head_dim, lane, shared);
     if (!__any_sync(0xffffffffu, bad)) return;
     __syncwarp();
   }
   const int non_finite =
-      __reduce_add_sync(0xffffffffu, append_some(run, values, args.head_dim, lane));
+      __reduce_add_sync(0xffffffffu, append_some(run, kValues, args.head_dim, lane));
   if (non_finite > 0 && lane == 0)
     atomicAdd(&args.counters->non_finite, static_cast<unsigned long long>(non_finite));
+  if (shared == nullptr) return;
+  __syncwarp();
+  const int num_steps = args.head_dim / kTile;
+  const int first = run.token / kTile * num_steps;
+  const auto* from = reinterpret_cast<const uint4*>(run.codes) + first * kLanes + lane;
+  for (int step = 0; step < num_steps; ++step)
+    shared[source_chunk(first + step, step, lane)] = __ldcg(from + step * kLanes);
 }
 
 __global__ void __launch_bounds__(kAppendThreads)
@@ -131,7 +141,12 @@ __global__ void __launch_bounds__(kAppendThreads)
   const int unit = warp / 2;
   if (unit >= args.num_items * args.num_kv_heads) return;
   const AppendItem item = args.items[unit / args.num_kv_heads];
-  append_run(args, find_run(args, item, unit % args.num_kv_heads, values), values, lane);
+  const RowRun run = find_run(args, item, unit % args.num_kv_heads, values);
+  if (values) {
+    append_run<true>(args, run, lane, nullptr);
+  } else {
+    append_run<false>(args, run, lane, nullptr);
+  }
 }
 
 // ---- +strict ----

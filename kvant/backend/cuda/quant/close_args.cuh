@@ -65,11 +65,17 @@ struct CloseArgs {
   const ClosedPage* pages;
 };
 
+// Where the 16 bytes of a lane of a BF16 fragment lie in shared memory: permuted within the
+// fragment so that neither threads that read along lanes (K) nor along k-steps (V) meet in a bank.
+__device__ __forceinline__ int source_chunk(int fragment, int step, int lane) {
+  return fragment * kLanes + (lane ^ (lane >> 3 & 3) ^ (step % 2 * 4));
+}
+
 // One side of one unit: what a thread block closes.
 struct CloseUnit {
   const CloseSide& side;
   DeviceSideParams params;
-  const uint8_t* source;  // BF16 codes of this side
+  const uint4* source;  // BF16 codes of this side in shared memory, see source_chunk
   uint8_t* codes;
   uint8_t* scales;
   uint16_t* mean;

@@ -2,7 +2,7 @@
 //
 // A thread has four channels of 16 tokens: the words of eight lanes that are four apart. Ranges of
 // a channel meet in shared memory, one thread per channel makes its scale, then every thread
-// encodes what it has (the second reading hits the L1 cache).
+// encodes what it has.
 #pragma once
 
 #include "kvant/backend/cuda/quant/close_rows.cuh"
@@ -23,18 +23,17 @@ __device__ inline bool close_int4_channel(const CloseUnit& unit, uint32_t* scrat
   uint32_t* high_keys = low_keys + num_tiles * num_pairs;
   uint32_t* scales = high_keys + num_tiles * num_pairs;  // [channel]: scale and zero
   const int num_tasks = num_tiles * num_steps * 4;
-  const auto* source = reinterpret_cast<const uint4*>(unit.source);
   bool bad = false;
   for (int task = threadIdx.x; task < num_tasks; task += kCloseThreads) {
     const int t = task % 4;
     const int step = task / 4 % num_steps;
     const int tile = task / 4 / num_steps;
-    const uint4* from = source + (tile * num_steps + step) * kLanes + t;
+    const int fragment = tile * num_steps + step;
     uint32_t low[2] = {0x7fff7fffu, 0x7fff7fffu};
     uint32_t high[2] = {0x80008000u, 0x80008000u};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const uint4 word = from[4 * i];
+      const uint4 word = unit.source[source_chunk(fragment, step, 4 * i + t)];
       const uint32_t a = order_keys(word.x), b = order_keys(word.y);
       const uint32_t c = order_keys(word.z), d = order_keys(word.w);
       low[0] = __vmins2(low[0], __vmins2(a, b));
@@ -76,10 +75,10 @@ __device__ inline bool close_int4_channel(const CloseUnit& unit, uint32_t* scrat
     const int t = task % 4;
     const int step = task / 4 % num_steps;
     const int tile = task / 4 / num_steps;
-    const uint4* from = source + (tile * num_steps + step) * kLanes + t;
+    const int fragment = tile * num_steps + step;
     uint4 in[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) in[i] = from[4 * i];
+    for (int i = 0; i < 8; ++i) in[i] = unit.source[source_chunk(fragment, step, 4 * i + t)];
     const uint2 first = *reinterpret_cast<const uint2*>(scales + step * kTile + 2 * t);
     const uint2 second = *reinterpret_cast<const uint2*>(scales + step * kTile + 2 * t + 8);
     if (tile == 0) {

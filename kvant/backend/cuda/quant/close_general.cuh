@@ -51,7 +51,7 @@ __device__ inline void load_tile(const CloseUnit& unit, int tile, const GeneralS
   const SideMap& map = unit.side.map;
   const formats::SideFormat& format = unit.side.format;
   const int num_words = kTile * map.head_dim / 2;
-  const auto* source = reinterpret_cast<const uint32_t*>(unit.source) + tile * num_words;
+  const auto* source = reinterpret_cast<const uint32_t*>(unit.source);
   __syncthreads();
   for (int i = threadIdx.x; i < num_words; i += blockDim.x) {
     const int step = i / (4 * kLanes);
@@ -59,7 +59,8 @@ __device__ inline void load_tile(const CloseUnit& unit, int tile, const GeneralS
     const int reg = i % 4;
     const int row = lane / 4 + reg % 2 * 8;
     const int column = lane % 4 * 2 + reg / 2 * 8;
-    const uint32_t word = source[i];
+    const int fragment = tile * (map.head_dim / kTile) + step;
+    const uint32_t word = source[source_chunk(fragment, step, lane) * 4 + reg];
     for (int parity = 0; parity < 2; ++parity) {
       const int token = map.values ? column + parity : row;
       const int channel = step * kTile + (map.values ? row : column + parity);

@@ -1,6 +1,8 @@
 // The kernel that closes pages: a block of threads per page, KV head and side.
 #pragma once
 
+#include <cuda_pipeline_primitives.h>
+
 #include "kvant/backend/cuda/quant/append_rows.cuh"
 #include "kvant/backend/cuda/quant/close_columns.cuh"
 #include "kvant/backend/cuda/quant/close_general.cuh"
@@ -31,11 +33,13 @@ __device__ __forceinline__ bool is_power_of_two(float g) {
 
 template <bool kValues>
 __device__ bool close_nvfp4(const CloseUnit& unit, float* mean) {
-  if (!unit.side.format.four_over_six)
-    return close_rows_with_mean<Nvfp4Codec<false, false>, kValues>(unit, mean);
-  if (is_power_of_two(unit.params.global_scale))
-    return close_rows_with_mean<Nvfp4Codec<true, true>, kValues>(unit, mean);
-  return close_rows_with_mean<Nvfp4Codec<true, false>, kValues>(unit, mean);
+  const bool search = unit.side.format.four_over_six;
+  if (is_power_of_two(unit.params.global_scale)) {
+    return search ? close_rows_with_mean<Nvfp4Codec<true, true>, kValues>(unit, mean)
+                  : close_rows_with_mean<Nvfp4Codec<false, true>, kValues>(unit, mean);
+  }
+  return search ? close_rows_with_mean<Nvfp4Codec<true, false>, kValues>(unit, mean)
+                : close_rows_with_mean<Nvfp4Codec<false, false>, kValues>(unit, mean);
 }
 
 // False if the side has no specialised kernel or met a block that this is not for.
@@ -76,13 +80,12 @@ __device__ bool close_specialised(const CloseUnit& unit, std::byte* shared) {
   return !__syncthreads_or(bad);
 }
 
-// The page's BF16 values, where all of its rows are in this step.
+// Appends the rows of a page that are all in this step, to the page and to shared memory.
 template <bool kValues>
-__device__ __forceinline__ void append_page(const CloseArgs& args, const ClosedPage& page,
-                                            int head) {
-  const SideMap& map = args.rows.sides[0].map;
+__device__ __forceinline__ void append_page(const CloseArgs& args, const ClosedPage& page, int head,
+                                            uint4* source) {
   const int lane = static_cast<int>(threadIdx.x % kLanes);
-  for (int tile = static_cast<int>(threadIdx.x / kLanes); tile < map.page_tokens / kTile;
+  for (int tile = static_cast<int>(threadIdx.x / kLanes); tile < args.rows.page_tokens / kTile;
        tile += kCloseThreads / kLanes) {
     AppendItem item;
     item.row = page.row + tile * kTile;
@@ -90,8 +93,22 @@ __device__ __forceinline__ void append_page(const CloseArgs& args, const ClosedP
     item.kind = static_cast<uint8_t>(page.source_kind);
     item.token = static_cast<uint8_t>(tile * kTile);
     item.count = kTile;
-    append_run(args.rows, find_run(args.rows, item, head, kValues), kValues, lane);
+    append_run<kValues>(args.rows, find_run(args.rows, item, head, kValues), lane, source);
   }
+}
+
+// Copies a side of a BF16 unit to shared memory.
+__device__ __forceinline__ void load_source(const SideMap& map, const std::byte* from,
+                                            uint4* source) {
+  const int num_steps = map.head_dim / kTile;
+  const int num_chunks = map.page_tokens * map.head_dim / 8;
+  for (int i = static_cast<int>(threadIdx.x); i < num_chunks; i += kCloseThreads) {
+    const int fragment = i / kLanes;
+    __pipeline_memcpy_async(source + source_chunk(fragment, fragment % num_steps, i % kLanes),
+                            reinterpret_cast<const uint4*>(from) + i, sizeof(uint4));
+  }
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
 }
 
 template <bool kValues>
@@ -100,31 +117,37 @@ __device__ __forceinline__ void close_side(const CloseArgs& args, int item, int 
   const ClosedPage page = args.pages[item];
   const CloseSide& side = args.rows.sides[kValues ? 1 : 0];
   std::byte* target = args.rows.kinds[cache::kKindStored].unit(page.target_slot, head);
-  const std::byte* source = args.rows.kinds[page.source_kind].unit(page.source_slot, head);
+  auto* source = reinterpret_cast<uint4*>(shared);
+  shared += side.map.page_tokens * side.map.head_dim * 2;
   const CloseUnit unit = {side,
                           side.params[head],
-                          reinterpret_cast<const uint8_t*>(source) + side.source_at,
+                          source,
                           reinterpret_cast<uint8_t*>(target) + side.codes_at,
                           reinterpret_cast<uint8_t*>(target) + side.scales_at,
                           reinterpret_cast<uint16_t*>(target + side.mean_at)};
   if (page.row >= 0) {
-    append_page<kValues>(args, page, head);
-    __syncthreads();
+    append_page<kValues>(args, page, head, source);
+  } else {
+    load_source(side.map,
+                args.rows.kinds[page.source_kind].unit(page.source_slot, head) + side.source_at,
+                source);
   }
   zero_padding(target, side.codes_at + side.map.code_bytes, side.scales_at);
   zero_padding(target, side.scales_at + side.map.scale_bytes, side.mean_at);
   zero_padding(target, side.mean_at + (side.format.mean ? side.map.head_dim * 2 : 0), side.end_at);
+  __syncthreads();
   if (!close_specialised<kValues>(unit, shared)) close_general(unit, shared, args.rows.counters);
 }
 
 inline int close_scratch_bytes(int page_tokens, int head_dim) {
   const int general = general_scratch_bytes(head_dim);
   const int columns = column_scratch_bytes(page_tokens, head_dim);
-  return general > columns ? general : columns;
+  return page_tokens * head_dim * 2 + (general > columns ? general : columns);
 }
 
-__global__ void __launch_bounds__(kCloseThreads, 5)
+__global__ void __launch_bounds__(kCloseThreads, 4)
     close_kernel(const __grid_constant__ CloseArgs args) {
+  // The page's BF16 side, then what closing needs.
   extern __shared__ __align__(16) std::byte close_scratch[];
   const int unit = static_cast<int>(blockIdx.x / 2);
   const int item = unit / args.rows.num_kv_heads;

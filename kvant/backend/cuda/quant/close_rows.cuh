@@ -268,10 +268,11 @@ __device__ bool close_rows(const CloseUnit& unit, const float* mean) {
     }
     uint4 in[Thread::kLoads] = {};
     if (present) {
-      const auto* from = reinterpret_cast<const uint4*>(unit.source) +
-                         (tile * num_steps + step) * kLanes + Thread::first_lane(index);
 #pragma unroll
-      for (int i = 0; i < Thread::kLoads; ++i) in[i] = from[i * Thread::kStride];
+      for (int i = 0; i < Thread::kLoads; ++i) {
+        in[i] = unit.source[source_chunk(tile * num_steps + step, step,
+                                         Thread::first_lane(index) + i * Thread::kStride)];
+      }
     }
     uint32_t words[Thread::kLoads][Codec::kWords] = {};
     uint32_t stored[4];
@@ -324,13 +325,14 @@ __device__ inline void page_mean(const CloseUnit& unit, float* mean) {
     const int step = pair / 8;
     const int t = pair % 8 / 2;
     const int half = pair % 2;  // registers 0, 1 or 2, 3
-    const auto* from = reinterpret_cast<const uint2*>(unit.source) + (step * kLanes + t) * 2 + half;
+    const auto* source = reinterpret_cast<const uint2*>(unit.source);
     float low = 0.0f;
     float high = 0.0f;
-    for (int tile = 0; tile < num_tiles; ++tile, from += num_steps * kLanes * 2) {
+    for (int tile = 0; tile < num_tiles; ++tile) {
       uint2 rows[8];
 #pragma unroll
-      for (int g = 0; g < 8; ++g) rows[g] = from[g * 8];
+      for (int g = 0; g < 8; ++g)
+        rows[g] = source[source_chunk(tile * num_steps + step, step, 4 * g + t) * 2 + half];
 #pragma unroll
       for (int r = 0; r < kTile; ++r) {
         const uint32_t word = r < 8 ? rows[r % 8].x : rows[r % 8].y;
