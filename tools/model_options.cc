@@ -32,7 +32,7 @@ Result<WeightsChoice> parse_weights(std::string_view text) {
   }
   return Error(
       ErrorCode::kInvalidArgument,
-      fmt::format("--weights {}: expected file, dummy, or dummy:TYPE with Q4_0, Q8_0 or BF16",
+      fmt::format("--weights {}: expected file, dummy, or dummy:TYPE with Q4_0, Q4_K, Q8_0 or BF16",
                   text));
 }
 
@@ -71,7 +71,9 @@ void add_model_options(CLI::App& app, ModelOptions& options) {
   app.add_option("--weights", options.weights,
                  "'file', or 'dummy' for random weights ('dummy:Q8_0': of that type)")
       ->capture_default_str();
-  app.add_option("--device", options.device, "Backend: cpu, cuda (an NVIDIA Hopper GPU) or reference")->capture_default_str();
+  app.add_option("--device", options.device,
+                 "Backend: cpu, cuda (an NVIDIA Hopper GPU) or reference")
+      ->capture_default_str();
   app.add_option("--memory-limit", options.memory_limit,
                  "Refuse to take more memory than this for pages, workspace and repacked weights")
       ->type_name("SIZE");

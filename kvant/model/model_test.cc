@@ -283,6 +283,28 @@ TEST(Model, LoadingNamesTheTensorThatIsWrong) {
             std::string::npos);
 }
 
+TEST(Model, RandomWeightsHaveTheSpreadThatKeepsActivationsFinite) {
+  constexpr int64_t kRows = 64;
+  constexpr int64_t kCols = 512;
+  for (const char* name : {"Q4_0", "Q4_K", "Q8_0", "BF16"}) {
+    const formats::WeightType type = must(parse_dummy_type(name));
+    std::vector<std::byte> bytes(formats::weight_bytes(type, kRows * kCols));
+    make_random_weights(type, kRows, kCols, 7, bytes.data());
+    std::vector<float> values(kRows * kCols);
+    formats::dequantize_row(type, bytes.data(), kRows * kCols, values.data());
+    double sum = 0;
+    double squares = 0;
+    for (const float value : values) {
+      sum += static_cast<double>(value);
+      squares += static_cast<double>(value) * static_cast<double>(value);
+    }
+    const double sigma = 1.0 / std::sqrt(static_cast<double>(kCols));
+    EXPECT_NEAR(std::sqrt(squares / (kRows * kCols)), sigma, 0.03 * sigma) << name;
+    // The middle of the 16 levels of Q4_0 is not zero.
+    EXPECT_NEAR(sum / (kRows * kCols), 0.0, 0.12 * sigma) << name;
+  }
+}
+
 TEST(Model, RandomWeightsRunAtAnyGeometry) {
   const char* config = R"({"model_type": "qwen3_moe", "num_hidden_layers": 2, "hidden_size": 64,
       "intermediate_size": 96, "moe_intermediate_size": 32, "num_experts": 4,

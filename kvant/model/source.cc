@@ -22,7 +22,22 @@ uint64_t fnv1a(std::string_view text) {
   return hash;
 }
 
-constexpr WeightType kDummyTypes[] = {WeightType::kQ4_0, WeightType::kQ8_0, WeightType::kBF16};
+constexpr WeightType kDummyTypes[] = {WeightType::kQ4_0, WeightType::kQ4_K, WeightType::kQ8_0,
+                                      WeightType::kBF16};
+
+// Random codes in blocks of `code_bytes` behind `head`.
+void make_blocks(int64_t num_blocks, std::span<const uint8_t> head, int64_t code_bytes,
+                 SplitMix64& random, std::byte* out) {
+  for (int64_t block = 0; block < num_blocks; ++block) {
+    std::memcpy(out, head.data(), head.size());
+    out += head.size();
+    for (int64_t i = 0; i < code_bytes; i += 8) {
+      const uint64_t bits = random.next();
+      std::memcpy(out + i, &bits, 8);
+    }
+    out += code_bytes;
+  }
+}
 
 }  // namespace
 
@@ -43,20 +58,22 @@ void make_random_weights(WeightType type, int64_t rows, int64_t cols, uint64_t s
     }
     return;
   }
-  KVANT_CHECK(type == WeightType::kQ4_0 || type == WeightType::kQ8_0, "a type of kDummyTypes");
-  const int64_t code_bytes = type == WeightType::kQ4_0 ? 16 : 32;
   // Codes are uniform over 16 or 256 levels; their standard deviation is levels / sqrt(12).
-  const uint16_t scale =
-      to_f16(sigma * std::sqrt(12.0f) / (type == WeightType::kQ4_0 ? 16.0f : 256.0f));
-  for (int64_t block = 0; block < rows * cols / 32; ++block) {
-    std::memcpy(out, &scale, 2);
-    out += 2;
-    for (int64_t i = 0; i < code_bytes; i += 8) {
-      const uint64_t bits = random.next();
-      std::memcpy(out + i, &bits, 8);
-    }
-    out += code_bytes;
+  const float step = sigma * std::sqrt(12.0f) / (type == WeightType::kQ8_0 ? 256.0f : 16.0f);
+  if (type == WeightType::kQ4_K) {
+    // Scales and minima of all sub-blocks are 32 (packed: 0xa0, low bits 0): value = 32 d q - 32 m.
+    const uint16_t scales[2] = {to_f16(step / 32.0f), to_f16(7.5f * step / 32.0f)};
+    uint8_t head[16] = {};
+    std::memcpy(head, scales, sizeof(scales));
+    std::memset(head + sizeof(scales), 0xa0, 8);
+    make_blocks(rows * cols / 256, head, 128, random, out);
+    return;
   }
+  KVANT_CHECK(type == WeightType::kQ4_0 || type == WeightType::kQ8_0, "a type of kDummyTypes");
+  const uint16_t scale = to_f16(step);
+  uint8_t head[2];
+  std::memcpy(head, &scale, sizeof(scale));
+  make_blocks(rows * cols / 32, head, type == WeightType::kQ4_0 ? 16 : 32, random, out);
 }
 
 Result<WeightType> parse_dummy_type(std::string_view name) {

@@ -88,7 +88,7 @@ struct WeightBytes {
 using LoadProgress = std::function<bool(int64_t done_bytes, int64_t total_bytes)>;
 
 // Random bytes of `type` for a matrix of rows x cols whose values are about N(0, 1/cols): what
-// keeps activations of a deep model finite. Only BF16, Q4_0 and Q8_0.
+// keeps activations of a deep model finite. Only BF16, Q4_0, Q4_K and Q8_0.
 void make_random_weights(formats::WeightType type, int64_t rows, int64_t cols, uint64_t seed,
                          std::byte* out);
 // The types that make_random_weights knows, and their parsing from "Q4_0", ...
