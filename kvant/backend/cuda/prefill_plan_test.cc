@@ -38,7 +38,6 @@ class PlannedStep {
     units_ = {formats::unit_sections({}, {}, step.page_tokens, step.head_dim)};
     formats_ = {formats::SideFormat{}};
     for (PageKind& kind : kinds_) {
-      kind.page_bytes = 1;  // a page's address is its slot
       kind.layer_offset = offsets_;
       kind.units = units_;
       kind.k_format = kind.v_format = formats_;
@@ -212,8 +211,7 @@ class PlannedStep {
     EXPECT_EQ(job.page_number, first * u / step_.page_tokens);
     EXPECT_EQ(job.sequence, tile.sequence);
     EXPECT_EQ(job.kind, bf16 ? cache::kKindBf16 : cache::kKindStored);
-    EXPECT_EQ(reinterpret_cast<uintptr_t>(job.page),
-              static_cast<uintptr_t>(1000 * tile.sequence + job.page_number));
+    EXPECT_EQ(job.slot, 1000 * tile.sequence + job.page_number);
   }
 
   // The kernel's mask.

@@ -291,7 +291,7 @@ TEST_F(Prefill, SmallWorkspaces) {
   CacheOnDevice cache(c.shape);
   const cache::GroupView view = cache.device_view();
   PrefillPlan plan;
-  const Status status = make_prefill_plan({&view, 0, 4, 0, c.image_bytes}, plan);
+  const Status status = make_prefill_plan({&view, 4, 0, c.image_bytes}, plan);
   ASSERT_FALSE(status.has_value());
   EXPECT_EQ(status.error().code(), ErrorCode::kResourceExhausted);
 }

@@ -159,7 +159,7 @@ __device__ __forceinline__ void produce(const PrefillKernelArgs& args,
   uint32_t empty = 3;  // bit s: the phase that stage s waits for; stages start empty
   for (int n = 0;; ++n) {
     int index = 0;
-    if (lane == 0) index = atomicAdd(args.next_item, 1);
+    if (lane == 0) index = atomicAdd(args.counters + kNextItem, 1);
     index = __shfl_sync(~0u, index, 0);
     const bool more = index < args.num_items;
     const int slot = n & 1;
@@ -197,15 +197,17 @@ __device__ __forceinline__ void produce(const PrefillKernelArgs& args,
 
 // Images in the order in which attention will want them, a side of a page of a head at a time.
 template <typename Images>
-__device__ __forceinline__ void write_images(const BackgroundImages& images, uint8_t* shared) {
+__device__ __forceinline__ void write_images(const BackgroundImages& images, int32_t* counters,
+                                             uint8_t* shared) {
   const int lane = threadIdx.x % 32;
   const int tiles = images.dequantise.page_tokens / kTileTokens;
+  const auto claim = [&] { return lane == 0 ? atomicAdd(counters + kNextUnit, 1) : 0; };
   int at = 0;
+  int claimed = claim();
   while (true) {
-    int unit = 0;
-    if (lane == 0) unit = atomicAdd(images.next_unit, 1);
-    unit = __shfl_sync(~0u, unit, 0);
+    const int unit = __shfl_sync(~0u, claimed, 0);
     if (unit >= images.num_units) return;
+    claimed = claim();  // is there by the time this unit is done
     while (at + 1 < images.num_chunks && unit >= images.chunks[at + 1].first_unit) ++at;
     const ImageChunk chunk = images.chunks[at];
     const int in_chunk = (unit - chunk.first_unit) / 2;
@@ -686,6 +688,15 @@ __device__ __forceinline__ void consume(const PrefillKernelArgs& args, uint32_t 
   }
 }
 
+// The last warp that has taken all it could leaves the counters as they were.
+template <typename Images>
+__device__ __forceinline__ void finish(int32_t* counters) {
+  constexpr int kTakers = Images::kWrites ? 1 + kImageWarps : 1;
+  if (threadIdx.x % 32 != 0) return;
+  if (atomicAdd(counters + kFinished, 1) + 1 < static_cast<int>(gridDim.x) * kTakers) return;
+  for (int i = 0; i < kCounters; ++i) counters[i] = 0;
+}
+
 template <int kHeadDim, bool kSoftcap, typename Images>
 __global__ __launch_bounds__(kPrefillThreads, 1) void prefill_attention(
     const __grid_constant__ PrefillKernelArgs args,
@@ -710,11 +721,16 @@ __global__ __launch_bounds__(kPrefillThreads, 1) void prefill_attention(
   if (warpgroup == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Images::kProducerRegisters));
     const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0);
-    if (warp == 0) produce<Shape, Images>(args, images, base);
+    if (warp == 0) {
+      produce<Shape, Images>(args, images, base);
+      finish<Images>(args.counters);
+    }
     if constexpr (Images::kWrites) {
       if (warp > 0) {
-        write_images<Images>(images, shared + (base - shared_address(shared)) + Shape::kImages +
-                                         (warp - 1) * fast_shared_bytes(kHeadDim));
+        write_images<Images>(images, args.counters,
+                             shared + (base - shared_address(shared)) + Shape::kImages +
+                                 (warp - 1) * fast_shared_bytes(kHeadDim));
+        finish<Images>(args.counters);
       }
     }
   } else {

@@ -12,12 +12,15 @@
 
 namespace kvant::backend::cuda {
 
+// The next item, the next unit of images, and how many warps have no more to take.
+enum PrefillCounter { kNextItem = 0, kNextUnit = 1, kFinished = 2, kCounters = 3 };
+
 // All pointers are device memory.
 struct PrefillKernelArgs {
   // What there is to do, in order of starting.
   const WorkItem* items = nullptr;
   const QueryTile* tiles = nullptr;
-  int32_t* next_item = nullptr;  // zero at launch
+  int32_t* counters = nullptr;  // [kCounters], zero before and after a launch
   int num_items = 0;
   int first_head = 0;  // first KV head of this pass
 
@@ -50,9 +53,8 @@ struct BackgroundImages {
   DequantiseArgs dequantise;
   const ImageChunk* chunks = nullptr;  // in order of use
   int num_chunks = 0;
-  int num_units = 0;             // sides of pages of KV heads
-  int32_t* next_unit = nullptr;  // zero at launch
-  int32_t* ready = nullptr;      // [head of the pass][image][K, V]: `epoch` once written
+  int num_units = 0;         // sides of pages of KV heads
+  int32_t* ready = nullptr;  // [head of the pass][image][K, V]: `epoch` once written
   int32_t epoch = 0;
   int64_t images_per_head = 0;
 };

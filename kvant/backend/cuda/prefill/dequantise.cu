@@ -13,31 +13,32 @@ constexpr int kWarps = 4;
 
 // ---- with rotation or RoPE: whole rows in fp32 ----
 
-// The tile's keys or values as the format defines them, before RoPE: rows [16][head_dim + 4].
+// 64 channels of the tile's keys or values as the codec decodes them, with mean and bias, to rows
+// [16][head_dim + 4].
 template <FormatId kId, bool kKeys>
-__device__ void decode_rows(const DequantiseArgs& args, const Side& side, int tile, float* rows) {
+__device__ void decode_rows(const DequantiseArgs& args, const Side& side, int tile, int part,
+                            float* rows) {
   constexpr bool kByChannel = FormatOf<kId>::kInfo.axis == BlockAxis::kToken;
   const int d = args.head_dim;
   const int stride = d + 4;
   const int tokens = side.num_tokens - tile * kTileTokens;
-  for (int part = 0; part * kImageChannels < d; ++part) {
-    decode_part<kId, kKeys>(side, d, tile, part, [&](int step, float(&x)[8]) {
+  PartData<kId, kKeys> data;
+  data.load(side, d, tile, part);
+  data.decode(side, d, part, [&](int step, float(&x)[8]) {
 #pragma unroll
-      for (int n = 0; n < 8; ++n) {
-        const int c = element_channel<kKeys>(step, n);
-        const int token = element_token<kKeys>(n);
-        float v = x[n];
-        if constexpr (kByChannel) {
-          const float2 scale = channel_scale(side.scales, c);
-          v = v * scale.x + scale.y;
-        }
-        if (side.mean != nullptr) v += from_bf16(__ldg(side.mean + c));
-        if (side.bias != nullptr) v += __ldg(side.bias + c);
-        rows[token * stride + c] = token < tokens ? v : 0.0f;
+    for (int n = 0; n < 8; ++n) {
+      const int c = element_channel<kKeys>(step, n);
+      const int token = element_token<kKeys>(n);
+      float v = x[n];
+      if constexpr (kByChannel) {
+        const float2 scale = channel_scale(side.scales, c);
+        v = v * scale.x + scale.y;
       }
-    });
-  }
-  __syncwarp();
+      if (side.mean != nullptr) v += from_bf16(__ldg(side.mean + c));
+      if (side.bias != nullptr) v += __ldg(side.bias + c);
+      rows[token * stride + c] = token < tokens ? v : 0.0f;
+    }
+  });
 }
 
 // Orthonormal Hadamard blocks of the largest power of two in head_dim, as formats::rotate_row.
@@ -79,9 +80,9 @@ __device__ void apply_rope(const DequantiseArgs& args, int64_t position, float* 
   __syncwarp();
 }
 
-template <FormatId kId, bool kKeys>
-__device__ void plain_rows(const DequantiseArgs& args, const Side& side, int tile, float* rows) {
-  decode_rows<kId, kKeys>(args, side, tile, rows);
+// From decoded rows to keys or values as the format defines them.
+template <bool kKeys>
+__device__ void finish_rows(const DequantiseArgs& args, const Side& side, int tile, float* rows) {
   const int d = args.head_dim;
   if (side.rotate) rotate_rows(rows, d);
   if constexpr (kKeys) {
@@ -106,7 +107,11 @@ __device__ void write_image_by_rows(const DequantiseArgs& args, const Side& side
   const int d = args.head_dim;
   __half2 largest = __float2half2_rn(0.0f);
   for (int tile = first; tile < first + count; ++tile) {
-    plain_rows<kId, kKeys>(args, side, tile, rows);
+    for (int part = 0; part * kImageChannels < d; ++part) {
+      decode_rows<kId, kKeys>(args, side, tile, part, rows);
+    }
+    __syncwarp();
+    finish_rows<kKeys>(args, side, tile, rows);
     for (int i = lane; i < kTileTokens * d / 8; i += 32) {
       const int row = i / (d / 8);
       const int chunk = i % (d / 8);
@@ -193,45 +198,62 @@ __global__ __launch_bounds__(32 *
   }
 }
 
-// A block a sequence and KV head: warp 0 the keys, warp 1 the values of a page's first tokens.
-__global__ __launch_bounds__(64) void make_references(const __grid_constant__ DequantiseArgs args) {
+// A block a sequence and KV head: half of the warps the keys, half the values of a page's first
+// tokens, a warp 64 channels.
+__global__ void make_references(const __grid_constant__ DequantiseArgs args) {
   extern __shared__ __align__(128) uint8_t shared[];
-  const int lane = threadIdx.x % 32;
+  __shared__ int largest_value;
   const int d = args.head_dim;
   const int head = blockIdx.x % args.num_kv_heads;
   const ImageJob job = args.jobs[blockIdx.x / args.num_kv_heads];
-  const bool keys = threadIdx.x < 32;
+  const int threads = blockDim.x / 2;
+  const bool keys = threadIdx.x < threads;
+  const int thread = threadIdx.x % threads;
   const Side side = side_of(args, job, head, keys);
   const UnitKind& kind = args.kinds[job.kind];
   float* rows = reinterpret_cast<float*>(shared + (keys ? 0 : row_shared_bytes(d)));
   float* out = args.references + (static_cast<int64_t>(job.sequence) * args.num_kv_heads + head) *
                                      reference_floats(d);
   const int tokens = min(side.num_tokens, kTileTokens);
+  if (threadIdx.x == 0) largest_value = 0;
   if (keys) {
-    with_format<true>(kind.k.format,
-                      [&](auto id) { plain_rows<decltype(id)::value, true>(args, side, 0, rows); });
-    for (int c = lane; c < d; c += 32) {
-      float sum = 0.0f;
-      for (int t = 0; t < tokens; ++t) sum += rows[t * (d + 4) + c];
-      out[c] = sum / static_cast<float>(tokens);
+    with_format<true>(kind.k.format, [&](auto id) {
+      decode_rows<decltype(id)::value, true>(args, side, 0, thread / 32, rows);
+    });
+  } else {
+    with_format<false>(kind.v.format, [&](auto id) {
+      decode_rows<decltype(id)::value, false>(args, side, 0, thread / 32, rows);
+    });
+  }
+  __syncthreads();
+  if (thread < 32) {
+    if (keys) {
+      finish_rows<true>(args, side, 0, rows);
+    } else {
+      finish_rows<false>(args, side, 0, rows);
     }
-    return;
   }
-  with_format<false>(kind.v.format,
-                     [&](auto id) { plain_rows<decltype(id)::value, false>(args, side, 0, rows); });
+  __syncthreads();
   float largest = 0.0f;
-  for (int c = lane; c < d; c += 32) {
-    for (int t = 0; t < tokens; ++t) largest = fmaxf(largest, fabsf(rows[t * (d + 4) + c]));
+  for (int c = thread; c < d; c += threads) {
+    float sum = 0.0f;
+    for (int t = 0; t < tokens; ++t) {
+      const float x = rows[t * (d + 4) + c];
+      sum += x;
+      largest = fmaxf(largest, fabsf(x));
+    }
+    if (keys) out[c] = sum / static_cast<float>(tokens);
   }
-  for (int n = 16; n > 0; n /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, n));
+  if (!keys) atomicMax(&largest_value, __float_as_int(largest));
+  __syncthreads();
+  if (threadIdx.x != 0) return;
   // Largest magnitude to [4, 8): a factor of 8000 above it fits, of 60000 below it is normal.
+  largest = __int_as_float(largest_value);
   int exponent = 0;
   if (largest > 0.0f && isfinite(largest)) exponent = 2 - ilogbf(largest);
   exponent = max(-100, min(100, exponent));
-  if (lane == 0) {
-    out[d] = ldexpf(1.0f, exponent);
-    out[d + 1] = ldexpf(1.0f, -exponent);
-  }
+  out[d] = ldexpf(1.0f, exponent);
+  out[d + 1] = ldexpf(1.0f, -exponent);
 }
 
 __global__ void make_rope_frequencies(int rotary_dim, double base, double position_scale,
@@ -262,7 +284,8 @@ Status launch_rope_frequencies(int rotary_dim, float base, float position_scale,
 
 Status launch_references(const DequantiseArgs& args, cudaStream_t stream) {
   const int bytes = 2 * row_shared_bytes(args.head_dim);
-  make_references<<<args.num_jobs * args.num_kv_heads, 64, bytes, stream>>>(args);
+  const int parts = (args.head_dim + kImageChannels - 1) / kImageChannels;
+  make_references<<<args.num_jobs * args.num_kv_heads, 64 * parts, bytes, stream>>>(args);
   return launch_status("reference keys");
 }
 

@@ -44,7 +44,9 @@ struct SideKind {
 struct UnitKind {
   SideKind k;
   SideKind v;
-  int64_t unit_bytes = 0;  // from one KV head to the next
+  const std::byte* base = nullptr;  // unit of KV head 0 of slot 0, of this layer
+  int64_t page_bytes = 0;           // from one slot to the next
+  int64_t unit_bytes = 0;           // from one KV head to the next
 };
 
 // All pointers are device memory, per KV head where there is a [head].

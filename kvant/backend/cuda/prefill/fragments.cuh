@@ -97,6 +97,12 @@ __device__ __forceinline__ void unpack(uint32_t pair, float* x) {
   x[1] = f.y;
 }
 
+__device__ __forceinline__ void unpack_e4m3(uint32_t pair, float* x) {
+  uint32_t h;
+  asm("cvt.rn.f16x2.e4m3x2 %0,%1;" : "=r"(h) : "h"(static_cast<uint16_t>(pair)));
+  unpack(h, x);
+}
+
 // Integers below 1024 in the halves of `bits`, as FP16 pairs 1024 + n, times 2^-shift.
 __device__ __forceinline__ void unpack_unsigned(uint32_t bits, float factor, float* x) {
   unpack(bits | 0x64006400u, x);
@@ -129,13 +135,11 @@ __device__ __forceinline__ void step_values(const PartWords<kBits>& words, int s
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       const uint32_t v = w[2 * step + r / 2] >> (16 * (r % 2));
-      uint32_t pair;
       if constexpr (kElement == Element::kE4m3) {
-        asm("cvt.rn.f16x2.e4m3x2 %0,%1;" : "=r"(pair) : "h"(static_cast<uint16_t>(v)));
-      } else {
-        pair = __byte_perm(v, 0, 0x1404);  // a byte is the upper half of an FP16 number
+        unpack_e4m3(v, x + 2 * r);
+      } else {  // a byte is the upper half of an FP16 number
+        unpack(__byte_perm(v, 0, 0x1404), x + 2 * r);
       }
-      unpack(pair, x + 2 * r);
     }
   } else if constexpr (kElement == Element::kSigned) {
 #pragma unroll
@@ -166,52 +170,99 @@ constexpr float element_factor(Element element) {
   return element == Element::kE2m1 ? 16384.0f : 1.0f;
 }
 
-// One part of a scale entry; `index` counts parts.
-template <Scale kScale>
-__device__ __forceinline__ float read_scale_part(const uint8_t* scales, int index) {
-  if constexpr (kScale == Scale::kE4m3) {
-    uint32_t pair;
-    asm("cvt.rn.f16x2.e4m3x2 %0,%1;"
-        : "=r"(pair)
-        : "h"(static_cast<uint16_t>(__ldg(scales + index))));
-    return __low2float(*reinterpret_cast<const __half2*>(&pair));
-  } else if constexpr (kScale == Scale::kE8m0) {
-    return from_e8m0(__ldg(scales + index));
-  } else if constexpr (kScale == Scale::kF32) {
-    return __ldg(reinterpret_cast<const float*>(scales) + index);
-  } else {
-    return __half2float(__ushort_as_half(__ldg(reinterpret_cast<const uint16_t*>(scales) + index)));
-  }
-}
+// Scales of the blocks of 64 channels, of a lane's tokens, as they are stored: keys' tokens g and
+// g + 8, values' 2t, 2t + 1, 2t + 8 and 2t + 9. `kBlockSteps` is a block in k-steps; 0: all of a
+// row.
+template <Scale kScale, int kBlockSteps, bool kKeys>
+struct PartScales {
+  static constexpr int kBlocks = kBlockSteps == 0 ? 1 : kPartSteps / kBlockSteps;
+  static constexpr int kEntry = formats::scale_bytes(kScale);  // bytes of a token's block
+  static constexpr int kRowWords = (kBlocks * kEntry + 3) / 4;
+  static constexpr int kWords = kKeys ? 2 * kRowWords : kBlocks * kEntry;
+  uint32_t w[kWords];
 
-// Four parts, the first at a multiple of four.
-template <Scale kScale>
-__device__ __forceinline__ void read_four_scales(const uint8_t* scales, int index, float (&x)[4]) {
-  if constexpr (kScale == Scale::kE4m3) {
-    const uint32_t v = __ldg(reinterpret_cast<const uint32_t*>(scales + index));
+  // `scales` of the tile, which has `num_blocks` in a row.
+  __device__ __forceinline__ void load(const uint8_t* scales, int lane, int part, int num_blocks) {
+    const int first = kBlockSteps == 0 ? 0 : part * kBlocks;
+    if constexpr (kKeys) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      uint32_t pair;
-      asm("cvt.rn.f16x2.e4m3x2 %0,%1;" : "=r"(pair) : "h"(static_cast<uint16_t>(v >> (16 * i))));
-      unpack(pair, x + 2 * i);
+      for (int row = 0; row < 2; ++row) {
+        load_row(scales + (((lane / 4) * 2 + row) * num_blocks + first) * kEntry, row,
+                 num_blocks - first, num_blocks % kBlocks == 0);
+      }
+    } else {
+      const auto* words =
+          reinterpret_cast<const uint32_t*>(scales) + ((lane % 4) * num_blocks + first) * kEntry;
+#pragma unroll
+      for (int i = 0; i < kWords; ++i)
+        w[i] = i / kEntry < num_blocks - first ? __ldg(words + i) : 0;
     }
-  } else if constexpr (kScale == Scale::kE8m0) {
-    const uint32_t v = __ldg(reinterpret_cast<const uint32_t*>(scales + index));
-#pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = from_e8m0(static_cast<uint8_t>(v >> (8 * i)));
-  } else if constexpr (kScale == Scale::kF32) {
-    const float4 v = __ldg(reinterpret_cast<const float4*>(scales + 4 * index));
-    x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
-  } else {
-    const uint2 v = __ldg(reinterpret_cast<const uint2*>(scales + 2 * index));
-    unpack(v.x, x);
-    unpack(v.y, x + 2);
   }
-}
 
-template <Scale kScale>
-constexpr int scale_parts() {
-  return kScale == Scale::kNone ? 0 : kScale == Scale::kF16Pair ? 2 : 1;
-}
+  // Of one block of the part; zeros of pairs only.
+  __device__ __forceinline__ void get(int block, float (&scale)[4], float (&zero)[4]) const {
+    if constexpr (kKeys) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        const uint32_t v = w[row * kRowWords + block * kEntry / 4] >> (8 * (block * kEntry % 4));
+        float pair[2];
+        if constexpr (kScale == Scale::kE4m3) {
+          unpack_e4m3(v, pair);
+        } else if constexpr (kScale == Scale::kE8m0) {
+          pair[0] = from_e8m0(static_cast<uint8_t>(v));
+        } else if constexpr (kScale == Scale::kF32) {
+          pair[0] = __uint_as_float(v);
+        } else {
+          unpack(v, pair);
+          zero[row] = pair[1];
+        }
+        scale[row] = pair[0];
+      }
+    } else {
+      const uint32_t* v = w + block * kEntry;
+      if constexpr (kScale == Scale::kE4m3) {
+        unpack_e4m3(v[0], scale);
+        unpack_e4m3(v[0] >> 16, scale + 2);
+      } else if constexpr (kScale == Scale::kE8m0) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scale[i] = from_e8m0(static_cast<uint8_t>(v[0] >> (8 * i)));
+      } else if constexpr (kScale == Scale::kF32) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scale[i] = __uint_as_float(v[i]);
+      } else {
+        unpack(v[0], scale);
+        unpack(v[1], scale + 2);
+        if constexpr (kScale == Scale::kF16Pair) {
+          unpack(v[2], zero);
+          unpack(v[3], zero + 2);
+        }
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void load_row(const uint8_t* at, int row, int left, bool aligned) {
+    uint32_t* out = w + row * kRowWords;
+    if constexpr (kEntry == 4) {
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) {
+        out[i] = i < left ? __ldg(reinterpret_cast<const uint32_t*>(at) + i) : 0;
+      }
+    } else if (aligned) {
+      out[0] = kBlocks * kEntry == 4 ? __ldg(reinterpret_cast<const uint32_t*>(at))
+                                     : __ldg(reinterpret_cast<const uint16_t*>(at));
+    } else {
+      out[0] = 0;
+      for (int i = 0; i < kBlocks * kEntry && i < left * kEntry; ++i) {
+        out[0] |= static_cast<uint32_t>(__ldg(at + i)) << (8 * i);
+      }
+    }
+  }
+};
+// Formats without scales of blocks along head_dim.
+template <int kBlockSteps, bool kKeys>
+struct PartScales<Scale::kNone, kBlockSteps, kKeys> {
+  __device__ __forceinline__ void load(const uint8_t*, int, int, int) {}
+};
 
 }  // namespace kvant::backend::cuda

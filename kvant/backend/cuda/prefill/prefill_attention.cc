@@ -4,6 +4,7 @@
 #include <bit>
 #include <cstring>
 #include <string>
+#include <utility>
 
 #include "kvant/backend/cuda/prefill/attention_kernel.h"
 #include "kvant/backend/cuda/status.h"
@@ -48,8 +49,8 @@ int64_t ready_flags(const PrefillLimits& limits) {
 
 // The workspace's parts, in order; the same function sizes and places them.
 struct Parts {
-  int64_t images, tables, state, references, frequencies, factors, sink_logits, out_of_range, ready,
-      end;
+  int64_t images, tables, state, references, frequencies, factors, sink_logits, out_of_range,
+      counters, ready, end;
 };
 
 Parts parts_of(const PrefillLimits& limits) {
@@ -69,6 +70,7 @@ Parts parts_of(const PrefillLimits& limits) {
   parts.factors = take(kMaxRotaryDim / 2 * 4);
   parts.sink_logits = take(int64_t{limits.num_query_heads} * 4);
   parts.out_of_range = take(4);
+  parts.counters = take(kCounters * 4);
   parts.ready = take(ready_flags(limits) * 4);
   parts.end = at;
   return parts;
@@ -100,7 +102,6 @@ struct PrefillAttention::Tables {
   const QueryTile* tiles = nullptr;
   const WorkItem* items = nullptr;
   const ImageChunk* chunks = nullptr;
-  int32_t* counters = nullptr;  // two per pass
   const float* k_scale = nullptr;
   const float* v_scale = nullptr;
   const float* k_bias = nullptr;
@@ -140,6 +141,7 @@ Result<std::unique_ptr<PrefillAttention>> PrefillAttention::create(const Prefill
   prefill->factors_ = reinterpret_cast<float*>(workspace + parts.factors);
   prefill->sink_logits_ = reinterpret_cast<float*>(workspace + parts.sink_logits);
   prefill->out_of_range_ = reinterpret_cast<uint32_t*>(workspace + parts.out_of_range);
+  prefill->counters_ = reinterpret_cast<int32_t*>(workspace + parts.counters);
   prefill->ready_ = reinterpret_cast<int32_t*>(workspace + parts.ready);
   prefill->table_bytes_ = max_table_bytes(limits);
   int device = 0;
@@ -156,6 +158,8 @@ Result<std::unique_ptr<PrefillAttention>> PrefillAttention::create(const Prefill
                           "creating an event"));
   }
   KVANT_TRY(cuda_status(cudaMemset(prefill->out_of_range_, 0, 4), "clearing the workspace"));
+  KVANT_TRY(
+      cuda_status(cudaMemset(prefill->counters_, 0, kCounters * 4), "clearing the workspace"));
   KVANT_TRY(
       cuda_status(cudaMemset(prefill->ready_, 0, static_cast<size_t>(ready_flags(limits) * 4)),
                   "clearing the workspace"));
@@ -210,37 +214,25 @@ Status PrefillAttention::check(const AttentionArgs& args) const {
 
 namespace {
 
-// Writes tables into host memory one after the other; what does not fit is counted only.
+// Writes tables one after the other into host memory, to be copied to `device`.
 class TableWriter {
  public:
-  TableWriter(std::byte* host, std::byte* device, int64_t capacity)
-      : host_(host), device_(device), capacity_(capacity) {}
-
-  // Room for `count` values; null on both sides if there is none left.
-  template <typename T>
-  T* take(int64_t count, T*& on_device) {
-    const int64_t begin = used_;
-    used_ += aligned(count * int64_t{sizeof(T)});
-    if (used_ > capacity_) return nullptr;
-    on_device = reinterpret_cast<T*>(device_ + begin);
-    return reinterpret_cast<T*>(host_ + begin);
+  TableWriter(std::vector<std::byte>& host, std::byte* device) : host_(host), device_(device) {
+    host_.clear();
   }
+
   template <typename T>
   void copy(const std::vector<T>& values, const T*& on_device) {
-    T* where = nullptr;
-    T* target = take<T>(static_cast<int64_t>(values.size()), where);
-    on_device = where;
-    if (target != nullptr && !values.empty()) {
-      std::memcpy(target, values.data(), values.size() * sizeof(T));
-    }
+    const size_t begin = host_.size();
+    const size_t bytes = values.size() * sizeof(T);
+    host_.resize(begin + static_cast<size_t>(aligned(static_cast<int64_t>(bytes))));
+    if (bytes > 0) std::memcpy(host_.data() + begin, values.data(), bytes);
+    on_device = reinterpret_cast<const T*>(device_ + begin);
   }
-  int64_t used() const { return used_; }
 
  private:
-  std::byte* host_;
+  std::vector<std::byte>& host_;
   std::byte* device_;
-  int64_t capacity_;
-  int64_t used_ = 0;
 };
 
 // [head][head_dim] of one of a side's vectors; empty if no head has it.
@@ -266,19 +258,12 @@ std::vector<float> global_scales(std::span<const formats::SideParams> heads, int
 
 Status PrefillAttention::upload(const AttentionArgs& args, cudaStream_t stream, Tables& tables) {
   const cache::GroupView& view = *args.view;
-  HostSlot& slot = slots_[next_slot_];
-  next_slot_ = (next_slot_ + 1) % kSlots;
-  KVANT_TRY(cuda_status(cudaEventSynchronize(slot.copied), "waiting for tables to be copied"));
-  TableWriter writer(slot.data, tables_, table_bytes_);
+  TableWriter writer(written_, tables_);
   writer.copy(plan_.jobs, tables.jobs);
   writer.copy(plan_.references, tables.references);
   writer.copy(plan_.tiles, tables.tiles);
   writer.copy(plan_.items, tables.items);
   writer.copy(plan_.chunks, tables.chunks);
-  const std::vector<int32_t> zeros(2 * plan_.passes.size());
-  const int32_t* counters = nullptr;
-  writer.copy(zeros, counters);
-  tables.counters = const_cast<int32_t*>(counters);
   const auto& layer = view.layers[static_cast<size_t>(args.group_layer)];
   const auto vector = [&](const std::vector<float>& values, const float*& on_device) {
     if (!values.empty()) writer.copy(values, on_device);
@@ -288,15 +273,27 @@ Status PrefillAttention::upload(const AttentionArgs& args, cudaStream_t stream, 
   vector(gather(layer.k, view.head_dim, &formats::SideParams::bias), tables.k_bias);
   vector(gather(layer.v, view.head_dim, &formats::SideParams::bias), tables.v_bias);
   vector(gather(layer.k, view.head_dim, &formats::SideParams::smooth), tables.k_smooth);
-  if (writer.used() > table_bytes_) {
+  if (written_ == sent_) return {};  // as for most layers of a step
+  KVANT_TRY(send(written_, stream));
+  std::swap(written_, sent_);
+  return {};
+}
+
+Status PrefillAttention::send(std::span<const std::byte> bytes, cudaStream_t stream) {
+  if (static_cast<int64_t>(bytes.size()) > table_bytes_) {
     return Error(ErrorCode::kResourceExhausted,
-                 "the tables of this prefill step take " + std::to_string(writer.used()) +
+                 "the tables of this prefill step take " + std::to_string(bytes.size()) +
                      " bytes, there is room for " + std::to_string(table_bytes_) +
                      "; its sequences have more pages than was planned for");
   }
-  KVANT_TRY(cuda_status(cudaMemcpyAsync(tables_, slot.data, static_cast<size_t>(writer.used()),
-                                        cudaMemcpyHostToDevice, stream),
-                        "copying tables of prefill attention"));
+  sent_.clear();  // unknown until the copy is enqueued
+  HostSlot& slot = slots_[next_slot_];
+  next_slot_ = (next_slot_ + 1) % kSlots;
+  KVANT_TRY(cuda_status(cudaEventSynchronize(slot.copied), "waiting for tables to be copied"));
+  std::memcpy(slot.data, bytes.data(), bytes.size());
+  KVANT_TRY(
+      cuda_status(cudaMemcpyAsync(tables_, slot.data, bytes.size(), cudaMemcpyHostToDevice, stream),
+                  "copying tables of prefill attention"));
   return cuda_status(cudaEventRecord(slot.copied, stream), "recording an event");
 }
 
@@ -313,6 +310,8 @@ void PrefillAttention::fill_dequantise(const AttentionArgs& args, const Tables& 
     const formats::UnitSections& unit = kind.units[layer];
     out.kinds[i].k = side_kind(kind.k_format[layer], unit.k_codes, unit.k_scales, unit.k_mean);
     out.kinds[i].v = side_kind(kind.v_format[layer], unit.v_codes, unit.v_scales, 0);
+    out.kinds[i].base = kind.base + kind.layer_offset[layer];
+    out.kinds[i].page_bytes = kind.page_bytes;
     out.kinds[i].unit_bytes = unit.bytes;
   }
   out.k_scale = tables.k_scale;
@@ -376,7 +375,7 @@ Status PrefillAttention::run_passes(const AttentionArgs& args, const Tables& tab
   kernel.sink_logits = params.sink_logits == nullptr ? nullptr : sink_logits_;
   const bool background = writes_in_background(args);
   const int64_t unit = 2 * image_bytes(view.head_dim, view.page_tokens);
-  int32_t* counters = tables.counters;
+  kernel.counters = counters_;
   for (const PrefillPass& pass : plan_.passes) {
     const PrefillBatch& batch = plan_.batches[pass.batch];
     dequantise.jobs = tables.jobs + batch.first_job;
@@ -387,19 +386,16 @@ Status PrefillAttention::run_passes(const AttentionArgs& args, const Tables& tab
     kernel.items = tables.items + pass.first_item;
     kernel.tiles = tables.tiles + batch.first_tile;
     kernel.num_items = static_cast<int>(pass.num_items);
-    kernel.next_item = counters++;
     if (background) {
       images.chunks = tables.chunks + pass.first_chunk;
       images.num_chunks = static_cast<int>(pass.num_chunks);
       images.num_units = 2 * dequantise.num_jobs * pass.num_heads;
-      images.next_unit = counters;
       images.ready = ready_;
       images.epoch = ++epoch_;
       images.images_per_head = batch.images_per_head;
     } else if (launch_images_) {
       KVANT_TRY(launch_dequantise(dequantise, num_processors_, stream));
     }
-    ++counters;
     if (!launch_attention_) continue;
     KVANT_TRY(launch_prefill_attention(view.head_dim, kernel, background ? &images : nullptr,
                                        num_processors_, stream));
@@ -412,7 +408,6 @@ Status PrefillAttention::run(const AttentionArgs& args, cudaStream_t stream, flo
   const cache::GroupView& view = *args.view;
   PrefillPlanArgs plan_args;
   plan_args.view = &view;
-  plan_args.group_layer = args.group_layer;
   plan_args.num_query_heads = args.params.num_query_heads;
   plan_args.sink_tokens = args.params.sink_tokens;
   plan_args.workspace_bytes = limits_.image_bytes;

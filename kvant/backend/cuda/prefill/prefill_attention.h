@@ -15,6 +15,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
+#include <vector>
 
 #include "kvant/backend/backend.h"
 #include "kvant/backend/cuda/prefill/dequantise.h"
@@ -78,6 +80,7 @@ class PrefillAttention {
   PrefillAttention() = default;
   Status check(const AttentionArgs& args) const;
   Status upload(const AttentionArgs& args, cudaStream_t stream, Tables& tables);
+  Status send(std::span<const std::byte> bytes, cudaStream_t stream);
   void fill_dequantise(const AttentionArgs& args, const Tables& tables, DequantiseArgs& out) const;
   bool writes_in_background(const AttentionArgs& args) const;
   Status run_passes(const AttentionArgs& args, const Tables& tables, float* lse,
@@ -93,6 +96,8 @@ class PrefillAttention {
   bool launch_images_ = true;
   bool launch_attention_ = true;
   int64_t table_bytes_ = 0;
+  std::vector<std::byte> written_;  // tables of this run
+  std::vector<std::byte> sent_;     // what the device has
   // Parts of the workspace.
   std::byte* images_ = nullptr;
   std::byte* tables_ = nullptr;
@@ -102,6 +107,7 @@ class PrefillAttention {
   float* factors_ = nullptr;  // frequency factors
   float* sink_logits_ = nullptr;
   uint32_t* out_of_range_ = nullptr;
+  int32_t* counters_ = nullptr;
   int32_t* ready_ = nullptr;  // of images written beside attention
   int32_t epoch_ = 0;         // of the last launch that did so
 };

@@ -96,7 +96,7 @@ class Planner {
     const PageEntry entry = bf16 ? seq.bf16[page - seq.bf16_first_page] : seq.stored[page];
     KVANT_CHECK(entry.valid(), "a page that a query reads has a slot");
     ImageJob job;
-    job.page = view_.kinds[entry.kind].unit(entry, args_.group_layer, 0);
+    job.slot = static_cast<int32_t>(entry.slot);
     job.page_number = static_cast<int32_t>(page);
     job.sequence = static_cast<int32_t>(sequence);
     const int64_t written = seq.first_position + seq.num_new_tokens - page * page_tokens_;

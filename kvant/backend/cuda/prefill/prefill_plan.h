@@ -39,12 +39,12 @@ constexpr int key_tile_tokens(int head_dim) {
 
 // A page to write as images, of every KV head of the pass.
 struct ImageJob {
-  const std::byte* page = nullptr;  // unit of KV head 0 of this layer
-  int32_t image = 0;                // index among the images of a head
-  int32_t page_number = 0;          // position of its first token / page_tokens
-  int32_t sequence = 0;             // index in the view
-  int16_t num_tokens = 0;           // tokens written so far; the rest of the image is zero
-  uint16_t kind = 0;                // GroupView::kinds
+  int32_t slot = 0;         // of the kind's slab: nothing in a plan depends on the layer
+  int32_t image = 0;        // index among the images of a head
+  int32_t page_number = 0;  // position of its first token / page_tokens
+  int32_t sequence = 0;     // index in the view
+  int16_t num_tokens = 0;   // tokens written so far; the rest of the image is zero
+  uint16_t kind = 0;        // GroupView::kinds
 };
 
 struct QueryTile {
@@ -122,7 +122,6 @@ struct PrefillPlan {
 
 struct PrefillPlanArgs {
   const cache::GroupView* view = nullptr;
-  int group_layer = 0;
   int num_query_heads = 0;
   int sink_tokens = 0;
   int64_t workspace_bytes = 0;  // for images

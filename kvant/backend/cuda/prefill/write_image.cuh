@@ -43,7 +43,8 @@ __device__ __forceinline__ Side side_of(const DequantiseArgs& args, const ImageJ
                                         bool keys) {
   const UnitKind& kind = args.kinds[job.kind];
   const SideKind& format = keys ? kind.k : kind.v;
-  const auto* unit = reinterpret_cast<const uint8_t*>(job.page) + head * kind.unit_bytes;
+  const auto* unit = reinterpret_cast<const uint8_t*>(kind.base + job.slot * kind.page_bytes) +
+                     head * kind.unit_bytes;
   Side side;
   side.codes = unit + format.codes;
   side.scales = unit + format.scales;
@@ -79,83 +80,69 @@ __device__ __forceinline__ int element_token(int i) {
   return kKeys ? 8 * (r % 2) + lane / 4 : 8 * (r / 2) + 2 * (lane % 4) + i % 2;
 }
 
-// Scales of a lane's tokens for one block: keys' tokens g and g + 8, values' 2t, 2t + 1, 2t + 8 and
-// 2t + 9, and zeros of pairs.
-template <Scale kScale, bool kKeys>
-__device__ __forceinline__ void read_scales(const uint8_t* scales, int num_blocks, int block,
-                                            float (&scale)[4], float (&zero)[4]) {
-  constexpr int kParts = scale_parts<kScale>();
-  const int lane = threadIdx.x % 32;
-  if constexpr (kKeys) {
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const int entry = (((lane / 4) * 2 + n) * num_blocks + block) * kParts;
-      scale[n] = read_scale_part<kScale>(scales, entry);
-      if constexpr (kParts == 2) zero[n] = read_scale_part<kScale>(scales, entry + 1);
-    }
-  } else {
-    const int entry = ((lane % 4) * num_blocks + block) * kParts * 4;
-    read_four_scales<kScale>(scales, entry, scale);
-    if constexpr (kParts == 2) read_four_scales<kScale>(scales, entry + 4, zero);
-  }
-}
-
-// Decodes 64 channels of a tile of 16 tokens as the codec does, before mean, bias and the rest;
-// calls sink(step, x) for every k-step, x as fragments.cuh says. Channel formats leave codes.
-template <FormatId kId, bool kKeys, typename Sink>
-__device__ __forceinline__ void decode_part(const Side& side, int head_dim, int tile, int part,
-                                            Sink&& sink) {
-  constexpr FormatInfo kInfo = FormatOf<kId>::kInfo;
-  constexpr Scale kScale = kInfo.scale;
-  constexpr bool kBlocks = kInfo.axis == BlockAxis::kHeadDim;
-  constexpr int kBlockSteps = kInfo.block_size / kStepChannels;  // 0: one block a row
-  constexpr int kDivisor = kBlockSteps == 0 ? 1 : kBlockSteps;
-  const int steps = head_dim / kStepChannels;
-  const int num_blocks = kBlockSteps == 0 ? 1 : (steps + kDivisor - 1) / kDivisor;
-  const uint8_t* codes = side.codes + tile * (2 * kInfo.code_bits) * head_dim;
-  const uint8_t* scales = side.scales;
-  if constexpr (kBlocks) {
-    scales += tile * kTileTokens * num_blocks * formats::scale_bytes(kScale);
-  }
+// 64 channels of a tile of 16 tokens, as they are stored.
+template <FormatId kId, bool kKeys>
+struct PartData {
+  static constexpr FormatInfo kInfo = FormatOf<kId>::kInfo;
+  static constexpr bool kBlocks = kInfo.axis == BlockAxis::kHeadDim;
+  static constexpr int kBlockSteps = kInfo.block_size / kStepChannels;  // 0: one block a row
+  static constexpr int kDivisor = kBlockSteps == 0 ? 1 : kBlockSteps;
   PartWords<kInfo.code_bits> words;
-  words.load(codes, threadIdx.x % 32, part, steps);
-  float scale[4], zero[4];
-#pragma unroll
-  for (int i = 0; i < kPartSteps; ++i) {
-    const int step = part * kPartSteps + i;
-    if (step >= steps) break;
-    float x[8];
-    step_values<kInfo.element, kInfo.code_bits>(words, i, x);
+  PartScales<kBlocks ? kInfo.scale : Scale::kNone, kBlockSteps, kKeys> scales;
+
+  __device__ __forceinline__ void load(const Side& side, int head_dim, int tile, int part) {
+    const int lane = threadIdx.x % 32;
+    const int steps = head_dim / kStepChannels;
+    words.load(side.codes + tile * (2 * kInfo.code_bits) * head_dim, lane, part, steps);
     if constexpr (kBlocks) {
-      if (i % kDivisor == 0) {
-        read_scales<kScale, kKeys>(scales, num_blocks, kBlockSteps == 0 ? 0 : step / kDivisor,
-                                   scale, zero);
-#pragma unroll
-        for (int n = 0; n < (kKeys ? 2 : 4); ++n) {
-          scale[n] *= element_factor(kInfo.element);
-          if constexpr (kInfo.global_scale != GlobalScale::kNone) scale[n] *= side.global_scale;
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-        const int at = kKeys ? (n / 2) % 2 : 2 * (n / 4) + n % 2;
-        x[n] *= scale[at];
-        if constexpr (kScale == Scale::kF16Pair) x[n] += zero[at];
-      }
-    } else if constexpr (kInfo.global_scale != GlobalScale::kNone) {
-#pragma unroll
-      for (int n = 0; n < 8; ++n) x[n] *= side.global_scale;
+      const int num_blocks = kBlockSteps == 0 ? 1 : (steps + kDivisor - 1) / kDivisor;
+      scales.load(side.scales + tile * kTileTokens * num_blocks * formats::scale_bytes(kInfo.scale),
+                  lane, part, num_blocks);
     }
-    sink(step, x);
   }
-}
+
+  // Decodes as the codec does, before mean, bias and the rest: calls sink(step, x) for every k-step
+  // of the part, x as fragments.cuh says. Channel formats leave codes.
+  template <typename Sink>
+  __device__ __forceinline__ void decode(const Side& side, int head_dim, int part,
+                                         Sink&& sink) const {
+    float scale[4], zero[4];
+#pragma unroll
+    for (int i = 0; i < kPartSteps; ++i) {
+      if (part * kPartSteps + i >= head_dim / kStepChannels) break;
+      float x[8];
+      step_values<kInfo.element, kInfo.code_bits>(words, i, x);
+      if constexpr (kBlocks) {
+        if (i % kDivisor == 0 && (kBlockSteps != 0 || i == 0)) {
+          scales.get(kBlockSteps == 0 ? 0 : i / kDivisor, scale, zero);
+#pragma unroll
+          for (int n = 0; n < (kKeys ? 2 : 4); ++n) {
+            scale[n] *= element_factor(kInfo.element);
+            if constexpr (kInfo.global_scale != GlobalScale::kNone) scale[n] *= side.global_scale;
+          }
+        }
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+          const int at = kKeys ? (n / 2) % 2 : 2 * (n / 4) + n % 2;
+          x[n] *= scale[at];
+          if constexpr (kInfo.scale == Scale::kF16Pair) x[n] += zero[at];
+        }
+      } else if constexpr (kInfo.global_scale != GlobalScale::kNone) {
+#pragma unroll
+        for (int n = 0; n < 8; ++n) x[n] *= side.global_scale;
+      }
+      sink(part * kPartSteps + i, x);
+    }
+  }
+};
 
 // Scale and zero of a channel (formats with blocks along tokens).
 __device__ __forceinline__ float2 channel_scale(const uint8_t* scales, int channel) {
   const int in_step = channel % 16;
   const int entry = (channel / 16) * 32 + ((in_step % 8) / 2) * 8 + (in_step / 8) * 4 + in_step % 2;
-  return make_float2(read_scale_part<Scale::kF16>(scales, entry + 2),
-                     read_scale_part<Scale::kF16>(scales, entry));
+  const auto* parts = reinterpret_cast<const uint16_t*>(scales) + entry;
+  return make_float2(__half2float(__ushort_as_half(__ldg(parts + 2))),
+                     __half2float(__ushort_as_half(__ldg(parts))));
 }
 
 // value = decoded * mul + add, per channel: everything that needs no other channel. What a K image
@@ -208,6 +195,11 @@ __device__ __forceinline__ void write_image(const DequantiseArgs& args, const Si
                                             int count, uint8_t* shared) {
   const int lane = threadIdx.x % 32;
   const int d = args.head_dim;
+  const int parts = (d + kImageChannels - 1) / kImageChannels;
+  // Reads are a part ahead of the arithmetic, except of 16-bit formats: too many registers.
+  constexpr bool kAhead = FormatOf<kId>::kInfo.code_bits < 16;
+  PartData<kId, kKeys> next;
+  if constexpr (kAhead) next.load(side, d, first, 0);
   float2* factors = reinterpret_cast<float2*>(shared + 2 * kTileTokens * 128);
   channel_factors<kId, kKeys>(side, d, factors);
   const int matrix = lane / 8;
@@ -217,33 +209,39 @@ __device__ __forceinline__ void write_image(const DequantiseArgs& args, const Si
   const int chunk = kKeys ? matrix / 2 : matrix % 2;
   const uint32_t stage = shared_address(shared);
   __half2 largest = __float2half2_rn(0.0f);
-  const int parts = (d + kImageChannels - 1) / kImageChannels;
-  for (int tile = first; tile < first + count; ++tile) {
+  int tile = first;
+  int part = 0;
+  for (int n = 0; n < count * parts; ++n) {
     const int tokens = side.num_tokens - tile * kTileTokens;
-    for (int part = 0; part < parts; ++part) {
-      const uint32_t buffer = stage + ((tile * parts + part) % 2) * (kTileTokens * 128);
-      decode_part<kId, kKeys>(side, d, tile, part, [&](int step, float(&x)[8]) {
-        uint32_t h[4];
-#pragma unroll
-        for (int n = 0; n < 8; ++n) {
-          const float2 factor = factors[element_channel<kKeys>(step, n)];
-          x[n] = fmaf(x[n], factor.x, factor.y);
-          if constexpr (kId == FormatId::kBf16) {
-            if (element_token<kKeys>(n) >= tokens) x[n] = 0.0f;
-          }
-        }
-#pragma unroll
-        for (int r = 0; r < 4; ++r) h[r] = to_image(x[2 * r], x[2 * r + 1], largest);
-        const int at = 2 * (step % kPartSteps) + chunk;
-        store_matrices<!kKeys>(buffer + row * 128 + ((at ^ (row % 8)) << 4), h);
-      });
-      __syncwarp();
-      auto* target = reinterpret_cast<uint4*>(side.image + part * args.page_tokens * 128 +
-                                              tile * kTileTokens * 128);
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        target[i * 32 + lane] = load_shared(buffer + (i * 32 + lane) * 16);
+    const uint32_t buffer = stage + (n % 2) * (kTileTokens * 128);
+    auto* target = reinterpret_cast<uint4*>(side.image + part * args.page_tokens * 128 +
+                                            tile * kTileTokens * 128);
+    if constexpr (!kAhead) next.load(side, d, tile, part);
+    const PartData<kId, kKeys> data = next;
+    const int current = part;
+    if (++part == parts) {
+      part = 0;
+      ++tile;
     }
+    if (kAhead && n + 1 < count * parts) next.load(side, d, tile, part);
+    data.decode(side, d, current, [&](int step, float(&x)[8]) {
+      uint32_t h[4];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float2 factor = factors[element_channel<kKeys>(step, i)];
+        x[i] = fmaf(x[i], factor.x, factor.y);
+        if constexpr (kId == FormatId::kBf16) {
+          if (element_token<kKeys>(i) >= tokens) x[i] = 0.0f;
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < 4; ++r) h[r] = to_image(x[2 * r], x[2 * r + 1], largest);
+      const int at = 2 * (step % kPartSteps) + chunk;
+      store_matrices<!kKeys>(buffer + row * 128 + ((at ^ (row % 8)) << 4), h);
+    });
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) target[i * 32 + lane] = load_shared(buffer + (i * 32 + lane) * 16);
   }
   report(args, largest);
 }
