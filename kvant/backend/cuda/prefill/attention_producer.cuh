@@ -1,0 +1,169 @@
+// The producer's warpgroup of prefill attention: one warp copies key tiles to shared memory, the
+// others write images where that is done beside attention.
+#pragma once
+
+#include "kvant/backend/cuda/prefill/attention_shape.cuh"
+#include "kvant/backend/cuda/prefill/hopper.cuh"
+#include "kvant/backend/cuda/prefill/write_image.cuh"
+
+namespace kvant::backend::cuda {
+
+// Waits for the images of slices from `first` on, of which those from `known` on have been seen,
+// and returns the new `known`. Looks at 32 slices at a time: a look costs a trip to L2.
+__device__ __forceinline__ int wait_for_images(const PrefillKernelArgs& args,
+                                               const BackgroundImages& images,
+                                               const QueryTile& tile, int head, int first,
+                                               int known) {
+  const int lane = threadIdx.x % 32;
+  const int slices_shift = args.page_shift - args.slice_shift;
+  const int32_t* ready = images.ready + 2 * head * images.images_per_head;
+  const uint64_t written = static_cast<uint32_t>(images.epoch) * 0x100000001ull;
+  while (first < known) {
+    const int slice = known - 1 - lane;
+    uint64_t flags = written;
+    if (slice >= 0) {
+      asm volatile("ld.relaxed.gpu.global.b64 %0,[%1];"
+                   : "=l"(flags)
+                   : "l"(ready + 2 * (slice_place(tile, slice) >> slices_shift))
+                   : "memory");
+    }
+    const uint32_t missing = __ballot_sync(~0u, flags != written);
+    const int seen = missing == 0 ? 32 : __ffs(static_cast<int>(missing)) - 1;
+    known -= seen;
+    if (seen == 0) __nanosleep(100);
+    if (first >= known) {
+      __threadfence();
+      asm volatile("fence.proxy.async;" ::: "memory");
+    }
+  }
+  return known;
+}
+
+// A lane's part of a key tile: 64 channels of one slice.
+struct LaneCopy {
+  const std::byte* source;  // of keys
+  int offset;               // in the stage
+  int image;
+};
+
+template <typename Shape>
+__device__ __forceinline__ LaneCopy lane_copy(const PrefillKernelArgs& args, const std::byte* head,
+                                              const QueryTile& tile, int first_slice) {
+  const int lane = threadIdx.x % 32;
+  const int slice = lane / Shape::kParts;
+  const int part = lane % Shape::kParts;
+  // Slices before the list's begin are masked: any image will do.
+  const int place = slice_place(tile, max(first_slice + slice, 0));
+  const int slices_shift = args.page_shift - args.slice_shift;
+  const int slice_bytes = 128 << args.slice_shift;
+  LaneCopy copy;
+  copy.image = place >> slices_shift;
+  copy.source = head + copy.image * (2 * int64_t{Shape::kParts} * args.page_tokens * 128) +
+                part * args.page_tokens * 128 + (place & ((1 << slices_shift) - 1)) * slice_bytes;
+  copy.offset = part * Shape::kKeyPart + slice * slice_bytes;
+  return copy;
+}
+
+template <typename Shape>
+__device__ __forceinline__ void copy_side(const LaneCopy& copy, const std::byte* source, int bytes,
+                                          bool active, uint32_t stage, uint32_t full) {
+  if (threadIdx.x % 32 == 0) barrier_expect(full, Shape::kTileBytes);
+  __syncwarp();
+  if (active) bulk_copy(stage + copy.offset, source, bytes, full);
+}
+
+template <typename Shape, typename Images>
+__device__ __forceinline__ void produce(const PrefillKernelArgs& args,
+                                        const typename Images::Args& images, uint32_t base) {
+  const uint32_t bars = base + Shape::kBarriers;
+  const int lane = threadIdx.x % 32;
+  const int slices = Shape::kKeys >> args.slice_shift;
+  const int slice_bytes = 128 << args.slice_shift;
+  const bool active = lane < slices * Shape::kParts;
+  uint32_t empty = 3;  // bit s: the phase that stage s waits for; stages start empty
+  for (int n = 0;; ++n) {
+    int index = 0;
+    if (lane == 0) index = atomicAdd(args.counters + kNextItem, 1);
+    index = __shfl_sync(~0u, index, 0);
+    const bool more = index < args.num_items;
+    const int slot = n & 1;
+    barrier_wait(bars + 8 * (kItemEmpty + slot), ((n >> 1) & 1) ^ 1);
+    if (lane == 0) {
+      asm volatile("st.shared.s32 [%0],%1;" ::"r"(base + Shape::kItems + 4 * slot),
+                   "r"(more ? index : -1)
+                   : "memory");
+      barrier_arrive(bars + 8 * (kItemFull + slot));
+    }
+    if (!more) return;
+    const WorkItem item = args.items[index];
+    const QueryTile tile = args.tiles[item.tile];
+    const std::byte* head = args.images + item.head * args.head_stride;
+    int known = tile.num_slices;
+    for (int i = 0; i < tile.num_key_tiles; ++i) {
+      const int stage = i & 1;
+      const LaneCopy copy = lane_copy<Shape>(args, head, tile, tile.num_slices - (i + 1) * slices);
+      if constexpr (Images::kWrites) {
+        known = wait_for_images(args, images, tile, item.head,
+                                max(tile.num_slices - (i + 1) * slices, 0), known);
+      }
+      barrier_wait(bars + 8 * (kKeysEmpty + stage), (empty >> stage) & 1);
+      copy_side<Shape>(copy, copy.source, slice_bytes, active,
+                       base + Shape::kKeyTiles + stage * Shape::kTileBytes,
+                       bars + 8 * (kKeysFull + stage));
+      barrier_wait(bars + 8 * (kValuesEmpty + stage), (empty >> stage) & 1);
+      copy_side<Shape>(copy, copy.source + int64_t{Shape::kParts} * args.page_tokens * 128,
+                       slice_bytes, active, base + Shape::kValueTiles + stage * Shape::kTileBytes,
+                       bars + 8 * (kValuesFull + stage));
+      empty ^= 1u << stage;
+    }
+  }
+}
+
+// Images in the order in which attention will want them, a side of a page of a head at a time.
+template <typename Images>
+__device__ __forceinline__ void write_images(const BackgroundImages& images, int32_t* counters,
+                                             uint8_t* shared) {
+  const int lane = threadIdx.x % 32;
+  const int tiles = images.dequantise.page_tokens / kTileTokens;
+  const auto claim = [&] { return lane == 0 ? atomicAdd(counters + kNextUnit, 1) : 0; };
+  int at = 0;
+  int claimed = claim();
+  while (true) {
+    const int unit = __shfl_sync(~0u, claimed, 0);
+    if (unit >= images.num_units) return;
+    claimed = claim();  // is there by the time this unit is done
+    while (at + 1 < images.num_chunks && unit >= images.chunks[at + 1].first_unit) ++at;
+    const ImageChunk chunk = images.chunks[at];
+    const int in_chunk = (unit - chunk.first_unit) / 2;
+    const bool keys = unit % 2 == 0;
+    const DequantiseArgs& args = images.dequantise;
+    const int head = chunk.first_head + in_chunk % chunk.num_heads;  // of the pass
+    const ImageJob job = args.jobs[chunk.first_job + in_chunk / chunk.num_heads];
+    const Side side = side_of(args, job, args.first_head + head, keys);
+    const UnitKind& kind = args.kinds[job.kind];
+    if (keys) {
+      if (kind.k.format == FormatId::kBf16) {
+        write_image<FormatId::kBf16, true>(args, side, 0, tiles, shared);
+      } else {
+        write_image<Images::kKeys, true>(args, side, 0, tiles, shared);
+      }
+    } else {
+      if (kind.v.format == FormatId::kBf16) {
+        write_image<FormatId::kBf16, false>(args, side, 0, tiles, shared);
+      } else {
+        write_image<Images::kValues, false>(args, side, 0, tiles, shared);
+      }
+    }
+    __syncwarp();
+    if (lane == 0) {
+      __threadfence();
+      asm volatile(
+          "st.release.gpu.global.s32 [%0],%1;" ::"l"(
+              images.ready + 2 * (head * images.images_per_head + job.image) + (keys ? 0 : 1)),
+          "r"(images.epoch)
+          : "memory");
+    }
+  }
+}
+
+}  // namespace kvant::backend::cuda

@@ -1,0 +1,71 @@
+// Sizes and barriers that the roles of a prefill attention block share (attention_kernel.cuh).
+#pragma once
+
+#include "kvant/backend/cuda/prefill/attention_kernel.h"
+
+namespace kvant::backend::cuda {
+
+using formats::FormatId;
+
+constexpr int kPrefillThreads = 384;
+
+// What the producer's warpgroup does besides copying. Registers of the two roles: 512 = 2 consumers
+// + 1 producer.
+struct NoImages {
+  static constexpr bool kWrites = false;
+  static constexpr int kConsumerRegisters = 232;
+  static constexpr int kProducerRegisters = 40;
+  struct Args {};
+};
+template <FormatId kK, FormatId kV>
+struct WrittenImages {
+  static constexpr bool kWrites = true;
+  static constexpr int kConsumerRegisters = 208;
+  static constexpr int kProducerRegisters = 88;
+  static constexpr FormatId kKeys = kK;
+  static constexpr FormatId kValues = kV;
+  using Args = BackgroundImages;
+};
+constexpr int kStartRegisters = 168;  // 65536 / 384, rounded down to a multiple of 8
+constexpr int kImageWarps = 3;
+
+template <int kHeadDim>
+struct PrefillShape {
+  static constexpr int kKeys = key_tile_tokens(kHeadDim);
+  static constexpr int kParts = (kHeadDim + kImageChannels - 1) / kImageChannels;
+  static constexpr int kQueryPart = kTileRows * 128;  // bytes of 64 channels of the query tile
+  static constexpr int kKeyPart = kKeys * 128;
+  static constexpr int kTileBytes = kParts * kKeyPart;
+  static constexpr int kStages = 2;
+  // Shared memory from a 1024-byte boundary on.
+  static constexpr int kQueries = 0;
+  static constexpr int kKeyTiles = kParts * kQueryPart;
+  static constexpr int kValueTiles = kKeyTiles + kStages * kTileBytes;
+  static constexpr int kShifts = kValueTiles + kStages * kTileBytes;  // [2][128] floats
+  static constexpr int kBarriers = kShifts + 2 * kTileRows * 4;
+  static constexpr int kItems = kBarriers + 16 * 8;
+  static constexpr int kImages = kItems + 16;
+  static constexpr int kBytes = kImages + 1024;  // images: kImageWarps * fast_shared_bytes more
+};
+
+// mbarriers, in units of 8 bytes from kBarriers; two of each.
+enum PrefillBarrier {
+  kKeysFull = 0,
+  kKeysEmpty = 2,
+  kValuesFull = 4,
+  kValuesEmpty = 6,
+  kItemFull = 8,
+  kItemEmpty = 10
+};
+// Named barriers: 1 and 2 give a warpgroup its turn, 3 and 4 are a warpgroup's own.
+constexpr int kTurn = 1;
+constexpr int kOwn = 3;
+
+__device__ __forceinline__ int slice_place(const QueryTile& tile, int slice) {
+  if (slice < tile.num_sink) return tile.sink_place + slice;
+  const int stored = slice - tile.num_sink;
+  return stored < tile.num_stored ? tile.stored_place + stored
+                                  : tile.bf16_place + stored - tile.num_stored;
+}
+
+}  // namespace kvant::backend::cuda
