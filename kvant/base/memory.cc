@@ -91,6 +91,10 @@ MemoryStats HostMemory::stats() const {
   return stats_;
 }
 
+void MemoryResource::read(void* target, const void* source, int64_t bytes) {
+  std::memcpy(target, source, static_cast<size_t>(bytes));
+}
+
 void HostMemory::copy(void* target, const void* source, int64_t bytes) {
   std::memcpy(target, source, static_cast<size_t>(bytes));
 }

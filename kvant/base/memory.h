@@ -41,6 +41,9 @@ class MemoryResource {
   virtual MemoryStats stats() const = 0;
   // Copies within this memory or from host memory into it, in order with the backend's other work.
   virtual void copy(void* target, const void* source, int64_t bytes) = 0;
+  // Copies out of this memory to host memory, after all work before it; complete on return. This is
+  // what host memory does.
+  virtual void read(void* target, const void* source, int64_t bytes);
 };
 
 // Host memory with an optional limit in bytes (0: none). Memory is touched only when written (pages

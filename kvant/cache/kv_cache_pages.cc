@@ -31,6 +31,14 @@ void convert_page(const GroupPlan& group, const PageKind& kind, int page_tokens,
   }
 }
 
+// Pages may lie where the host cannot read them: one of the kind in host memory, in the first slot.
+constexpr PageEntry kFirstSlot = PageEntry::make(kKindStored, 0);
+PageKind on_host(const PageKind& kind, std::vector<std::byte>& bytes) {
+  PageKind copy = kind;
+  copy.base = bytes.data();
+  return copy;
+}
+
 Error mismatch(ErrorCode code, size_t group, const std::string& what) {
   return Error(code, "page of layer group " + std::to_string(group) + ": " + what);
 }
@@ -70,7 +78,9 @@ Result<std::vector<std::byte>> KvCache::export_page(SequenceId id, int group, in
   const GroupPlan& plan = s.plan.groups[group];
   const PageKind& kind = s.groups[group].kinds[entry.kind];
   std::vector<std::byte> payload(kind.page_bytes);
-  convert_page(plan, kind, s.page_tokens(), entry, payload.data(), true);
+  std::vector<std::byte> bytes(kind.page_bytes);
+  s.memory->read(bytes.data(), kind.base + entry.slot * kind.page_bytes, kind.page_bytes);
+  convert_page(plan, on_host(kind, bytes), s.page_tokens(), kFirstSlot, payload.data(), true);
 
   PageObjectHeader header;
   header.fingerprint = s.fingerprint;
@@ -175,8 +185,11 @@ void KvCache::State::place_object(int group, SequenceId id, int64_t page,
   stored_entry = take(group, kind);
   if (kind == kKindBf16) bf16_entry = stored_entry;
   // convert_page only reads the payload in this direction.
-  convert_page(plan.groups[group], groups[group].kinds[kind], page_tokens(), stored_entry,
+  const PageKind& pages = groups[group].kinds[kind];
+  std::vector<std::byte> bytes(pages.page_bytes);
+  convert_page(plan.groups[group], on_host(pages, bytes), page_tokens(), kFirstSlot,
                const_cast<std::byte*>(payload.data()), false);
+  memory->copy(pages.base + stored_entry.slot * pages.page_bytes, bytes.data(), pages.page_bytes);
 }
 
 // ---- integrity ----

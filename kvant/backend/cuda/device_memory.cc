@@ -79,17 +79,24 @@ MemoryStats DeviceMemory::stats() const {
   return stats_;
 }
 
-void DeviceMemory::copy(void* target, const void* source, int64_t bytes) {
-  const cudaError_t error =
-      cudaMemcpyAsync(target, source, static_cast<size_t>(bytes), cudaMemcpyDefault, stream_);
+void DeviceMemory::remember(cudaError_t error) {
   const std::lock_guard lock(mutex_);
   if (copy_error_ == cudaSuccess) copy_error_ = error;
+}
+
+void DeviceMemory::copy(void* target, const void* source, int64_t bytes) {
+  remember(cudaMemcpyAsync(target, source, static_cast<size_t>(bytes), cudaMemcpyDefault, stream_));
+}
+
+void DeviceMemory::read(void* target, const void* source, int64_t bytes) {
+  copy(target, source, bytes);
+  remember(cudaStreamSynchronize(stream_));
 }
 
 Status DeviceMemory::take_error() {
   const std::lock_guard lock(mutex_);
   const cudaError_t error = std::exchange(copy_error_, cudaSuccess);
-  return cuda_status(error, "copying into device memory");
+  return cuda_status(error, "copying into or out of device memory");
 }
 
 UploadRing::~UploadRing() {

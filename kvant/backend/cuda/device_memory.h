@@ -28,10 +28,13 @@ class DeviceMemory final : public MemoryResource {
   // The source may be memory of the host or of the device; host memory may be reused on return.
   // A failure stays with the device: take_error().
   void copy(void* target, const void* source, int64_t bytes) override;
-  // The first failure of a copy, once.
+  void read(void* target, const void* source, int64_t bytes) override;
+  // The first failure of a copy or read, once.
   Status take_error();
 
  private:
+  void remember(cudaError_t error);
+
   const cudaStream_t stream_;
   const int64_t limit_bytes_;
   mutable std::mutex mutex_;  // guards what follows
