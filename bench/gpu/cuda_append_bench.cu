@@ -253,6 +253,26 @@ struct Row {
   double us, memcpy_us, kernel_us;
 };
 
+void report(const std::vector<Row>& rows, const char* device, double copy_gb_s) {
+  std::printf("%s, copy of 1 GiB moved: %.0f GB/s\n", device, copy_gb_s);
+  std::printf("%-36s %-8s %9s %9s %9s %9s %8s\n", "kv", "step", "MB", "us", "copy us", "GB/s",
+              "% copy");
+  for (const Row& row : rows) {
+    const double ceiling = std::min(row.memcpy_us, row.kernel_us);
+    std::printf("%-36s %-8s %9.2f %9.2f %9.2f %9.0f %7.1f%%\n", row.kv.c_str(), row.step,
+                row.bytes / 1e6, row.us, ceiling, row.bytes / row.us / 1e3,
+                100.0 * ceiling / row.us);
+  }
+  for (const Row& row : rows) {
+    std::printf(
+        "{\"schema_version\":1,\"bench\":\"cuda_append\",\"device\":\"%s\",\"kv\":\"%s\",\"step\":"
+        "\"%s\",\"bytes\":%lld,"
+        "\"us\":%.3f,\"memcpy_us\":%.3f,\"copy_kernel_us\":%.3f,\"copy_gb_s\":%.1f}\n",
+        device, row.kv.c_str(), row.step, static_cast<long long>(row.bytes), row.us, row.memcpy_us,
+        row.kernel_us, copy_gb_s);
+  }
+}
+
 int run(int argc, char** argv) {
   std::vector<std::string> formats = {"bf16",
                                       "fp8",
@@ -297,23 +317,7 @@ int run(int argc, char** argv) {
   }
   const double big = static_cast<double>(1 << 30);
   const double big_us = std::min(copy_us(stream, 1 << 30, true), copy_us(stream, 1 << 30, false));
-  std::printf("%s, copy of 1 GiB moved: %.0f GB/s\n", properties.name, big / big_us / 1e3);
-  std::printf("%-36s %-8s %9s %9s %9s %9s %8s\n", "kv", "step", "MB", "us", "copy us", "GB/s",
-              "% copy");
-  for (const Row& row : rows) {
-    const double ceiling = std::min(row.memcpy_us, row.kernel_us);
-    std::printf("%-36s %-8s %9.2f %9.2f %9.2f %9.0f %7.1f%%\n", row.kv.c_str(), row.step,
-                row.bytes / 1e6, row.us, ceiling, row.bytes / row.us / 1e3,
-                100.0 * ceiling / row.us);
-  }
-  for (const Row& row : rows) {
-    std::printf(
-        "{\"schema_version\":1,\"bench\":\"cuda_append\",\"device\":\"%s\",\"kv\":\"%s\",\"step\":"
-        "\"%s\",\"bytes\":%lld,"
-        "\"us\":%.3f,\"memcpy_us\":%.3f,\"copy_kernel_us\":%.3f,\"copy_gb_s\":%.1f}\n",
-        properties.name, row.kv.c_str(), row.step, static_cast<long long>(row.bytes), row.us,
-        row.memcpy_us, row.kernel_us, big / big_us / 1e3);
-  }
+  report(rows, properties.name, big / big_us / 1e3);
   return 0;
 }
 
