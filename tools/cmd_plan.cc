@@ -46,6 +46,7 @@ class Planner {
     row.runtime.format = kv.format;
     row.runtime.plan = quant_plan_;
     row.runtime.page_tokens = options_.model.page_tokens;
+    row.runtime.max_step_tokens = backend_.info().step_tokens;
     row.runtime.context_tokens = context;
     row.runtime.max_sequences = sequences;
     KVANT_ASSIGN(row.plan, model::plan_memory(source_, backend_, row.runtime));

@@ -192,6 +192,7 @@ Result<model::RuntimeOptions> runtime_options(const ModelOptions& options, const
     warn_of_left_out_scales(*open.console, options.plan, *open.plan, format);
   }
   runtime.page_tokens = options.page_tokens;
+  runtime.max_step_tokens = open.backend->info().step_tokens;
   const int64_t trained = model.config().context_length;
   const bool chosen = options.context > 0 || wanted_context > 0;
   runtime.context_tokens = options.context > 0  ? options.context

@@ -36,6 +36,7 @@ struct BackendInfo {
   ActivationType activation_type = ActivationType::kF32;
   cache::Layout page_layout = cache::Layout::kCpu;
   bool host_memory = true;   // memory() is the host's, and host memory is memory()'s
+  int step_tokens = 512;     // new tokens of a step from which on larger steps gain little
   int64_t memory_total = 0;  // bytes of the machine or device; 0 unknown
   int64_t memory_free = 0;
 };

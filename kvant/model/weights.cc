@@ -130,7 +130,9 @@ class Planner final : public WeightVisitor {
     KVANT_ASSIGN(const MatrixSource described, source_.describe(name, rows, cols));
     const int64_t made = made_bytes(described);
     bytes.matrices += made;
-    if (source_.gguf() != nullptr) bytes.in_place += file_bytes(described);
+    if (source_.gguf() != nullptr && backend_.info().host_memory) {
+      bytes.in_place += file_bytes(described);
+    }
     file_total += file_bytes(described);
     return {};
   }

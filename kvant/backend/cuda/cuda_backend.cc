@@ -126,6 +126,7 @@ Status CudaBackend::start(const BackendOptions& options) {
   info_.activation_type = ActivationType::kF32;
   info_.page_layout = cache::Layout::kSm90;
   info_.host_memory = false;
+  info_.step_tokens = 2048;
   info_.memory_total = static_cast<int64_t>(total_bytes);
   update_free_memory();
   return {};
