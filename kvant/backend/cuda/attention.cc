@@ -76,7 +76,7 @@ Status check_side(const SideFormat& side, bool keys) {
 }
 
 constexpr int kSharedMemoryLimit = 227 * 1024;
-constexpr int kBarrierBytes = 4096;  // static shared memory of the kernel, rounded up
+constexpr int kBarrierBytes = 8192;  // static shared memory of the kernel, rounded up
 constexpr int kWantedSlots = 3;
 
 cudaLaunchConfig_t launch_config(dim3 grid, int threads, int smem, cudaStream_t stream,

@@ -12,8 +12,8 @@ using Preset = DecodeShape<KeyKernel::kInt4Channel, ValueKernel::kNvfp4, kHeadDi
 std::span<const DecodeVariant> int4_channel_variants() {
   static const DecodeVariant kVariants[] = {
       variant_of<Preset<128, 1, 1, 12, 1>>(200), variant_of<Preset<128, 1, 2, 4, 2>>(),
-      variant_of<Preset<128, 2, 4, 3, 1>>(),     variant_of<Preset<64, 1, 1, 12, 1>>(),
-      variant_of<Preset<64, 2, 1, 12, 1>>(),     variant_of<Preset<256, 1, 2, 4, 1>>(),
+      variant_of<Preset<128, 2, 2, 4, 1>>(),     variant_of<Preset<64, 1, 1, 12, 1>>(),
+      variant_of<Preset<256, 1, 2, 4, 1>>(),
   };
   return kVariants;
 }

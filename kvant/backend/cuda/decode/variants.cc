@@ -3,9 +3,8 @@
 namespace kvant::backend::cuda {
 
 const DecodeVariant* find_variant(const VariantQuery& query) {
-  for (const auto& table :
-       {nvfp4_variants(), int4_channel_variants(), e4m3_variants(), bf16_variants(),
-        integer_variants(), microscaling_variants(), any_variants()}) {
+  for (const auto& table : {nvfp4_variants(), int4_channel_variants(), e4m3_variants(),
+                            bf16_variants(), any_variants()}) {
     for (const DecodeVariant& variant : table) {
       const bool any = variant.key == KeyKernel::kAny;
       if (!any && (variant.key != query.key || variant.value != query.value)) continue;

@@ -26,8 +26,6 @@ std::span<const DecodeVariant> nvfp4_variants();
 std::span<const DecodeVariant> int4_channel_variants();
 std::span<const DecodeVariant> e4m3_variants();
 std::span<const DecodeVariant> bf16_variants();
-std::span<const DecodeVariant> integer_variants();
-std::span<const DecodeVariant> microscaling_variants();
 std::span<const DecodeVariant> any_variants();
 
 struct VariantQuery {
