@@ -150,6 +150,8 @@ Status CudaAttention::configure(const AttentionArgs& args, int layer) {
     return unsupported("head_dim " + std::to_string(view.head_dim) + " with " +
                        std::to_string(group) + " query heads per KV head");
 
+  k_format_ = k;
+  v_format_ = v;
   params_ = {};
   params_.stored = sections_of(stored.units[layer], k);
   params_.key_kernel = key_kernel(k.base);
@@ -291,7 +293,10 @@ Status CudaAttention::launch(const AttentionArgs& args, cudaStream_t stream) {
 }
 
 Status CudaAttention::run(const AttentionArgs& args, cudaStream_t stream) {
-  if (args.group_layer == 0 || args.view != view_) KVANT_TRY(prepare(args, stream));
+  const cache::PageKind& stored = args.view->kinds[cache::kKindStored];
+  const bool same_format = args.view == view_ && stored.k_format[args.group_layer] == k_format_ &&
+                           stored.v_format[args.group_layer] == v_format_;
+  if (args.group_layer == 0 || !same_format) KVANT_TRY(prepare(args, stream));
   return launch(args, stream);
 }
 

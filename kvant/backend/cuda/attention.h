@@ -26,8 +26,8 @@ class CudaAttention {
   // kUnsupported names what decode kernels lack.
   Status supports(const formats::CacheFormat& format, int head_dim, int group) const;
 
-  // Makes the plan of a step and sends it to the device. Needed once per group and step: run() does
-  // it for a group's first layer.
+  // Makes the plan of a step and sends it to the device. Needed once per group, step and format:
+  // run() does it for a group's first layer and where a layer's format differs.
   Status prepare(const AttentionArgs& args, cudaStream_t stream);
   // Enqueues the kernels of one layer; may be captured into a graph after prepare().
   Status launch(const AttentionArgs& args, cudaStream_t stream);
@@ -48,6 +48,7 @@ class CudaAttention {
 
   // Of the prepared step.
   const cache::GroupView* view_ = nullptr;
+  formats::SideFormat k_format_, v_format_;
   const DecodeVariant* variant_ = nullptr;
   DecodeParams params_ = {};
   int num_split_units_ = 0;
