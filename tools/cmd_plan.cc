@@ -95,11 +95,6 @@ class Planner {
 Result<std::vector<Row>> make_rows(const Options& options, const Planner& planner,
                                    int64_t trained) {
   KVANT_ASSIGN(const std::vector<KvChoice> choices, parse_kv(options.kv, "bf16,8bit,4bit"));
-  if (options.model.context > trained) {
-    return Error(ErrorCode::kInvalidArgument,
-                 fmt::format("a context of {} tokens; the model was trained for at most {}",
-                             options.model.context, trained));
-  }
   std::vector<Row> rows;
   for (const KvChoice& choice : choices) {
     if (!options.memory.empty()) {
@@ -245,6 +240,9 @@ Status run(Console& console, const Options& options) {
     for (const Row& row : rows) results.push_back(row_json(row, config.head_dim));
     object["results"] = std::move(results);
     return print_json(console, object);
+  }
+  if (options.model.context > config.context_length) {
+    console.note(fmt::format("the model was trained for at most {} tokens", config.context_length));
   }
   for (const Row& row : rows) {
     if (!options.memory.empty() && options.model.context == 0 &&
