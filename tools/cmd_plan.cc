@@ -232,6 +232,9 @@ Status run(Console& console, const Options& options) {
   const Planner planner(options, *source, *backend, quant_plan ? &*quant_plan : nullptr);
   const model::ModelConfig& config = source->config();
   KVANT_ASSIGN(const std::vector<Row> rows, make_rows(options, planner, config.context_length));
+  if (options.model.context > config.context_length) {
+    console.note(fmt::format("the model was trained for at most {} tokens", config.context_length));
+  }
   if (console.json()) {
     Json object = json_object("plan");
     object["model"] = options.model.model;
@@ -240,9 +243,6 @@ Status run(Console& console, const Options& options) {
     for (const Row& row : rows) results.push_back(row_json(row, config.head_dim));
     object["results"] = std::move(results);
     return print_json(console, object);
-  }
-  if (options.model.context > config.context_length) {
-    console.note(fmt::format("the model was trained for at most {} tokens", config.context_length));
   }
   for (const Row& row : rows) {
     if (!options.memory.empty() && options.model.context == 0 &&

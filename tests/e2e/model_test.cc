@@ -276,8 +276,12 @@ TEST_F(ModelCommands, PlanFindsWhatFits) {
   EXPECT_GT(many["results"][1]["sequences"], many["results"][0]["sequences"]);
   expect_error({"plan", model_, "--memory", "1MiB"}, 75, {"1.00 MiB"});
   expect_error({"plan", model_, "--memory", "lots"}, 64, {"lots"});
-  expect_error({"plan", model_, "-c", "1000000"}, 64, {"8192"});
   expect_error({"plan", model_, "-c", "0"}, 64);
+  // Plans beyond what the model was trained for are made, and say so.
+  const ProgramResult beyond = run_kvant({"plan", model_, "-c", "1000000", "--json"});
+  EXPECT_EQ(beyond.exit_code, 0) << beyond.err;
+  EXPECT_NE(beyond.err.find("8192"), std::string::npos) << beyond.err;
+  EXPECT_EQ(json::parse(beyond.out)["results"][0]["context_tokens"], 1000000);
 }
 
 TEST_F(ModelCommands, PlanNeedsNoWeights) {
