@@ -1,6 +1,6 @@
 // Merges the partial results of units that several workers shared, in the order of their pages.
 #include "kvant/backend/cuda/decode/combine.h"
-#include "kvant/backend/cuda/decode/kernel.cuh"
+#include "kvant/backend/cuda/decode/shape.cuh"
 
 namespace kvant::backend::cuda {
 namespace {
