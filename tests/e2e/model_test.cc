@@ -43,6 +43,15 @@ TEST_F(ModelCommands, RunRejectsImpossibleContexts) {
   expect_error({"run", model_, "-p", "x", "--page-tokens", "7"}, 64);
 }
 
+// Without a GPU, or in a build without CUDA, the error says what to do.
+TEST_F(ModelCommands, DevicesThatAreMissingAreNamed) {
+  expect_error({"run", model_, "-p", "x", "--device", "gpu"}, 69, {"gpu", "cpu"});
+  const ProgramResult result = run_kvant({"run", model_, "-p", "x", "-n", "1", "--device", "cuda"});
+  if (result.exit_code == 0) return;  // a GPU host
+  EXPECT_EQ(result.exit_code, 69) << result.err;
+  EXPECT_NE(result.err.find("cpu"), std::string::npos) << result.err;
+}
+
 TEST_F(ModelCommands, RunEndsCleanlyOnFullDisksAndClosedPipes) {
   ProgramOptions full;
   full.stdout_to = "/dev/full";
