@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "kvant/backend/cuda/testing/cache_mirror.h"
+#include "kvant/backend/cuda/testing/cache_on_device.h"
 #include "kvant/base/small_floats.h"
 #include "kvant/cache/scalar_append.h"
 #include "kvant/formats/plan.h"
@@ -84,7 +85,7 @@ formats::QuantPlan make_plan(const Geometry& geometry, int num_layers, bool scal
 class CudaAppend : public ::testing::Test {
  protected:
   void SetUp() override {
-    const std::string why = testing::why_no_device();
+    const std::string why = testing::no_device_reason();
     if (!why.empty()) GTEST_SKIP() << why;
   }
 };

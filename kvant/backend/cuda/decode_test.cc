@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "kvant/backend/cuda/attention.h"
+#include "kvant/backend/cuda/testing/cache_on_device.h"
 #include "kvant/backend/cuda/testing/paged_problem.h"
 
 namespace kvant::backend::cuda {
@@ -15,11 +16,6 @@ using testing::PagedProblem;
 using testing::ProblemOptions;
 
 constexpr double kErrorLimit = 5e-4;  // relative L2 of a launch
-
-bool has_device() {
-  int count = 0;
-  return cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
-}
 
 // One launch; the error of its output.
 double run(const ProblemOptions& options) {
@@ -47,7 +43,8 @@ double run(const ProblemOptions& options) {
 class CudaDecode : public ::testing::Test {
  protected:
   void SetUp() override {
-    if (!has_device()) GTEST_SKIP() << "needs a CUDA device";
+    const std::string reason = testing::no_device_reason();
+    if (!reason.empty()) GTEST_SKIP() << reason;
   }
 };
 

@@ -17,6 +17,7 @@
 #include "kvant/backend/cuda/append.h"
 #include "kvant/backend/cuda/page_map.h"
 #include "kvant/backend/cuda/testing/cache_mirror.h"
+#include "kvant/backend/cuda/testing/cache_on_device.h"
 #include "kvant/base/small_floats.h"
 #include "kvant/base/thread_pool.h"
 
@@ -38,7 +39,7 @@ uint64_t next(uint64_t& seed) {
 class CudaConvert : public ::testing::Test {
  protected:
   void SetUp() override {
-    const std::string why = testing::why_no_device();
+    const std::string why = testing::no_device_reason();
     if (!why.empty()) GTEST_SKIP() << why;
   }
 };

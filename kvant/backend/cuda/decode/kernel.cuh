@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   ptx::launch_dependents();
   if (threadIdx.x < Shape::kTeams) {
     for (int slot = 0; slot < params.num_slots; ++slot) {
-      ptx::mbarrier_init(&rings[threadIdx.x].full[slot], 1);
-      ptx::mbarrier_init(&rings[threadIdx.x].empty[slot], Shape::kTeam);
+      ptx::mbarrier_init(ptx::shared_address(&rings[threadIdx.x].full[slot]), 1);
+      ptx::mbarrier_init(ptx::shared_address(&rings[threadIdx.x].empty[slot]), Shape::kTeam);
     }
     results[threadIdx.x][0].unit = results[threadIdx.x][1].unit = -1;
     ptx::fence_mbarrier_init();

@@ -23,7 +23,7 @@ class Producer {
 
   // The next slot is empty: every warp of the team has read it, or it is used the first time.
   __device__ bool slot_is_empty() const {
-    return ptx::mbarrier_test_wait(&ring_.state->empty[ring_.next.index], ring_.next.parity ^ 1);
+    return ptx::mbarrier_test_wait(ring_.empty(ring_.next), ring_.next.parity ^ 1);
   }
 
   // Starts the copy of the next step.
@@ -41,8 +41,8 @@ class Producer {
       if (values) source += params_.stored.v_start;
     }
     if (!values) ring_.info(slot) = info();
-    ptx::mbarrier_arrive_expect_tx(&ring_.state->full[slot.index], bytes);
-    ptx::bulk_copy(ring_.data(slot), source, bytes, &ring_.state->full[slot.index],
+    ptx::mbarrier_arrive_expect_tx(ring_.full(slot), bytes);
+    ptx::bulk_copy(ptx::shared_address(ring_.data(slot)), source, bytes, ring_.full(slot),
                    ptx::policy_evict_first());
     if (++part_ == num_parts_) next_page();
   }

@@ -52,13 +52,19 @@ struct Ring {
     return slots + slot.index * slot_bytes;
   }
   __device__ __forceinline__ void wait(Slot slot) const {
-    ptx::mbarrier_wait(&state->full[slot.index], slot.parity);
+    ptx::mbarrier_wait(full(slot), slot.parity);
+  }
+  __device__ __forceinline__ uint32_t full(Slot slot) const {
+    return ptx::shared_address(&state->full[slot.index]);
+  }
+  __device__ __forceinline__ uint32_t empty(Slot slot) const {
+    return ptx::shared_address(&state->empty[slot.index]);
   }
   __device__ __forceinline__ SlotInfo& info(Slot slot) const { return state->infos[slot.index]; }
   // By a warp that has read the slot.
   __device__ __forceinline__ void release(Slot slot, int lane) const {
     __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(&state->empty[slot.index]);
+    if (lane == 0) ptx::mbarrier_arrive(empty(slot));
   }
 };
 

@@ -27,8 +27,9 @@ __global__ void to_bf16_kernel(WeightTiles w, int64_t first_strip, int64_t num_s
       raw.codes(s, codes);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        word[i] = pack_bf16(fmaf(scales.scale[i % 2], low_bf16(codes[i]), scales.offset[i % 2]),
-                            fmaf(scales.scale[i % 2], high_bf16(codes[i]), scales.offset[i % 2]));
+        word[i] = ptx::bf16x2_of_f32(
+            fmaf(scales.scale[i % 2], low_bf16(codes[i]), scales.offset[i % 2]),
+            fmaf(scales.scale[i % 2], high_bf16(codes[i]), scales.offset[i % 2]));
       }
     } else {
       uint32_t rest[4];

@@ -36,10 +36,10 @@ struct Inputs {
 
 __device__ Inputs split(const float4& x) {
   Inputs out;
-  out.high[0] = pack_bf16(x.x, x.y);
-  out.high[1] = pack_bf16(x.z, x.w);
-  out.low[0] = pack_bf16(x.x - low_bf16(out.high[0]), x.y - high_bf16(out.high[0]));
-  out.low[1] = pack_bf16(x.z - low_bf16(out.high[1]), x.w - high_bf16(out.high[1]));
+  out.high[0] = ptx::bf16x2_of_f32(x.x, x.y);
+  out.high[1] = ptx::bf16x2_of_f32(x.z, x.w);
+  out.low[0] = ptx::bf16x2_of_f32(x.x - low_bf16(out.high[0]), x.y - high_bf16(out.high[0]));
+  out.low[1] = ptx::bf16x2_of_f32(x.z - low_bf16(out.high[1]), x.w - high_bf16(out.high[1]));
   return out;
 }
 

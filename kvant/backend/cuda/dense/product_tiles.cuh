@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "kvant/backend/cuda/dense/weight_tiles.h"
+#include "kvant/backend/cuda/ptx.cuh"
 #include "kvant/formats/weight_types.h"
 
 namespace kvant::backend::cuda {
@@ -33,12 +34,6 @@ inline constexpr int kScaleSteps = kType == WeightType::kQ6_K ? 1 : 2;  // steps
 template <WeightType kType>
 inline constexpr bool kTiled = is_tiled(kType);
 
-// Of two fp32 values, the first in the low half.
-__device__ inline uint32_t pack_bf16(float first, float second) {
-  uint32_t word;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
-  return word;
-}
 __device__ inline float low_bf16(uint32_t word) {
   return __uint_as_float(word << 16);
 }
@@ -171,7 +166,8 @@ struct RawTile {
       for (int i = 0; i < 4; ++i) {
         const uint32_t word =
             s % 2 == 0 ? (i < 2 ? words.x : words.y) : (i < 2 ? words.z : words.w);
-        a[i] = pack_bf16(byte_of<128>(word, 2 * (i % 2)), byte_of<128>(word, 2 * (i % 2) + 1));
+        a[i] = ptx::bf16x2_of_f32(byte_of<128>(word, 2 * (i % 2)),
+                                  byte_of<128>(word, 2 * (i % 2) + 1));
       }
     } else {
       const uint32_t word = s == 0 ? low[0].x : s == 1 ? low[0].y : s == 2 ? low[0].z : low[0].w;
@@ -293,8 +289,8 @@ struct FloatTile {
         low[i] = 0;
       } else {
         const float2 v = values(i % 2, s, i / 2);
-        high[i] = pack_bf16(v.x, v.y);
-        low[i] = pack_bf16(v.x - low_bf16(high[i]), v.y - high_bf16(high[i]));
+        high[i] = ptx::bf16x2_of_f32(v.x, v.y);
+        low[i] = ptx::bf16x2_of_f32(v.x - low_bf16(high[i]), v.y - high_bf16(high[i]));
       }
     }
   }

@@ -59,14 +59,14 @@ __device__ __forceinline__ void consume(const PrefillKernelArgs& args, uint32_t 
   const uint64_t keys = matrix_descriptor(base + Shape::kKeyTiles, 16, 1024);
   const uint64_t values = matrix_descriptor(base + Shape::kValueTiles, Shape::kKeyPart, 1024);
   uint32_t phases = 0;  // bit s: how often stage s was used before this item, modulo 2
-  if (warpgroup == 1) named_arrive(kTurn, 256);
+  if (warpgroup == 1) ptx::named_arrive(kTurn, 256);
   for (int n = 0;; ++n) {
     const int slot = n & 1;
-    barrier_wait(bars + 8 * (kItemFull + slot), (n >> 1) & 1);
+    ptx::mbarrier_wait(bars + 8 * (kItemFull + slot), (n >> 1) & 1);
     int item;
     asm volatile("ld.shared.s32 %0,[%1];" : "=r"(item) : "r"(base + Shape::kItems + 4 * slot));
     __syncwarp();
-    if (lane == 0) barrier_arrive(bars + 8 * (kItemEmpty + slot));
+    if (lane == 0) ptx::mbarrier_arrive(bars + 8 * (kItemEmpty + slot));
     if (item < 0) break;
     const WorkItem work = args.items[item];
     const QueryTile& tile = args.tiles[work.tile];
@@ -81,7 +81,7 @@ __device__ __forceinline__ void consume(const PrefillKernelArgs& args, uint32_t 
     load_queries<kHeadDim>(args, tile, kv_head, warpgroup, base + Shape::kQueries);
     if (shifted) load_shifts<kHeadDim>(args, tile, kv_head, warpgroup, base + Shape::kShifts);
     fence_async_shared();
-    named_sync(kOwn + warpgroup, 128);
+    ptx::named_barrier(kOwn + warpgroup, 128);
 
     const RowPlace place = place_rows(args, tile, kv_head, warpgroup);
     RowState<kHeadDim> state;
@@ -112,7 +112,7 @@ __device__ __forceinline__ void consume(const PrefillKernelArgs& args, uint32_t 
     };
     const auto pack = [&] {
 #pragma unroll
-      for (int i = 0; i < kKeys / 4; ++i) p[i] = pack_half2(s[2 * i], s[2 * i + 1]);
+      for (int i = 0; i < kKeys / 4; ++i) p[i] = ptx::f16x2_of_f32(s[2 * i], s[2 * i + 1]);
     };
     const auto rescale = [&] {
 #pragma unroll
@@ -127,30 +127,31 @@ __device__ __forceinline__ void consume(const PrefillKernelArgs& args, uint32_t 
     using Whole = std::false_type;
 
     // The first tile has no product to go with.
-    barrier_wait(bars + 8 * kKeysFull, phases & 1);
+    ptx::mbarrier_wait(bars + 8 * kKeysFull, phases & 1);
     issue_scores<kHeadDim>(s, queries, keys);
     wgmma_wait<0>();
     hold(s);
-    if (lane == 0) barrier_arrive(bars + 8 * kKeysEmpty);
+    if (lane == 0) ptx::mbarrier_arrive(bars + 8 * kKeysEmpty);
     weigh(0, Masked{});
     pack();
     rescale();
     // Tile i uses stage i % 2 for the (i / 2)-th time in this item.
     const auto step = [&](int i, int stage, auto masked) {
       const int before = stage ^ 1;
-      barrier_wait(bars + 8 * (kKeysFull + stage), ((i >> 1) ^ (phases >> stage)) & 1);
-      named_sync(kTurn + warpgroup, 256);
+      ptx::mbarrier_wait(bars + 8 * (kKeysFull + stage), ((i >> 1) ^ (phases >> stage)) & 1);
+      ptx::named_barrier(kTurn + warpgroup, 256);
       issue_scores<kHeadDim>(s, queries, keys + stage * (Shape::kTileBytes >> 4));
-      barrier_wait(bars + 8 * (kValuesFull + before), (((i - 1) >> 1) ^ (phases >> before)) & 1);
+      ptx::mbarrier_wait(bars + 8 * (kValuesFull + before),
+                         (((i - 1) >> 1) ^ (phases >> before)) & 1);
       issue_outputs<kHeadDim>(state.out, p, values + before * (Shape::kTileBytes >> 4));
-      named_arrive(kTurn + (warpgroup ^ 1), 256);
+      ptx::named_arrive(kTurn + (warpgroup ^ 1), 256);
       wgmma_wait<1>();
       hold(s);
-      if (lane == 0) barrier_arrive(bars + 8 * (kKeysEmpty + stage));
+      if (lane == 0) ptx::mbarrier_arrive(bars + 8 * (kKeysEmpty + stage));
       weigh(i, masked);
       wgmma_wait<0>();
       hold(state.out);
-      if (lane == 0) barrier_arrive(bars + 8 * (kValuesEmpty + before));
+      if (lane == 0) ptx::mbarrier_arrive(bars + 8 * (kValuesEmpty + before));
       pack();
       rescale();
     };
@@ -174,12 +175,12 @@ __device__ __forceinline__ void consume(const PrefillKernelArgs& args, uint32_t 
     }
     {
       const int stage = (key_tiles - 1) & 1;
-      barrier_wait(bars + 8 * (kValuesFull + stage),
-                   (((key_tiles - 1) >> 1) ^ (phases >> stage)) & 1);
+      ptx::mbarrier_wait(bars + 8 * (kValuesFull + stage),
+                         (((key_tiles - 1) >> 1) ^ (phases >> stage)) & 1);
       issue_outputs<kHeadDim>(state.out, p, values + stage * (Shape::kTileBytes >> 4));
       wgmma_wait<0>();
       hold(state.out);
-      if (lane == 0) barrier_arrive(bars + 8 * (kValuesEmpty + stage));
+      if (lane == 0) ptx::mbarrier_arrive(bars + 8 * (kValuesEmpty + stage));
     }
     phases ^= (((key_tiles + 1) >> 1) & 1) | (key_tiles & 2);
     if (!kSoftcap && shifted) {
@@ -188,7 +189,8 @@ __device__ __forceinline__ void consume(const PrefillKernelArgs& args, uint32_t 
     }
     if constexpr (kSoftcap) shift[0] = shift[1] = 0.0f;  // already in the scores
     store_rows<kHeadDim>(args, tile, place, shift, value_scales[1], state);
-    named_sync(kOwn + warpgroup, 128);  // shifts are read before the next item's are written
+    ptx::named_barrier(kOwn + warpgroup,
+                       128);  // shifts are read before the next item's are written
   }
 }
 
@@ -207,23 +209,23 @@ __global__ __launch_bounds__(kPrefillThreads, 1) void prefill_attention(
     const __grid_constant__ typename Images::Args images) {
   using Shape = PrefillShape<kHeadDim>;
   extern __shared__ uint8_t shared[];
-  const uint32_t base = (shared_address(shared) + 1023u) & ~1023u;
+  const uint32_t base = (ptx::shared_address(shared) + 1023u) & ~1023u;
   if (threadIdx.x == 0) {
     const uint32_t bars = base + Shape::kBarriers;
     for (int i = 0; i < 2; ++i) {
-      barrier_init(bars + 8 * (kKeysFull + i), 1);
-      barrier_init(bars + 8 * (kKeysEmpty + i), 8);  // consumer warps
-      barrier_init(bars + 8 * (kValuesFull + i), 1);
-      barrier_init(bars + 8 * (kValuesEmpty + i), 8);
-      barrier_init(bars + 8 * (kItemFull + i), 1);
-      barrier_init(bars + 8 * (kItemEmpty + i), 8);
+      ptx::mbarrier_init(bars + 8 * (kKeysFull + i), 1);
+      ptx::mbarrier_init(bars + 8 * (kKeysEmpty + i), 8);  // consumer warps
+      ptx::mbarrier_init(bars + 8 * (kValuesFull + i), 1);
+      ptx::mbarrier_init(bars + 8 * (kValuesEmpty + i), 8);
+      ptx::mbarrier_init(bars + 8 * (kItemFull + i), 1);
+      ptx::mbarrier_init(bars + 8 * (kItemEmpty + i), 8);
     }
-    barrier_init_fence();
+    ptx::fence_mbarrier_init();
   }
   __syncthreads();
   const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 128), 0);
   if (warpgroup == 0) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Images::kProducerRegisters));
+    ptx::decrease_registers<Images::kProducerRegisters>();
     const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0);
     if (warp == 0) {
       produce<Shape, Images>(args, images, base);
@@ -232,13 +234,13 @@ __global__ __launch_bounds__(kPrefillThreads, 1) void prefill_attention(
     if constexpr (Images::kWrites) {
       if (warp > 0) {
         write_images<Images>(images, args.counters,
-                             shared + (base - shared_address(shared)) + Shape::kImages +
+                             shared + (base - ptx::shared_address(shared)) + Shape::kImages +
                                  (warp - 1) * fast_shared_bytes(kHeadDim));
         finish<Images>(args.counters);
       }
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Images::kConsumerRegisters));
+    ptx::increase_registers<Images::kConsumerRegisters>();
     consume<kHeadDim, kSoftcap>(args, base, warpgroup - 1);
   }
 }

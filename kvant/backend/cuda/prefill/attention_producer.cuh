@@ -67,7 +67,7 @@ __device__ __forceinline__ LaneCopy lane_copy(const PrefillKernelArgs& args, con
 template <typename Shape>
 __device__ __forceinline__ void copy_side(const LaneCopy& copy, const std::byte* source, int bytes,
                                           bool active, uint32_t stage, uint32_t full) {
-  if (threadIdx.x % 32 == 0) barrier_expect(full, Shape::kTileBytes);
+  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive_expect_tx(full, Shape::kTileBytes);
   __syncwarp();
   if (active) bulk_copy(stage + copy.offset, source, bytes, full);
 }
@@ -87,12 +87,12 @@ __device__ __forceinline__ void produce(const PrefillKernelArgs& args,
     index = __shfl_sync(~0u, index, 0);
     const bool more = index < args.num_items;
     const int slot = n & 1;
-    barrier_wait(bars + 8 * (kItemEmpty + slot), ((n >> 1) & 1) ^ 1);
+    ptx::mbarrier_wait(bars + 8 * (kItemEmpty + slot), ((n >> 1) & 1) ^ 1);
     if (lane == 0) {
       asm volatile("st.shared.s32 [%0],%1;" ::"r"(base + Shape::kItems + 4 * slot),
                    "r"(more ? index : -1)
                    : "memory");
-      barrier_arrive(bars + 8 * (kItemFull + slot));
+      ptx::mbarrier_arrive(bars + 8 * (kItemFull + slot));
     }
     if (!more) return;
     const WorkItem item = args.items[index];
@@ -106,11 +106,11 @@ __device__ __forceinline__ void produce(const PrefillKernelArgs& args,
         known = wait_for_images(args, images, tile, item.head,
                                 max(tile.num_slices - (i + 1) * slices, 0), known);
       }
-      barrier_wait(bars + 8 * (kKeysEmpty + stage), (empty >> stage) & 1);
+      ptx::mbarrier_wait(bars + 8 * (kKeysEmpty + stage), (empty >> stage) & 1);
       copy_side<Shape>(copy, copy.source, slice_bytes, active,
                        base + Shape::kKeyTiles + stage * Shape::kTileBytes,
                        bars + 8 * (kKeysFull + stage));
-      barrier_wait(bars + 8 * (kValuesEmpty + stage), (empty >> stage) & 1);
+      ptx::mbarrier_wait(bars + 8 * (kValuesEmpty + stage), (empty >> stage) & 1);
       copy_side<Shape>(copy, copy.source + int64_t{Shape::kParts} * args.page_tokens * 128,
                        slice_bytes, active, base + Shape::kValueTiles + stage * Shape::kTileBytes,
                        bars + 8 * (kValuesFull + stage));

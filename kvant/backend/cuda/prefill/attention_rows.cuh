@@ -50,8 +50,10 @@ __device__ __forceinline__ void load_queries(const PrefillKernelArgs& args, cons
       const int chunk = index % kChunks;
       store_shared(
           queries + (chunk / 8) * (kTileRows * 128) + row * 128 + (((chunk % 8) ^ (row % 8)) << 4),
-          make_uint4(pack_half2(x[i].x * c, x[i].y * c), pack_half2(x[i].z * c, x[i].w * c),
-                     pack_half2(y[i].x * c, y[i].y * c), pack_half2(y[i].z * c, y[i].w * c)));
+          make_uint4(ptx::f16x2_of_f32(x[i].x * c, x[i].y * c),
+                     ptx::f16x2_of_f32(x[i].z * c, x[i].w * c),
+                     ptx::f16x2_of_f32(y[i].x * c, y[i].y * c),
+                     ptx::f16x2_of_f32(y[i].z * c, y[i].w * c)));
     }
   }
 }
@@ -135,7 +137,7 @@ __device__ __forceinline__ void mask_scores(float (&s)[kKeys / 2], const Prefill
 // cap * tanh(x + shift): 1 - 2 / (1 + e^2x) keeps an absolute error of 2^-22 times the cap.
 __device__ __forceinline__ float capped(float x, float shift, float cap) {
   constexpr float kTwoLog2e = 2.885390081777927f;
-  const float e = exp2_fast((x + shift) * kTwoLog2e);
+  const float e = ptx::exp2_approx((x + shift) * kTwoLog2e);
   return fmaf(-2.0f * cap, reciprocal_fast(1.0f + e), cap);
 }
 
@@ -169,15 +171,15 @@ __device__ __forceinline__ void softmax_tile(float (&s)[kKeys / 2], float (&row_
     m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
     m = fmaxf(m, row_max[r]);
     base[r] = kGuard && m == -INFINITY ? 0.0f : m;  // a row that has seen no key yet
-    factor[r] = exp2_fast(row_max[r] - base[r]);
+    factor[r] = ptx::exp2_approx(row_max[r] - base[r]);
     row_max[r] = m;
   }
 #pragma unroll
   for (int j = 0; j < kKeys / 8; ++j) {
-    s[4 * j] = exp2_fast(s[4 * j] - base[0]);
-    s[4 * j + 1] = exp2_fast(s[4 * j + 1] - base[0]);
-    s[4 * j + 2] = exp2_fast(s[4 * j + 2] - base[1]);
-    s[4 * j + 3] = exp2_fast(s[4 * j + 3] - base[1]);
+    s[4 * j] = ptx::exp2_approx(s[4 * j] - base[0]);
+    s[4 * j + 1] = ptx::exp2_approx(s[4 * j + 1] - base[0]);
+    s[4 * j + 2] = ptx::exp2_approx(s[4 * j + 2] - base[1]);
+    s[4 * j + 3] = ptx::exp2_approx(s[4 * j + 3] - base[1]);
   }
   float a[8] = {};
 #pragma unroll
@@ -269,7 +271,7 @@ __device__ __forceinline__ void store_rows(const PrefillKernelArgs& args, const 
       if (args.sink_logits != nullptr) {
         const int head = static_cast<int>(place.activation[h] % args.num_query_heads);
         const float sink = args.sink_logits[head] * kLog2e - shift[h];
-        scale *= 1.0f / (1.0f + exp2_fast(sink - total));
+        scale *= 1.0f / (1.0f + ptx::exp2_approx(sink - total));
       }
     }
     float* out = args.out + place.activation[h] * kHeadDim + 2 * t;

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "kvant/backend/cuda/ptx.cuh"
 #include "kvant/base/small_floats.h"
 #include "kvant/formats/format.h"
 
@@ -98,9 +99,7 @@ __device__ __forceinline__ void unpack(uint32_t pair, float* x) {
 }
 
 __device__ __forceinline__ void unpack_e4m3(uint32_t pair, float* x) {
-  uint32_t h;
-  asm("cvt.rn.f16x2.e4m3x2 %0,%1;" : "=r"(h) : "h"(static_cast<uint16_t>(pair)));
-  unpack(h, x);
+  unpack(ptx::f16x2_of_e4m3x2(pair), x);
 }
 
 // Integers below 1024 in the halves of `bits`, as FP16 pairs 1024 + n, times 2^-shift.

@@ -1,52 +1,13 @@
-// Hopper's instructions that prefill attention uses: mbarriers, bulk copies, wgmma on FP16.
+// Hopper's instructions that only prefill attention uses: bulk copies, stmatrix, wgmma on FP16.
 //
-// PTX ISA 8.0 and later, target sm_90a. Shared-memory addresses are 32-bit shared-window addresses.
+// PTX ISA 8.0 and later, target sm_90a. Addresses of shared memory are 32-bit, as in ptx.cuh.
 #pragma once
-
-#include <cuda_fp16.h>
 
 #include <cstdint>
 
+#include "kvant/backend/cuda/ptx.cuh"
+
 namespace kvant::backend::cuda {
-
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-// ---- mbarriers ----
-
-__device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
-  asm volatile("mbarrier.init.shared.b64 [%0],%1;" ::"r"(barrier), "r"(count));
-}
-__device__ __forceinline__ void barrier_init_fence() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-__device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _,[%0],%1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared.b64 _,[%0];" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t phase) {
-  asm volatile(
-      "{.reg .pred done;\n"
-      "wait_%=:\n"
-      "mbarrier.try_wait.parity.shared.b64 done,[%0],%1;\n"
-      "@done bra end_%=;\n"
-      "bra wait_%=;\n"
-      "end_%=:\n}" ::"r"(barrier),
-      "r"(phase)
-      : "memory");
-}
-
-// Named barriers among `threads` threads.
-__device__ __forceinline__ void named_sync(int id, int threads) {
-  asm volatile("bar.sync %0,%1;" ::"r"(id), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void named_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0,%1;" ::"r"(id), "r"(threads) : "memory");
-}
 
 // ---- copies ----
 
@@ -91,21 +52,10 @@ __device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t 
   }
 }
 
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 __device__ __forceinline__ float reciprocal_fast(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
   return y;
-}
-
-__device__ __forceinline__ uint32_t pack_half2(float low, float high) {
-  const __half2 h = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&h);
 }
 
 // ---- wgmma: m64nNk16, FP16 operands, fp32 accumulators ----

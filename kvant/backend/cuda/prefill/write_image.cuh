@@ -207,7 +207,7 @@ __device__ __forceinline__ void write_image(const DequantiseArgs& args, const Si
   // step for keys, the other way round for values, which are transposed.
   const int row = 8 * (kKeys ? matrix % 2 : matrix / 2) + lane % 8;
   const int chunk = kKeys ? matrix / 2 : matrix % 2;
-  const uint32_t stage = shared_address(shared);
+  const uint32_t stage = ptx::shared_address(shared);
   __half2 largest = __float2half2_rn(0.0f);
   int tile = first;
   int part = 0;

@@ -30,12 +30,6 @@ __device__ __forceinline__ RowRun find_run(const AppendRowsArgs& args, const App
               (values ? int64_t{args.page_tokens} * args.head_dim * 2 : 0)};
 }
 
-__device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
-  uint32_t pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
-
 // Half-word index of an element of a BF16 side.
 __device__ __forceinline__ int bf16_index(bool values, int head_dim, int token, int channel) {
   const Fragment at = fragment_of(values, token, channel);
@@ -75,17 +69,18 @@ __device__ __forceinline__ uint4 load_fragment(const RowRun& run, int step, int 
   if constexpr (kValues) {
     const float* at = from + 2 * t * run.stride + g;
     const float* next = at + 8 * run.stride;
-    return make_uint4(bf16_pair(at[0], at[run.stride]), bf16_pair(at[8], at[run.stride + 8]),
-                      bf16_pair(next[0], next[run.stride]),
-                      bf16_pair(next[8], next[run.stride + 8]));
+    return make_uint4(ptx::bf16x2_of_f32(at[0], at[run.stride]),
+                      ptx::bf16x2_of_f32(at[8], at[run.stride + 8]),
+                      ptx::bf16x2_of_f32(next[0], next[run.stride]),
+                      ptx::bf16x2_of_f32(next[8], next[run.stride + 8]));
   } else {
     const float* at = from + g * run.stride + 2 * t;
     const float2 a = *reinterpret_cast<const float2*>(at);
     const float2 b = *reinterpret_cast<const float2*>(at + 8 * run.stride);
     const float2 c = *reinterpret_cast<const float2*>(at + 8);
     const float2 d = *reinterpret_cast<const float2*>(at + 8 * run.stride + 8);
-    return make_uint4(bf16_pair(a.x, a.y), bf16_pair(b.x, b.y), bf16_pair(c.x, c.y),
-                      bf16_pair(d.x, d.y));
+    return make_uint4(ptx::bf16x2_of_f32(a.x, a.y), ptx::bf16x2_of_f32(b.x, b.y),
+                      ptx::bf16x2_of_f32(c.x, c.y), ptx::bf16x2_of_f32(d.x, d.y));
   }
 }
 

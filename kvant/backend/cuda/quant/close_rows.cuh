@@ -90,8 +90,8 @@ __device__ __forceinline__ void emit_four_over_six(
           const int p = first + second * (kTop / 4) + third * (kTop / 2) + fourth * kTop;
           const float a6 = codec.value(x.low[p], low6), b6 = codec.value(x.high[p], high6);
           const float a4 = codec.value(x.low[p], low4), b4 = codec.value(x.high[p], high4);
-          six[p] = f16_pair(a6, b6);
-          four[p] = f16_pair(a4, b4);
+          six[p] = ptx::f16x2_of_f32(a6, b6);
+          four[p] = ptx::f16x2_of_f32(a4, b4);
           pair.add(
               fourth == 0,
               {codec.squared_error(x.low[p], a6, low6), codec.squared_error(x.high[p], b6, high6),

@@ -10,6 +10,8 @@
 
 #include <cstdint>
 
+#include "kvant/backend/cuda/ptx.cuh"
+
 namespace kvant::backend::cuda::quant {
 
 __device__ __forceinline__ float as_float(uint32_t bits) {
@@ -81,8 +83,7 @@ __device__ __forceinline__ uint32_t e5m2_pair(float low, float high) {
 
 // from_e4m3 of a code that is no NaN.
 __device__ __forceinline__ float e4m3_value(uint32_t code) {
-  uint32_t pair;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(static_cast<uint16_t>(code)));
+  const uint32_t pair = ptx::f16x2_of_e4m3x2(code);
   return __half2float(__ushort_as_half(static_cast<uint16_t>(pair)));
 }
 
@@ -104,13 +105,6 @@ __device__ __forceinline__ float round_e2m1(float a) {
   const uint32_t power = max(as_bits(a), as_bits(kE2m1Unit)) & 0x7f800000u;
   const float magic = __fmul_rn(as_float(power), 0x1p22f);
   return fminf(__fadd_rn(__fadd_rn(a, magic), -magic), 6.0f * kE2m1Unit);
-}
-
-// Two such values as fp16: exact.
-__device__ __forceinline__ uint32_t f16_pair(float low, float high) {
-  uint32_t pair;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
 }
 
 // clamp(RNE(q)) in the low bits of the result: an integer plus the bits of `kMagic`.

@@ -110,7 +110,7 @@ struct MicroscalingCodec {
     if constexpr (kE2m1) {
       const float a = round_e2m1(fabsf(low) * low_scale.factor);
       const float b = round_e2m1(fabsf(high) * high_scale.factor);
-      put_e2m1(words, reg, f16_pair(a, b), signs, 0x80008000u);
+      put_e2m1(words, reg, ptx::f16x2_of_f32(a, b), signs, 0x80008000u);
     } else {
       put_bytes(words, reg, e4m3_pair(low * low_scale.factor, high * high_scale.factor));
     }
@@ -227,7 +227,7 @@ struct Nvfp4Codec {
   }
   __device__ void emit(uint32_t* words, int reg, uint32_t signs, float low, float high,
                        const Scale& low_scale, const Scale& high_scale) const {
-    put_e2m1(words, reg, f16_pair(value(low, low_scale), value(high, high_scale)), signs,
+    put_e2m1(words, reg, ptx::f16x2_of_f32(value(low, low_scale), value(high, high_scale)), signs,
              sign_mask(low_scale, high_scale));
   }
 };

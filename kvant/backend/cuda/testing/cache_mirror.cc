@@ -16,17 +16,6 @@ void require(cudaError_t error) {
 
 }  // namespace
 
-std::string why_no_device() {
-  int count = 0;
-  const cudaError_t error = cudaGetDeviceCount(&count);
-  if (error != cudaSuccess) return std::string("no CUDA device: ") + cudaGetErrorString(error);
-  if (count == 0) return "no CUDA device";
-  cudaDeviceProp properties;
-  require(cudaGetDeviceProperties(&properties, 0));
-  if (properties.major == 9 && properties.minor == 0) return {};
-  return std::string("kernels are built for sm_90a; this is a ") + properties.name;
-}
-
 DeviceBytes::DeviceBytes(int64_t bytes) : bytes_(bytes) {
   require(cudaMalloc(&data_, std::max<int64_t>(bytes, 1)));
 }

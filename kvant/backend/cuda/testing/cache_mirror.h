@@ -14,9 +14,6 @@
 
 namespace kvant::backend::cuda::testing {
 
-// Empty if a device is there; else why not.
-std::string why_no_device();
-
 // Device memory of the length of a test.
 class DeviceBytes {
  public:
