@@ -65,6 +65,7 @@ const Command bench_command = {
     .examples =
         "kvant bench model model.gguf -p 512 -n 64 -d 0,4096 -r 3 --kv bf16,4bit\n"
         "kvant bench model qwen2.5-0.5b --weights dummy --json\n"
+        "kvant bench model llama-3.1-8b --weights dummy -p 0 -d 131072 --fill random --batch 4\n"
         "kvant bench attention --heads 32/8 --tokens 32768 --kv bf16,4bit",
     .define = define,
 };

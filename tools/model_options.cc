@@ -36,20 +36,6 @@ Result<WeightsChoice> parse_weights(std::string_view text) {
                   text));
 }
 
-Status check_fits(const model::MemoryPlan& plan, const backend::BackendInfo& info,
-                  int64_t context) {
-  if (info.memory_free == 0) return {};
-  const int64_t needed = plan.cache.stored_pages_reserved + plan.cache.bf16_pages_reserved +
-                         plan.cache.staging + plan.cache.tables + plan.activations +
-                         plan.backend_workspace;
-  if (needed <= info.memory_free) return {};
-  return Error(
-      ErrorCode::kResourceExhausted,
-      fmt::format("a context of {} tokens needs {} beside the weights, {} are free; ask for "
-                  "less with -c, or for a smaller cache format with --kv",
-                  context, format_bytes(needed), format_bytes(info.memory_free)));
-}
-
 }  // namespace
 
 void add_model_options(CLI::App& app, ModelOptions& options) {
@@ -180,6 +166,23 @@ Result<const model::Tokenizer*> need_tokenizer(const OpenModel& open) {
                "random weights have no tokenizer; use `kvant bench` with them");
 }
 
+Status check_fits(const OpenModel& open, const model::RuntimeOptions& runtime, double share) {
+  const auto free =
+      static_cast<int64_t>(static_cast<double>(open.backend->info().memory_free) * share);
+  KVANT_ASSIGN(const model::MemoryPlan plan,
+               model::plan_memory(open.model->source(), *open.backend, runtime));
+  if (free == 0) return {};
+  const int64_t needed = plan.cache.stored_pages_reserved + plan.cache.bf16_pages_reserved +
+                         plan.cache.staging + plan.cache.tables + plan.activations +
+                         plan.backend_workspace;
+  if (needed <= free) return {};
+  return Error(
+      ErrorCode::kResourceExhausted,
+      fmt::format("a context of {} tokens needs {} beside the weights, {} are free; ask for "
+                  "less with -c, or for a smaller cache format with --kv",
+                  runtime.context_tokens, format_bytes(needed), format_bytes(free)));
+}
+
 Result<model::RuntimeOptions> runtime_options(const ModelOptions& options, const OpenModel& open,
                                               const formats::CacheFormat& format,
                                               int64_t wanted_context) {
@@ -204,14 +207,12 @@ Result<model::RuntimeOptions> runtime_options(const ModelOptions& options, const
                              runtime.context_tokens, trained));
   }
   for (;;) {
-    KVANT_ASSIGN(const model::MemoryPlan plan,
-                 model::plan_memory(model.source(), *open.backend, runtime));
-    backend::BackendInfo info = open.backend->info();
-    if (!chosen)
-      info.memory_free = static_cast<int64_t>(static_cast<double>(info.memory_free) * kMemoryShare);
-    const Status fits = check_fits(plan, info, runtime.context_tokens);
+    const Status fits = check_fits(open, runtime, chosen ? 1 : kMemoryShare);
     if (fits) return runtime;
-    if (chosen || runtime.context_tokens <= kSmallestDefaultContext) return fits.error();
+    if (chosen || fits.error().code() != ErrorCode::kResourceExhausted ||
+        runtime.context_tokens <= kSmallestDefaultContext) {
+      return fits.error();
+    }
     runtime.context_tokens /= 2;
   }
 }

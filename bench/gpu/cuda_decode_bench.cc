@@ -3,6 +3,7 @@
 // Usage: kvant_cuda_decode_bench [--kv A;B;...] [--heads Q/KV] [--head-dim D] [--shape BxL,...]
 //                                [--json FILE] [--replays N]
 // Example: kvant_cuda_decode_bench --kv 'nvfp4;4bit' --heads 32/8 --shape 1x131072,8x32768
+//          kvant_cuda_decode_bench --shape 1x131072+31x4096   one batch of both lengths
 //
 // Random data, pages of 64 tokens in random order, cold L2 (copies that exceed it several times are
 // used in turn), graph replays, the median. Bytes counted: what attention must read of the cache,
@@ -30,18 +31,20 @@ using backend::cuda::CudaAttention;
 using cache::PageEntry;
 using formats::FormatInfo;
 
-struct Shape {
-  int batch = 1;
+// `count` sequences of `length` tokens beside those of other parts.
+struct Part {
+  int count = 1;
   int64_t length = 0;
 };
+using Shape = std::vector<Part>;
 
 struct Options {
   std::vector<std::string> kv = {"nvfp4"};
   int query_heads = 32;
   int kv_heads = 8;
   int head_dim = 128;
-  std::vector<Shape> shapes = {{1, 32768}, {1, 131072}, {8, 32768},  {32, 8192},
-                               {64, 4096}, {16, 32768}, {1, 1048576}};
+  std::vector<Shape> shapes = {{{1, 32768}}, {{1, 131072}}, {{8, 32768}},  {{32, 8192}},
+                               {{64, 4096}}, {{16, 32768}}, {{1, 1048576}}};
   std::string json;
   int replays = 13;
 };
@@ -262,9 +265,20 @@ class Ceiling {
   cudaStream_t stream_ = nullptr;
 };
 
+// The new token is the first of its page: every page before it is closed. Sequences of different
+// lengths are mixed, as in a batch that has run for a while.
 std::vector<int64_t> lengths_of(const Shape& shape) {
-  // The new token is the first of its page: every page before it is closed.
-  return std::vector<int64_t>(static_cast<size_t>(shape.batch), shape.length + 1);
+  std::vector<int64_t> lengths;
+  for (const Part& part : shape) lengths.insert(lengths.end(), part.count, part.length + 1);
+  if (shape.size() > 1) std::shuffle(lengths.begin(), lengths.end(), std::mt19937(4));
+  return lengths;
+}
+
+std::string name_of(const Shape& shape) {
+  std::string name;
+  for (const Part& part : shape)
+    name += fmt::format("{}{}x{}", name.empty() ? "" : "+", part.count, part.length);
+  return name;
 }
 
 void run(const Options& options) {
@@ -299,19 +313,19 @@ void run(const Options& options) {
           },
           problem.copies(), ceiling.stream_of(), 8.0, options.replays);
       const double read_us = ceiling.microseconds(problem.bytes());
-      fmt::print("{:<28} {:>12} {:>9.2f} {:>9.2f} {:>9.2f} {:>7.1f} {:>9.3f}\n", kv,
-                 fmt::format("{}x{}", shape.batch, shape.length), timed.median_us, timed.least_us,
-                 read_us, 100.0 * read_us / timed.median_us,
+      fmt::print("{:<28} {:>12} {:>9.2f} {:>9.2f} {:>9.2f} {:>7.1f} {:>9.3f}\n", kv, name_of(shape),
+                 timed.median_us, timed.least_us, read_us, 100.0 * read_us / timed.median_us,
                  static_cast<double>(problem.bytes()) / timed.median_us * 1e-6);
       std::fflush(stdout);
       if (json != nullptr) {
         fmt::print(
             json,
             "{{\"bench\":\"cuda_decode\",\"device\":\"{}\",\"kv\":\"{}\",\"heads\":\"{}/{}\","
-            "\"head_dim\":{},\"batch\":{},\"length\":{},\"bytes\":{},\"us\":{:.3f},"
+            "\"head_dim\":{},\"shape\":\"{}\",\"bytes\":{},\"us\":{:.3f},"
             "\"us_least\":{:.3f},\"us_most\":{:.3f},\"ceiling_us\":{:.3f}}}\n",
-            device.name, kv, options.query_heads, options.kv_heads, options.head_dim, shape.batch,
-            shape.length, problem.bytes(), timed.median_us, timed.least_us, timed.most_us, read_us);
+            device.name, kv, options.query_heads, options.kv_heads, options.head_dim,
+            name_of(shape), problem.bytes(), timed.median_us, timed.least_us, timed.most_us,
+            read_us);
       }
     }
   }
@@ -339,7 +353,8 @@ int main(int argc, char** argv) {
   app.add_option("--kv", kv, "cache formats, separated by ';'");
   app.add_option("--heads", heads, "query heads / KV heads");
   app.add_option("--head-dim", options.head_dim, "64, 80, 96, 128, 192 or 256");
-  app.add_option("--shape", shapes, "BxL[,BxL...]: sequences x tokens of each");
+  app.add_option("--shape", shapes,
+                 "BxL[,BxL...]: sequences x tokens of each; BxL+BxL: in one batch");
   app.add_option("--json", options.json, "append a line of JSON per row to this file");
   app.add_option("--replays", options.replays, "graph replays, of which the median is taken");
   CLI11_PARSE(app, argc, argv);
@@ -352,12 +367,16 @@ int main(int argc, char** argv) {
     options.shapes.clear();
     for (const std::string& text : split(shapes, ',')) {
       Shape shape;
-      long long length = 0;
-      if (std::sscanf(text.c_str(), "%dx%lld", &shape.batch, &length) != 2) {
-        std::fprintf(stderr, "error: --shape: expected BxL, found '%s'\n", text.c_str());
-        return 64;
+      for (const std::string& part : split(text, '+')) {
+        long long length = 0;
+        int count = 0;
+        if (std::sscanf(part.c_str(), "%dx%lld", &count, &length) != 2 || count < 1 || length < 1) {
+          std::fprintf(stderr, "error: --shape: expected BxL or BxL+BxL, found '%s'\n",
+                       text.c_str());
+          return 64;
+        }
+        shape.push_back({count, length});
       }
-      shape.length = length;
       options.shapes.push_back(shape);
     }
   }

@@ -85,9 +85,9 @@ def main() -> None:
         torch.cuda.empty_cache()
         if args.json:
             with open(args.json, "a", encoding="utf-8") as out:
-                out.write(json.dumps({"bench": "torch_sdpa_cudnn", "device": torch.cuda.get_device_name(),
-                                      "kv": "bf16", "heads": args.heads, "head_dim": args.head_dim, "batch": batch,
-                                      "length": length, "us": round(us, 3)}) + "\n")
+                out.write(json.dumps({"bench": "torch_sdpa_cudnn", "device": torch.cuda.get_device_name(), "kv": "bf16",
+                                      "heads": args.heads, "head_dim": args.head_dim, "shape": shape,
+                                      "us": round(us, 3)}) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <optional>
@@ -11,6 +12,7 @@
 #include "kvant/base/check.h"
 #include "kvant/model/blocks.h"
 #include "kvant/model/identity.h"
+#include "kvant/model/random_rows.h"
 #include "kvant/model/weights.h"
 
 namespace kvant::model {
@@ -104,6 +106,17 @@ cache::CacheConfig cache_config(const ModelConfig& config, const backend::Backen
   return cache;
 }
 
+// Inf and NaN have all bits of the exponent. (A loop that compilers make vectors of: it runs over
+// the vocabulary for every token.)
+bool all_finite(std::span<const float> values) {
+  constexpr uint32_t kExponent = 0x7f800000u;
+  uint32_t found = 0;
+  for (const float value : values) {
+    found |= (std::bit_cast<uint32_t>(value) & kExponent) == kExponent ? 1u : 0u;
+  }
+  return found == 0;
+}
+
 }  // namespace
 
 Status check_plan_geometry(const formats::QuantPlan& plan, const ModelConfig& config) {
@@ -165,7 +178,11 @@ struct Model::State {
   Status collect(std::span<const ForwardSequence> sequences, const cache::KvCache& cache);
   Status observe(const StepContext& step, int layer);
   Status run_layers(const cache::KvCache& cache, const std::atomic<bool>* cancel, Activations& act);
+  Status check_room(const cache::KvCache& cache, cache::SequenceId id, int64_t new_tokens) const;
   Status check_appended();
+  Status append_rows(const cache::KvCache& cache, RandomRows& rows);
+  template <typename Work>
+  Status transact(cache::KvCache& cache, const Work& work);
   Status run_head(const Activations& act, const LogitsSink& sink);
   Status deliver(int64_t row, const void* activations_row, const LogitsSink& sink);
   Status step(const cache::KvCache& cache, const LogitsSink& sink, const std::atomic<bool>* cancel);
@@ -252,6 +269,16 @@ Result<std::unique_ptr<cache::KvCache>> Model::create_cache(const RuntimeOptions
   return cache::KvCache::create(cache, state.backend->memory());
 }
 
+Status Model::State::check_room(const cache::KvCache& cache, cache::SequenceId id,
+                                int64_t new_tokens) const {
+  const int64_t held = cache.length(id);
+  if (held + new_tokens <= runtime.context_tokens) return {};
+  return Error(ErrorCode::kResourceExhausted,
+               fmt::format("the context is full: {} tokens are in it and {} are to come, it holds "
+                           "{}",
+                           held, new_tokens, runtime.context_tokens));
+}
+
 // Checks the batch and lays it out in rows.
 Status Model::State::collect(std::span<const ForwardSequence> sequences,
                              const cache::KvCache& cache) {
@@ -275,13 +302,8 @@ Status Model::State::collect(std::span<const ForwardSequence> sequences,
       return bad(fmt::format("a step of more than {} tokens; give longer inputs in several steps",
                              step_tokens(runtime)));
     }
+    KVANT_TRY(check_room(cache, sequence.id, count));
     const int64_t first = cache.length(sequence.id);
-    if (first + count > runtime.context_tokens) {
-      return Error(
-          ErrorCode::kResourceExhausted,
-          fmt::format("the context is full: {} tokens are in it and {} are to come, it holds {}",
-                      first, count, runtime.context_tokens));
-    }
     for (int64_t i = 0; i < count; ++i) {
       const int32_t id = sequence.tokens[i];
       if (id < 0 || id >= config().vocab_size) {
@@ -352,14 +374,11 @@ Status Model::State::run_layers(const cache::KvCache& cache, const std::atomic<b
 
 Status Model::State::deliver(int64_t row, const void* activations_row, const LogitsSink& sink) {
   KVANT_TRY(backend->download_f32(activations_row, config().vocab_size, logits.data()));
-  float largest = 0;
   const float cap = config().logit_softcap;
   if (cap > 0) {
     for (float& logit : logits) logit = cap * std::tanh(logit / cap);
   }
-  // A sum is NaN or Inf if any of its terms is; no pair of finite logits overflows.
-  for (const float logit : logits) largest += logit * 0x1p-60f;
-  if (!std::isfinite(largest)) {
+  if (!all_finite(logits)) {
     return Error(ErrorCode::kNumericError,
                  "the model's output is infinite or not a number; its weights may be damaged");
   }
@@ -413,24 +432,77 @@ Status Model::State::step(const cache::KvCache& cache, const LogitsSink& sink,
   return backend->synchronize();
 }
 
-Status Model::forward(std::span<const ForwardSequence> sequences, cache::KvCache& cache,
-                      const LogitsSink& sink, const std::atomic<bool>* cancel) {
-  KVANT_CHECK(state_->reserved, "reserve() comes before forward()");
-  KVANT_TRY(state_->collect(sequences, cache));
-  KVANT_TRY(cache.begin_step(state_->step_sequences));
+// `work` as one step of the cache with the sequences of step_sequences: committed if it succeeds.
+template <typename Work>
+Status Model::State::transact(cache::KvCache& cache, const Work& work) {
+  KVANT_TRY(cache.begin_step(step_sequences));
   Status done;
   try {
-    done = state_->step(cache, sink, cancel);
+    done = work();
   } catch (...) {
     cache.abort_step();
     throw;
   }
   if (!done) {
-    static_cast<void>(state_->backend->take_encode_stats());  // the next step starts from zero
+    static_cast<void>(backend->take_encode_stats());  // the next step starts from zero
     cache.abort_step();
     return done;
   }
   cache.commit_step();
+  return {};
+}
+
+Status Model::forward(std::span<const ForwardSequence> sequences, cache::KvCache& cache,
+                      const LogitsSink& sink, const std::atomic<bool>* cancel) {
+  State& state = *state_;
+  KVANT_CHECK(state.reserved, "reserve() comes before forward()");
+  KVANT_TRY(state.collect(sequences, cache));
+  return state.transact(cache, [&] { return state.step(cache, sink, cancel); });
+}
+
+// One step of random keys and values, in every layer.
+Status Model::State::append_rows(const cache::KvCache& cache, RandomRows& rows) {
+  const int64_t count = step_sequences.front().num_new_tokens;
+  for (int layer = 0; layer < config().num_layers; ++layer) {
+    const cache::KvCache::LayerPlace place = cache.place(layer);
+    KVANT_TRY(backend->append({.view = &cache.view(place.group),
+                               .group_layer = place.index,
+                               .k = rows.take(count),
+                               .v = rows.take(count)}));
+  }
+  KVANT_TRY(check_appended());
+  return backend->synchronize();
+}
+
+Status Model::append_random(std::span<const cache::SequenceId> sequences, cache::KvCache& cache,
+                            const RandomFill& fill) {
+  State& state = *state_;
+  KVANT_CHECK(state.reserved, "reserve() comes before append_random()");
+  if (fill.num_tokens < 1) return {};
+  const int64_t step = std::min<int64_t>(max_step_tokens(), fill.num_tokens);
+  // Between steps the activations hold nothing.
+  const std::span scratch(state.activation_buffer.data(),
+                          static_cast<size_t>(state.activation_buffer.bytes()));
+  KVANT_ASSIGN(RandomRows rows,
+               RandomRows::create(*state.backend, scratch,
+                                  {.width = int64_t{config().num_kv_heads} * config().head_dim,
+                                   .num_rows = 3 * step,
+                                   .seed = fill.seed}));
+  int64_t done = 0;
+  for (const cache::SequenceId id : sequences) {
+    KVANT_TRY(state.check_room(cache, id, fill.num_tokens));
+    for (int64_t left = fill.num_tokens; left > 0;) {
+      if (fill.cancel != nullptr && fill.cancel->load(std::memory_order_relaxed)) {
+        return Error(ErrorCode::kCancelled, "cancelled");
+      }
+      const int64_t count = std::min(step, left);
+      state.step_sequences.assign(1, {id, static_cast<int32_t>(count)});
+      KVANT_TRY(state.transact(cache, [&] { return state.append_rows(cache, rows); }));
+      left -= count;
+      done += count;
+      if (fill.on_step) fill.on_step(done);
+    }
+  }
   return {};
 }
 

@@ -91,6 +91,14 @@ struct LayerRows {
 // An error ends the step and is returned.
 using LayerObserver = std::function<Status(const LayerRows& rows)>;
 
+// A context that no text led to: see Model::append_random.
+struct RandomFill {
+  int64_t num_tokens = 0;  // of each sequence
+  uint64_t seed = 1;
+  std::function<void(int64_t tokens)> on_step = {};  // tokens so far, all sequences; may be empty
+  const std::atomic<bool>* cancel = nullptr;         // may be null; looked at between steps
+};
+
 class Model {
  public:
   struct LoadOptions {
@@ -122,6 +130,12 @@ class Model {
   // `cancel` may be null; it is looked at between layers.
   Status forward(std::span<const ForwardSequence> sequences, cache::KvCache& cache,
                  const LogitsSink& sink, const std::atomic<bool>* cancel = nullptr);
+  // Appends tokens to each sequence whose keys and values are random normal numbers, the same for
+  // the same seed, in steps as forward() makes them but without running the model: each layer's
+  // backend append stores and encodes them. Contexts of any length in seconds, on which only speed
+  // and memory mean something. Errors as in forward(); the steps before stay.
+  Status append_random(std::span<const cache::SequenceId> sequences, cache::KvCache& cache,
+                       const RandomFill& fill);
   int max_step_tokens() const;
   int max_sequences() const;
   int64_t context_tokens() const;

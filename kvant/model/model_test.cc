@@ -134,6 +134,67 @@ TEST_P(AnyModel, NeighboursDoNotChangeABit) {
   }
 }
 
+TEST_P(AnyModel, RandomContextsAreFullCaches) {
+  Engine engine = this->engine("cpu", 2);
+  RuntimeOptions runtime = small_runtime(kv());
+  runtime.max_step_tokens = 48;  // pages fill within steps and across them
+  const auto plan = must(plan_memory(engine.model().source(), engine.backend(), runtime));
+  std::vector<std::vector<std::vector<float>>> logits;
+  for (const uint64_t seed : {1, 1, 2}) {
+    const auto cache = engine.cache(runtime);
+    const std::vector<cache::SequenceId> ids = {must(cache->add_sequence()),
+                                                must(cache->add_sequence())};
+    std::vector<int64_t> steps;
+    must(engine.model().append_random(
+        ids, *cache, {.num_tokens = 100, .seed = seed, .on_step = [&](int64_t tokens) {
+                        steps.push_back(tokens);
+                      }}));
+    EXPECT_EQ(steps, (std::vector<int64_t>{48, 96, 100, 148, 196, 200}));
+    EXPECT_EQ(engine.backend().memory().stats().total_now, plan.total());
+    // As many pages as text of that length takes.
+    const cache::CacheBytes filled = cache->bytes();
+    EXPECT_EQ(filled.tokens_now, 200);
+    must(cache->check_integrity());
+    const std::vector<int32_t> token = {7};
+    logits.push_back(engine.step(*cache, {{ids[0], token, 1}, {ids[1], token, 1}}));  // finite
+    EXPECT_NE(logits.back()[0], logits.back()[1]);
+
+    const auto read = engine.cache(runtime);
+    for (int i = 0; i < 2; ++i) {
+      const cache::SequenceId id = must(read->add_sequence());
+      engine.logits(*read, id, random_tokens(100, kVocab, 3), 48);
+    }
+    EXPECT_EQ(read->bytes().stored_pages_now, filled.stored_pages_now);
+    EXPECT_EQ(read->bytes().bf16_pages_now, filled.bf16_pages_now);
+  }
+  EXPECT_EQ(logits[0], logits[1]);
+  EXPECT_NE(logits[0], logits[2]);
+}
+
+TEST(RandomContexts, EndWithTheContextOrAtAnyStep) {
+  Engine engine(tiny_model("llama"), "cpu");
+  RuntimeOptions runtime = small_runtime("4bit");
+  runtime.max_step_tokens = 64;
+  const auto cache = engine.cache(runtime);
+  const cache::SequenceId id = must(cache->add_sequence());
+  const auto fill = [&](const RandomFill& options) {
+    return engine.model().append_random(std::span(&id, 1), *cache, options);
+  };
+  const Status too_many = fill({.num_tokens = runtime.context_tokens + 1});
+  ASSERT_FALSE(too_many);
+  EXPECT_EQ(too_many.error().code(), ErrorCode::kResourceExhausted);
+  EXPECT_EQ(cache->length(id), 0);
+  std::atomic<bool> cancel = false;
+  const Status cancelled = fill({.num_tokens = 200,
+                                 .on_step = [&](int64_t tokens) { cancel = tokens == 128; },
+                                 .cancel = &cancel});
+  ASSERT_FALSE(cancelled);
+  EXPECT_EQ(cancelled.error().code(), ErrorCode::kCancelled);
+  EXPECT_EQ(cache->length(id), 128);
+  must(fill({.num_tokens = runtime.context_tokens - 128}));
+  EXPECT_EQ(cache->length(id), runtime.context_tokens);
+}
+
 TEST_P(AnyModel, WantedRowsAreThoseOfAllRows) {
   Engine engine = this->engine();
   const RuntimeOptions runtime = small_runtime(kv());

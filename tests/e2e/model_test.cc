@@ -339,6 +339,47 @@ TEST_F(ModelCommands, BenchPrintsOneObjectALine) {
   expect_error({"bench", model_, "-p", "0", "-n", "0"}, 64, {"nothing to measure"});
 }
 
+TEST_F(ModelCommands, BenchFillsCachesWithRandomContexts) {
+  const auto bench = [&](std::vector<std::string> more) {
+    std::vector<std::string> arguments = {"bench", "model", model_, "-n", "2",
+                                          "-r",    "2",     "-p",   "0",  "--json"};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    const ProgramResult result = run_kvant(arguments);
+    EXPECT_EQ(result.exit_code, 0) << result.err;
+    return json::parse(result.out);
+  };
+  const std::vector<std::string> sizes = {"-d", "150", "--batch", "2", "--kv", "4bit"};
+  std::vector<std::string> random = sizes;
+  random.insert(random.end(), {"--fill", "random"});
+  const json read = bench(sizes);
+  const json filled = bench(random);
+  EXPECT_EQ(read["fill"], "prefill");
+  EXPECT_EQ(filled["fill"], "random");
+  // As much of a cache as text makes.
+  EXPECT_EQ(filled["cache"], read["cache"]);
+  EXPECT_EQ(filled["cache"]["tokens"], 300);
+  for (const json& object : {read, filled}) {
+    EXPECT_EQ(object["batch"], 2);
+    EXPECT_GT(object["decode_tokens_per_second"]["min"], 0);
+    EXPECT_EQ(object["memory"]["allocated_bytes"], object["memory"]["planned_bytes"]);
+  }
+
+  // The largest batch is the most that the plan allows.
+  const std::vector<std::string> full = {"-d",  "1000", "--fill", "random",         "--batch",
+                                         "max", "--kv", "4bit",   "--memory-limit", "256M"};
+  const json most = bench(full);
+  const int64_t limit = int64_t{256} << 20;
+  const int64_t planned = most["memory"]["planned_bytes"];
+  EXPECT_GT(most["batch"], 1);
+  EXPECT_LE(planned, limit);
+  EXPECT_GT(planned + planned / most["batch"].get<int64_t>(), limit);
+
+  const json shallow = bench({"-d", "0", "--fill", "random"});
+  EXPECT_EQ(shallow["cache"]["tokens"], 2);
+  expect_error({"bench", model_, "--fill", "zeros"}, 64, {"--fill", "random"});
+  expect_error({"bench", model_, "--batch", "0"}, 64, {"--batch", "max"});
+}
+
 // ---- files and pipes ----
 
 TEST_F(ModelCommands, DamagedModelsAreErrors) {
