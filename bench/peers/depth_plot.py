@@ -13,15 +13,9 @@ the slope of each line against the one that memory allows: bytes of cache a toke
 import argparse
 import json
 import sys
-from xml.sax.saxutils import escape
 
-import numpy as np
-
+from line_plot import COLOURS, LEFT, TOP, Plot, fit
 from model_bytes import ModelBytes
-
-COLOURS = ("#0b6e99", "#c2410c", "#4d7c0f", "#7e22ce", "#b45309", "#334155")
-WIDTH, HEIGHT = 720, 420
-LEFT, RIGHT, TOP, BOTTOM = 64, 20, 40, 52
 
 
 def read(path):
@@ -42,16 +36,6 @@ def read(path):
     return bandwidth, {name: sorted(points) for name, points in formats.items()}
 
 
-def fit(points):
-    """(slope, intercept, R squared) of the medians."""
-    x = np.array([p[0] for p in points])
-    y = np.array([p[2] for p in points])
-    slope, intercept = np.polyfit(x, y, 1)
-    scatter = np.sum((y - y.mean()) ** 2)
-    rest = np.sum((y - slope * x - intercept) ** 2)
-    return slope, intercept, 1 - rest / scatter if scatter > 0 else 1.0
-
-
 def memory_slope(points, size, bandwidth):
     """Seconds that each token of depth adds if reading its bytes is all that takes time."""
     low, high = points[0], points[-1]
@@ -63,52 +47,11 @@ def table(formats, size, bandwidth):
     lines = ["| cache | t(0) by the line, ms | slope, µs per 1,000 tokens | bytes over bandwidth | "
              "slope over that | R² |", "|---|---|---|---|---|---|"]
     for name, points in formats.items():
-        slope, intercept, r2 = fit(points)
+        slope, intercept, r2 = fit([(p[0], p[2]) for p in points])
         least = memory_slope(points, size, bandwidth)
         lines.append(f"| {name} | {intercept * 1e3:.2f} | {slope * 1e9:.0f} | {least * 1e9:.0f} | "
                      f"{slope / least:.2f} | {r2:.4f} |")
     return "\n".join(lines) + f"\n\nRead bandwidth {bandwidth / 1e9:.1f} GB/s.\n"
-
-
-def _step(span):
-    """A round distance of grid lines: about six of them."""
-    power = 10 ** np.floor(np.log10(span / 6))
-    return power * min((1, 2, 5, 10), key=lambda m: abs(span / 6 - m * power))
-
-
-class Plot:
-    def __init__(self, max_x, max_y, title):
-        self.max_x, self.max_y = max_x, max_y
-        self.parts = [f'<text x="{LEFT}" y="22" font-size="15">{escape(title)}</text>']
-
-    def x(self, value):
-        return LEFT + value / self.max_x * (WIDTH - LEFT - RIGHT)
-
-    def y(self, value):
-        return HEIGHT - BOTTOM - value / self.max_y * (HEIGHT - TOP - BOTTOM)
-
-    def line(self, a, b, style):
-        self.parts.append(f'<line x1="{self.x(a[0]):.1f}" y1="{self.y(a[1]):.1f}" '
-                          f'x2="{self.x(b[0]):.1f}" y2="{self.y(b[1]):.1f}" {style}/>')
-
-    def text(self, x, y, text, style=""):
-        self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" font-size="12" {style}>{escape(text)}</text>')
-
-    def axes(self):
-        grid = 'stroke="#cbd5e1" stroke-width="1"'
-        for value in np.arange(0, self.max_x + 1, _step(self.max_x)):
-            self.line((value, 0), (value, self.max_y), grid)
-            self.text(self.x(value), HEIGHT - BOTTOM + 18, f"{value:.0f}", 'text-anchor="middle"')
-        for value in np.arange(0, self.max_y * 1.0001, _step(self.max_y)):
-            self.line((0, value), (self.max_x, value), grid)
-            self.text(LEFT - 8, self.y(value) + 4, f"{value:g}", 'text-anchor="end"')
-        self.text((LEFT + WIDTH) / 2, HEIGHT - 12, "tokens of context", 'text-anchor="middle"')
-        self.text(LEFT - 50, TOP - 4, "ms per decoded token")
-
-    def svg(self):
-        return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-                f'font-family="sans-serif" fill="#0f172a">\n<rect width="{WIDTH}" height="{HEIGHT}" '
-                'fill="white"/>\n' + "\n".join(self.parts) + "\n</svg>\n")
 
 
 def draw(formats, size, bandwidth, title):
@@ -118,7 +61,7 @@ def draw(formats, size, bandwidth, title):
     plot.axes()
     for at, (name, points) in enumerate(formats.items()):
         colour = COLOURS[at % len(COLOURS)]
-        slope, intercept, _ = fit(points)
+        slope, intercept, _ = fit([(p[0], p[2]) for p in points])
         least = memory_slope(points, size, bandwidth)
         ends = [(0, intercept * 1e3), (deepest, (intercept + slope * deepest) * 1e3)]
         plot.line(*ends, f'stroke="{colour}" stroke-width="2"')

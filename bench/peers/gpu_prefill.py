@@ -92,7 +92,7 @@ def main():
     parser.add_argument("--shapes", nargs="*", default=SHAPES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ms", type=float, default=80, help="milliseconds per measurement")
-    parser.add_argument("--json", help="write JSON lines here")
+    parser.add_argument("--json", help="append JSON lines to this file")
     args = parser.parse_args()
     server = subprocess.Popen([args.kvant, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     lines = []
@@ -124,9 +124,9 @@ def main():
     server.stdin.close()
     server.wait()
     if args.json:
-        with open(args.json, "w") as out:
+        with open(args.json, "a", encoding="utf-8") as out:
             for line in lines:
-                out.write(json.dumps(line) + "\n")
+                out.write(json.dumps({"bench": "cuda_prefill", "device": torch.cuda.get_device_name(), **line}) + "\n")
 
 
 if __name__ == "__main__":

@@ -55,6 +55,15 @@ backend::WorkspaceNeeds workspace_needs(const ModelConfig& config, const Runtime
   return needs;
 }
 
+// Logits on their way to the caller, in the host memory that devices copy to fastest (that of
+// tables).
+int64_t host_logit_bytes(const ModelConfig& config, const backend::Backend& backend,
+                         const RuntimeOptions& runtime) {
+  const backend::BackendInfo& info = backend.info();
+  if (info.host_memory && info.activation_type == backend::ActivationType::kF32) return 0;
+  return int64_t{runtime.max_logit_rows} * config.vocab_size * int64_t{sizeof(float)};
+}
+
 // The backend must run every format that a layer has.
 Status check_formats(const backend::Backend& backend, const ModelConfig& config,
                      const RuntimeOptions& runtime) {
@@ -149,7 +158,8 @@ Result<MemoryPlan> plan_memory(const ModelSource& source, const backend::Backend
   KVANT_ASSIGN(plan.groups, cache::plan_group_bytes(cache));
   plan.activations =
       layout_activations(config, backend.info().activation_type, step_tokens(runtime),
-                         runtime.max_logit_rows, nullptr, nullptr);
+                         runtime.max_logit_rows, nullptr, nullptr) +
+      host_logit_bytes(config, backend, runtime);
   plan.backend_workspace = backend.workspace_bytes(workspace_needs(config, runtime));
   return plan;
 }
@@ -169,7 +179,7 @@ struct Model::State {
   std::vector<int32_t> ids;          // [max_step_tokens]
   std::vector<int64_t> wanted_rows;  // rows whose logits are wanted
   std::vector<cache::StepSequence> step_sequences;
-  std::vector<float> logits;  // [vocab_size], on the host
+  Buffer host_logits;  // [max_logit_rows][vocab_size]; empty where the backend's can be read
 
   LayerObserver observer;                                 // may be empty
   std::vector<float> observed_q, observed_k, observed_v;  // LayerRows
@@ -184,7 +194,8 @@ struct Model::State {
   template <typename Work>
   Status transact(cache::KvCache& cache, const Work& work);
   Status run_head(const Activations& act, const LogitsSink& sink);
-  Status deliver(int64_t row, const void* activations_row, const LogitsSink& sink);
+  Result<float*> fetch_logits(void* device_logits, int64_t num_rows);
+  Status deliver(int64_t row, std::span<float> logits, const LogitsSink& sink);
   Status step(const cache::KvCache& cache, const LogitsSink& sink, const std::atomic<bool>* cancel);
 };
 
@@ -241,12 +252,15 @@ Status Model::reserve(const RuntimeOptions& runtime) {
                    MemoryUse::kWorkspace));
   layout_activations(config, type, rows, runtime.max_logit_rows, state.activation_buffer.data(),
                      &state.activations);
+  state.host_logits = Buffer();
+  if (const int64_t bytes = host_logit_bytes(config, backend, runtime); bytes > 0) {
+    KVANT_ASSIGN(state.host_logits, Buffer::create(backend.memory(), bytes, MemoryUse::kTables));
+  }
   KVANT_TRY(backend.reserve_workspace(workspace_needs(config, runtime)));
   state.positions.reserve(rows);
   state.ids.reserve(rows);
   state.wanted_rows.reserve(rows);
   state.step_sequences.reserve(runtime.max_sequences);
-  state.logits.resize(config.vocab_size);
   state.runtime = runtime;
   state.reserved = true;
   return {};
@@ -372,8 +386,18 @@ Status Model::State::run_layers(const cache::KvCache& cache, const std::atomic<b
   return {};
 }
 
-Status Model::State::deliver(int64_t row, const void* activations_row, const LogitsSink& sink) {
-  KVANT_TRY(backend->download_f32(activations_row, config().vocab_size, logits.data()));
+// [num_rows][vocab_size] in host memory. Waits for the layers and the head.
+Result<float*> Model::State::fetch_logits(void* device_logits, int64_t num_rows) {
+  if (host_logits.bytes() == 0) {
+    KVANT_TRY(backend->synchronize());
+    return static_cast<float*>(device_logits);
+  }
+  KVANT_TRY(backend->download_f32(device_logits, num_rows * config().vocab_size,
+                                  host_logits.as<float>()));
+  return host_logits.as<float>();
+}
+
+Status Model::State::deliver(int64_t row, std::span<float> logits, const LogitsSink& sink) {
   const float cap = config().logit_softcap;
   if (cap > 0) {
     for (float& logit : logits) logit = cap * std::tanh(logit / cap);
@@ -412,13 +436,11 @@ Status Model::State::run_head(const Activations& act, const LogitsSink& sink) {
                              backend::activation_bytes(type, first * model.dim);
     const backend::LinearTarget target{.matrix = weights.head.get(), .out = act.logits};
     KVANT_TRY(backend->linear(input, count, std::span(&target, 1)));
-    KVANT_TRY(backend->synchronize());
+    KVANT_ASSIGN(float* const logits, fetch_logits(act.logits, count));
     if (first == 0) KVANT_TRY(check_appended());
-    for (int64_t i = 0; i < count; ++i) {
-      const std::byte* row = static_cast<const std::byte*>(act.logits) +
-                             backend::activation_bytes(type, i * model.vocab_size);
-      KVANT_TRY(deliver(first + i, row, sink));
-    }
+    const auto width = static_cast<size_t>(model.vocab_size);
+    for (int64_t i = 0; i < count; ++i)
+      KVANT_TRY(deliver(first + i, {logits + i * model.vocab_size, width}, sink));
   }
   return {};
 }

@@ -57,7 +57,7 @@ struct MemoryPlan {
   WeightBytes weights;
   cache::CacheBytes cache;
   std::vector<cache::GroupBytes> groups;  // what the pages in `cache` are made of
-  int64_t activations = 0;
+  int64_t activations = 0;                // and, of a device, the host's copy of logits
   int64_t backend_workspace = 0;
   int64_t total() const;
   // Highest total at any time, loading included: what the allocator's high-water mark will show.
