@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "kvant/backend/cuda/launch.h"
 #include "kvant/backend/cuda/quant/append_rows.cuh"
 #include "kvant/backend/cuda/quant/close_kernel.cuh"
 #include "kvant/backend/cuda/status.h"
@@ -214,21 +215,21 @@ Status CacheAppend::run(const AppendArgs& args, cudaStream_t stream) {
 
   const int num_runs = table.num_rows * view.num_kv_heads * 2;
   if (num_runs > 0 && view.strict) {
-    quant::append_strict_kernel<<<num_runs, kLanes, 0, stream>>>(rows);
-    KVANT_TRY(launch_status("append_strict_kernel"));
+    KVANT_TRY(launch_overlapped("append_strict_kernel", quant::append_strict_kernel,
+                                {static_cast<unsigned>(num_runs), kLanes, 0, stream}, rows));
   } else if (num_runs > 0) {
     constexpr int kWarps = quant::kAppendThreads / kLanes;
-    quant::
-        append_rows_kernel<<<(num_runs + kWarps - 1) / kWarps, quant::kAppendThreads, 0, stream>>>(
-            rows);
-    KVANT_TRY(launch_status("append_rows_kernel"));
+    const auto blocks = static_cast<unsigned>((num_runs + kWarps - 1) / kWarps);
+    KVANT_TRY(launch_overlapped("append_rows_kernel", quant::append_rows_kernel,
+                                {blocks, quant::kAppendThreads, 0, stream}, rows));
   }
   const int num_sides = table.num_closes * view.num_kv_heads * 2;
   if (num_sides == 0) return {};
-  quant::close_kernel<<<num_sides, quant::kCloseThreads,
-                        quant::close_scratch_bytes(view.page_tokens, view.head_dim), stream>>>(
-      CloseArgs{rows, table.closes});
-  return launch_status("close_kernel");
+  const int scratch = quant::close_scratch_bytes(view.page_tokens, view.head_dim);
+  return launch_overlapped("close_kernel", quant::close_kernel,
+                           {static_cast<unsigned>(num_sides), quant::kCloseThreads,
+                            static_cast<size_t>(scratch), stream},
+                           CloseArgs{rows, table.closes});
 }
 
 Result<formats::EncodeStats> CacheAppend::take_stats(cudaStream_t stream) {

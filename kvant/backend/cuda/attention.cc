@@ -4,6 +4,7 @@
 #include <string>
 
 #include "kvant/backend/cuda/decode/combine.h"
+#include "kvant/backend/cuda/launch.h"
 #include "kvant/formats/format.h"
 
 namespace kvant::backend::cuda {
@@ -78,20 +79,6 @@ Status check_side(const SideFormat& side, bool keys) {
 constexpr int kSharedMemoryLimit = 227 * 1024;
 constexpr int kBarrierBytes = 8192;  // static shared memory of the kernel, rounded up
 constexpr int kWantedSlots = 3;
-
-cudaLaunchConfig_t launch_config(dim3 grid, int threads, int smem, cudaStream_t stream,
-                                 cudaLaunchAttribute* overlap) {
-  overlap->id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap->val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(smem);
-  config.stream = stream;
-  config.attrs = overlap;
-  config.numAttrs = 1;
-  return config;
-}
 
 }  // namespace
 
@@ -277,19 +264,18 @@ Status CudaAttention::launch(const AttentionArgs& args, cudaStream_t stream) {
     return Error(ErrorCode::kInternal, "attention was not prepared for this step");
   DecodeParams params = params_of(args);
   void* arguments[] = {&params};
-  cudaLaunchAttribute overlap;
-  const cudaLaunchConfig_t config =
-      launch_config(dim3(static_cast<unsigned>(num_sms_ * variant_->blocks)), variant_->threads,
-                    smem_bytes_, stream, &overlap);
-  KVANT_TRY(cuda_status(cudaLaunchKernelExC(&config, variant_->kernel, arguments),
-                        std::string("launching decode attention, keys ") +
-                            kernel_name(params.key_kernel) + ", values " +
-                            kernel_name(params.value_kernel)));
+  const LaunchShape shape = {dim3(static_cast<unsigned>(num_sms_ * variant_->blocks)),
+                             variant_->threads, static_cast<size_t>(smem_bytes_), stream};
+  const Status launched = launch_overlapped("decode attention", variant_->kernel, shape, arguments);
+  if (!launched) {
+    return Error(launched.error().code(), launched.error().message() + ", keys " +
+                                              kernel_name(params.key_kernel) + ", values " +
+                                              kernel_name(params.value_kernel));
+  }
   if (num_split_units_ == 0) return {};
   const dim3 grid(static_cast<unsigned>(num_split_units_), static_cast<unsigned>(combine_rows_));
-  const cudaLaunchConfig_t combine = launch_config(grid, kCombineThreads, 0, stream, &overlap);
-  return cuda_status(cudaLaunchKernelExC(&combine, combine_function(), arguments),
-                     "launching the merge of partial results");
+  return launch_overlapped("the merge of partial results", combine_function(),
+                           {grid, kCombineThreads, 0, stream}, arguments);
 }
 
 Status CudaAttention::run(const AttentionArgs& args, cudaStream_t stream) {

@@ -2,7 +2,8 @@
 
 #include <algorithm>
 
-#include "kvant/backend/cuda/status.h"
+#include "kvant/backend/cuda/launch.h"
+#include "kvant/backend/cuda/ptx.cuh"
 
 namespace kvant::backend::cuda {
 namespace {
@@ -11,6 +12,8 @@ constexpr int kPerLane = kMaxExperts / 32;
 
 // A warp a row. Softmax, then the largest, again and again.
 __global__ void choose_kernel(ChooseArgs args) {
+  ptx::launch_dependents();
+  ptx::wait_prerequisites();
   const int lane = threadIdx.x % 32;
   const int64_t row = blockIdx.x * int64_t{blockDim.x / 32} + threadIdx.x / 32;
   if (row >= args.num_rows) return;
@@ -69,6 +72,8 @@ __global__ void choose_kernel(ChooseArgs args) {
 }
 
 __global__ void combine_kernel(CombineArgs args) {
+  ptx::launch_dependents();
+  ptx::wait_prerequisites();
   for (int64_t at = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; at < args.num_rows * args.dim;
        at += int64_t{gridDim.x} * blockDim.x) {
     const int64_t row = at / args.dim;
@@ -85,16 +90,15 @@ __global__ void combine_kernel(CombineArgs args) {
 
 Status choose_experts(const ChooseArgs& args, cudaStream_t stream) {
   if (args.num_rows == 0) return {};
-  choose_kernel<<<static_cast<unsigned>((args.num_rows + 3) / 4), 128, 0, stream>>>(args);
-  return launch_status("choose_experts");
+  return launch_overlapped("choose_experts", choose_kernel,
+                           {static_cast<unsigned>((args.num_rows + 3) / 4), 128, 0, stream}, args);
 }
 
 Status combine_experts(const CombineArgs& args, cudaStream_t stream) {
   const int64_t n = args.num_rows * args.dim;
   if (n == 0) return {};
   const auto blocks = static_cast<unsigned>(std::min<int64_t>((n + 255) / 256, 1 << 16));
-  combine_kernel<<<blocks, 256, 0, stream>>>(args);
-  return launch_status("combine_experts");
+  return launch_overlapped("combine_experts", combine_kernel, {blocks, 256, 0, stream}, args);
 }
 
 }  // namespace kvant::backend::cuda

@@ -3,6 +3,8 @@
 #include <algorithm>
 
 #include "kvant/backend/cuda/dense/file_blocks.cuh"
+#include "kvant/backend/cuda/launch.h"
+#include "kvant/backend/cuda/ptx.cuh"
 #include "kvant/backend/cuda/status.h"
 
 namespace kvant::backend::cuda {
@@ -25,19 +27,43 @@ __device__ float warp_sum(float x) {
   return x;
 }
 
+// Lets the next kernel begin, and waits for what the kernels before wrote.
+__device__ void enter_stream() {
+  ptx::launch_dependents();
+  ptx::wait_prerequisites();
+}
+
 // One warp or one block of kWarps a row; the order of the sum depends on `dim` only.
 template <int kWarps>
 __global__ void rms_norm_kernel(const float* x, const float* weight, float* out, int64_t num_rows,
                                 int dim, float epsilon) {
+  constexpr int kHeld = 16;  // values and weights of a thread that stay in registers
+  constexpr int kStride = 32 * kWarps;
+  ptx::launch_dependents();
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const bool row_per_warp = kWarps == 1;
   const int64_t row = row_per_warp ? blockIdx.x * int64_t{blockDim.x / 32} + warp : blockIdx.x;
-  if (row >= num_rows) return;  // whole warps
   const int first = row_per_warp ? lane : static_cast<int>(threadIdx.x);
+  float held_weight[kHeld];
+  float held[kHeld];
+#pragma unroll
+  for (int n = 0; n < kHeld; ++n) {
+    const int i = first + n * kStride;
+    held_weight[n] = i < dim ? weight[i] : 0.0f;
+  }
+  ptx::wait_prerequisites();
+  if (row >= num_rows) return;  // whole warps
   const float* from = x + row * dim;
   float sum = 0.0f;
-  for (int i = first; i < dim; i += 32 * kWarps) sum = fmaf(from[i], from[i], sum);
+#pragma unroll
+  for (int n = 0; n < kHeld; ++n) {
+    const int i = first + n * kStride;
+    held[n] = i < dim ? from[i] : 0.0f;
+  }
+#pragma unroll
+  for (int n = 0; n < kHeld; ++n) sum = fmaf(held[n], held[n], sum);
+  for (int i = first + kHeld * kStride; i < dim; i += kStride) sum = fmaf(from[i], from[i], sum);
   sum = warp_sum(sum);
   if (!row_per_warp) {
     __shared__ float parts[kWarps];
@@ -47,11 +73,19 @@ __global__ void rms_norm_kernel(const float* x, const float* weight, float* out,
     for (int w = 0; w < kWarps; ++w) sum += parts[w];
   }
   const float factor = 1.0f / sqrtf(sum / static_cast<float>(dim) + epsilon);
-  for (int i = first; i < dim; i += 32 * kWarps) out[row * dim + i] = from[i] * factor * weight[i];
+#pragma unroll
+  for (int n = 0; n < kHeld; ++n) {
+    const int i = first + n * kStride;
+    if (i < dim) out[row * dim + i] = held[n] * factor * held_weight[n];
+  }
+  for (int i = first + kHeld * kStride; i < dim; i += kStride) {
+    out[row * dim + i] = from[i] * factor * weight[i];
+  }
 }
 
 __global__ void rope_table_kernel(attention::RopeParams rope, const int64_t* positions,
                                   int64_t num_rows, float* table) {
+  enter_stream();
   const int half = rope.rotary_dim / 2;
   KVANT_GRID_LOOP(at, num_rows * half) {
     const int64_t row = at / half;
@@ -71,6 +105,7 @@ __global__ void rope_table_kernel(attention::RopeParams rope, const int64_t* pos
 
 // Heads of q, then of k.
 __global__ void rope_kernel(RopeArgs args, const float* table) {
+  enter_stream();
   const int half = args.rope.rotary_dim / 2;
   const int heads = args.num_query_heads + args.num_kv_heads;
   KVANT_GRID_LOOP(at, args.num_rows * heads * half) {
@@ -98,6 +133,7 @@ __device__ float times_sigmoid(float x, float t) {
 
 template <GateKind kKind>
 __global__ void gate_kernel(const float* gate, const float* up, float* out, int64_t n) {
+  enter_stream();
   KVANT_GRID_LOOP(i, n) {
     const float g = gate[i];
     float t = g;
@@ -110,17 +146,20 @@ __global__ void gate_kernel(const float* gate, const float* up, float* out, int6
 }
 
 __global__ void add_kernel(const float* x, float* y, int64_t n) {
+  enter_stream();
   KVANT_GRID_LOOP(i, n) y[i] += x[i];
 }
 
 __global__ void gather_kernel(const float* x, const int64_t* rows, int64_t num_rows, int dim,
                               float* out) {
+  enter_stream();
   KVANT_GRID_LOOP(at, num_rows * dim) out[at] = x[rows[at / dim] * dim + at % dim];
 }
 
 template <WeightType kType>
 __global__ void dequantize_kernel(const uint8_t* rows, int64_t row_bytes, int64_t num_rows,
                                   int64_t cols, float scale, float* out) {
+  enter_stream();
   KVANT_GRID_LOOP(at, num_rows * cols) {
     out[at] = file_value<kType>(rows + at / cols * row_bytes, at % cols) * scale;
   }
@@ -128,6 +167,7 @@ __global__ void dequantize_kernel(const uint8_t* rows, int64_t row_bytes, int64_
 
 __global__ void round_kernel(const float* x, int64_t num_rows, int64_t cols, int64_t padded,
                              uint16_t* out) {
+  enter_stream();
   KVANT_GRID_LOOP(at, num_rows * padded) {
     const int64_t i = at % padded;
     out[at] = i < cols ? to_bf16(x[at / padded * cols + i]) : uint16_t{0};
@@ -142,28 +182,27 @@ Status rms_norm(const RmsNormArgs& args, cudaStream_t stream) {
   auto* out = static_cast<float*>(args.out);
   if (args.dim <= 512) {  // heads
     const int64_t blocks = (args.num_rows + 7) / 8;
-    rms_norm_kernel<1><<<static_cast<unsigned>(blocks), 256, 0, stream>>>(
-        x, args.weight, out, args.num_rows, args.dim, args.epsilon);
-  } else {
-    rms_norm_kernel<16><<<static_cast<unsigned>(args.num_rows), 512, 0, stream>>>(
-        x, args.weight, out, args.num_rows, args.dim, args.epsilon);
+    return launch_overlapped("rms_norm", rms_norm_kernel<1>,
+                             {static_cast<unsigned>(blocks), 256, 0, stream}, x, args.weight, out,
+                             args.num_rows, args.dim, args.epsilon);
   }
-  return launch_status("rms_norm");
+  return launch_overlapped("rms_norm", rms_norm_kernel<16>,
+                           {static_cast<unsigned>(args.num_rows), 512, 0, stream}, x, args.weight,
+                           out, args.num_rows, args.dim, args.epsilon);
 }
 
 Status rope_table(const attention::RopeParams& rope, const int64_t* positions, int64_t num_rows,
                   float* table, cudaStream_t stream) {
-  rope_table_kernel<<<grid_for(num_rows * rope.rotary_dim / 2), kThreads, 0, stream>>>(
-      rope, positions, num_rows, table);
-  return launch_status("rope_table");
+  return launch_overlapped("rope_table", rope_table_kernel,
+                           {grid_for(num_rows * rope.rotary_dim / 2), kThreads, 0, stream}, rope,
+                           positions, num_rows, table);
 }
 
 Status rope(const RopeArgs& args, const float* table, cudaStream_t stream) {
   const int64_t n =
       args.num_rows * (args.num_query_heads + args.num_kv_heads) * (args.rope.rotary_dim / 2);
   if (n == 0) return {};
-  rope_kernel<<<grid_for(n), kThreads, 0, stream>>>(args, table);
-  return launch_status("rope");
+  return launch_overlapped("rope", rope_kernel, {grid_for(n), kThreads, 0, stream}, args, table);
 }
 
 Status gate(GateKind kind, const float* gate, const float* up, float* out, int64_t num_values,
@@ -171,40 +210,41 @@ Status gate(GateKind kind, const float* gate, const float* up, float* out, int64
   if (num_values == 0) return {};
   const auto kernel =
       kind == GateKind::kSilu ? gate_kernel<GateKind::kSilu> : gate_kernel<GateKind::kGeluTanh>;
-  kernel<<<grid_for(num_values), kThreads, 0, stream>>>(gate, up, out, num_values);
-  return launch_status("gate");
+  return launch_overlapped("gate", kernel, {grid_for(num_values), kThreads, 0, stream}, gate, up,
+                           out, num_values);
 }
 
 Status add(const float* x, float* y, int64_t num_values, cudaStream_t stream) {
   if (num_values == 0) return {};
-  add_kernel<<<grid_for(num_values), kThreads, 0, stream>>>(x, y, num_values);
-  return launch_status("add");
+  return launch_overlapped("add", add_kernel, {grid_for(num_values), kThreads, 0, stream}, x, y,
+                           num_values);
 }
 
 Status gather_rows(const float* x, const int64_t* rows, int64_t num_rows, int dim, float* out,
                    cudaStream_t stream) {
   if (num_rows == 0) return {};
-  gather_kernel<<<grid_for(num_rows * dim), kThreads, 0, stream>>>(x, rows, num_rows, dim, out);
-  return launch_status("gather_rows");
+  return launch_overlapped("gather_rows", gather_kernel,
+                           {grid_for(num_rows * dim), kThreads, 0, stream}, x, rows, num_rows, dim,
+                           out);
 }
 
 Status dequantize_rows(formats::WeightType type, const uint8_t* rows, int64_t num_rows,
                        int64_t cols, float scale, float* out, cudaStream_t stream) {
   if (num_rows == 0) return {};
   const int64_t row_bytes = formats::weight_bytes(type, cols);
-  for_weight_type<WeightTag>(type, [&](auto tag) {
-    dequantize_kernel<decltype(tag)::kValue><<<grid_for(num_rows * cols), kThreads, 0, stream>>>(
-        rows, row_bytes, num_rows, cols, scale, out);
+  return for_weight_type<WeightTag>(type, [&](auto tag) {
+    return launch_overlapped("dequantize_rows", dequantize_kernel<decltype(tag)::kValue>,
+                             {grid_for(num_rows * cols), kThreads, 0, stream}, rows, row_bytes,
+                             num_rows, cols, scale, out);
   });
-  return launch_status("dequantize_rows");
 }
 
 Status round_rows(const float* x, int64_t num_rows, int64_t cols, int64_t padded, uint16_t* out,
                   cudaStream_t stream) {
   if (num_rows == 0) return {};
-  round_kernel<<<grid_for(num_rows * padded), kThreads, 0, stream>>>(x, num_rows, cols, padded,
-                                                                     out);
-  return launch_status("round_rows");
+  return launch_overlapped("round_rows", round_kernel,
+                           {grid_for(num_rows * padded), kThreads, 0, stream}, x, num_rows, cols,
+                           padded, out);
 }
 
 }  // namespace kvant::backend::cuda

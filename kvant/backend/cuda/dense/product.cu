@@ -4,6 +4,7 @@
 
 #include "kvant/backend/cuda/dense/file_blocks.cuh"
 #include "kvant/backend/cuda/dense/product_tiles.cuh"
+#include "kvant/backend/cuda/launch.h"
 #include "kvant/backend/cuda/status.h"
 #include "kvant/base/check.h"
 
@@ -207,6 +208,7 @@ __device__ void finish(const Sums<kStrips, kTiles>& total, const ProductTarget& 
 template <WeightType kType, int kStrips, int kTiles>
 __global__ void __launch_bounds__(kThreads, kStrips* kTiles == 4 ? 1 : 2)
     product_kernel(const ProductArgs args) {
+  ptx::launch_dependents();
   int t = 0;
   while (t + 1 < args.num_targets && static_cast<int>(blockIdx.x) >= args.first_block[t + 1]) ++t;
   ProductTarget target = args.targets[t];
@@ -217,6 +219,7 @@ __global__ void __launch_bounds__(kThreads, kStrips* kTiles == 4 ? 1 : 2)
   int64_t end_row = args.num_rows;
   int64_t x_row = first_row;
   if (args.choice.experts != nullptr) {
+    ptx::wait_prerequisites();
     first_row = blockIdx.y;
     end_row = first_row + 1;
     x_row = first_row / args.choice.rows_per_x;
@@ -245,25 +248,31 @@ __global__ void __launch_bounds__(kThreads, kStrips* kTiles == 4 ? 1 : 2)
     return Source(target.weights, strip, 2 * warp, lane);
   };
   Source sources[2] = {source_of(0), source_of(kStrips - 1)};
-  const auto fetch = [&](int pair, Tile(&tiles)[2][kStrips], const InputSlice& inputs) {
+  const auto fetch_weights = [&](Tile(&tiles)[2][kStrips]) {
 #pragma unroll
     for (int m = 0; m < kStrips; ++m) {
       tiles[0][m].load(sources[m], 0);
       tiles[1][m].load(sources[m], 1);
       sources[m].advance(2 * kWarps);
     }
+  };
+  const auto fetch_inputs = [&](int pair, const InputSlice& inputs) {
     inputs.fetch(x, rows, pair * InputSlice::kCols, cols, lane);
     asm volatile("cp.async.commit_group;");
   };
   Sums<kStrips, kTiles> total = {};
   Tile raw[2][kStrips];
   const int num_pairs = static_cast<int>(target.weights.num_tiles() / 2);
-  if (warp < num_pairs) fetch(warp, raw, InputSlice{my_slices});
+  // Weights do not change: the first are on their way before the inputs are there.
+  if (warp < num_pairs) fetch_weights(raw);
+  ptx::wait_prerequisites();
+  if (warp < num_pairs) fetch_inputs(warp, InputSlice{my_slices});
 #pragma unroll 1
   for (int pair = warp, turn = 0; pair < num_pairs; pair += kWarps, turn ^= 1) {
     Tile next[2][kStrips];
     if (pair + kWarps < num_pairs) {
-      fetch(pair + kWarps, next, InputSlice{my_slices + (turn ^ 1) * slice_floats});
+      fetch_weights(next);
+      fetch_inputs(pair + kWarps, InputSlice{my_slices + (turn ^ 1) * slice_floats});
       asm volatile("cp.async.wait_group 1;" ::: "memory");
     } else {
       asm volatile("cp.async.wait_group 0;" ::: "memory");
@@ -293,8 +302,8 @@ Status launch_product(const ProductArgs& args, dim3 grid, int rows, cudaStream_t
   static const cudaError_t allowed = cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRowBytes * kTiles * kRowTile);
   KVANT_TRY(cuda_status(allowed, "asking for shared memory"));
-  kernel<<<grid, kThreads, static_cast<size_t>(rows * kRowBytes), stream>>>(args);
-  return launch_status("product of few rows");
+  return launch_overlapped("product of few rows", kernel,
+                           {grid, kThreads, static_cast<size_t>(rows * kRowBytes), stream}, args);
 }
 
 template <WeightType kType>

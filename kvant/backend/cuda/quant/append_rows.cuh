@@ -130,6 +130,8 @@ __device__ __forceinline__ void append_run(const AppendRowsArgs& args, const Row
 
 __global__ void __launch_bounds__(kAppendThreads)
     append_rows_kernel(const __grid_constant__ AppendRowsArgs args) {
+  ptx::launch_dependents();
+  ptx::wait_prerequisites();
   const int warp = static_cast<int>((blockIdx.x * kAppendThreads + threadIdx.x) / kLanes);
   const int lane = static_cast<int>(threadIdx.x % kLanes);
   const bool values = warp % 2 == 1;
@@ -198,6 +200,8 @@ __device__ inline void round_strict(const CloseSide& side, const DeviceSideParam
 // A warp per run, head and side, token by token: for comparisons, not for speed.
 __global__ void __launch_bounds__(kLanes)
     append_strict_kernel(const __grid_constant__ AppendRowsArgs args) {
+  ptx::launch_dependents();
+  ptx::wait_prerequisites();
   __shared__ __align__(16) float x[512];
   __shared__ __align__(16) float rounded[512];
   const bool values = blockIdx.x % 2 == 1;

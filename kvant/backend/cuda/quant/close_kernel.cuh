@@ -147,6 +147,8 @@ inline int close_scratch_bytes(int page_tokens, int head_dim) {
 
 __global__ void __launch_bounds__(kCloseThreads, 4)
     close_kernel(const __grid_constant__ CloseArgs args) {
+  ptx::launch_dependents();
+  ptx::wait_prerequisites();
   // The page's BF16 side, then what closing needs.
   extern __shared__ __align__(16) std::byte close_scratch[];
   const int unit = static_cast<int>(blockIdx.x / 2);
