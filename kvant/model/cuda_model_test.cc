@@ -131,6 +131,22 @@ TEST_P(OnCuda, PagesAreReadOnTheOtherSide) {
   EXPECT_LT(mean_error(continue_elsewhere(cuda, cpu, runtime, tokens), want), 2 * kTolerance);
 }
 
+// The same random rows on both sides, in steps of whole and of partial pages.
+TEST_P(OnCuda, RandomContextsGiveTheCpusLogits) {
+  RuntimeOptions runtime = small_runtime(kv());
+  runtime.max_step_tokens = 40;
+  const auto run = [&](const std::string& backend) {
+    Engine engine(model_bytes(arch()), backend);
+    const auto cache = engine.cache(runtime);
+    const std::vector<cache::SequenceId> ids = {must(cache->add_sequence()),
+                                                must(cache->add_sequence())};
+    must(engine.model().append_random(ids, *cache, {.num_tokens = 150}));
+    const std::vector<int32_t> token = {7};
+    return engine.step(*cache, {{ids[0], token, 1}, {ids[1], token, 1}});
+  };
+  EXPECT_LT(mean_error(run("cuda"), run("cpu")), kTolerance);
+}
+
 TEST_P(OnCuda, MemoryIsWhatWasPlanned) {
   Engine cuda(model_bytes(arch()), "cuda");
   const RuntimeOptions runtime = small_runtime(kv());
