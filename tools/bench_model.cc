@@ -283,7 +283,8 @@ Json spread_json(const Spread& spread) {
 Status print_row(Console& console, const Options& options, const OpenModel& open, const Row& row) {
   Json object = bench_json("model");
   object["model"] = options.model.model;
-  object["backend"] = open.backend->info().description;
+  const backend::BackendInfo& info = open.backend->info();
+  object["backend"] = info.description;
   object["kv"] = row.kv.asked;
   object["kv_resolved"] = row.kv.resolved;
   object["depth"] = row.depth;
@@ -301,7 +302,9 @@ Status print_row(Console& console, const Options& options, const OpenModel& open
   object["memory"] = {{"planned_bytes", row.plan.total()},
                       {"allocated_bytes", row.allocated},
                       {"weights_bytes", row.plan.weights.matrices + row.plan.weights.parameters},
-                      {"weights_in_file_bytes", row.plan.weights.in_place}};
+                      {"weights_in_file_bytes", row.plan.weights.in_place},
+                      {"machine_bytes", info.memory_total},
+                      {"free_beside_weights_bytes", info.memory_free}};
   return print_json(console, object);
 }
 
