@@ -1,0 +1,41 @@
+// From RuntimeOptions to the sizes of everything that a model and its cache allocate.
+//
+// plan_memory (model.h), Model::reserve and Model::create_cache all start here, so that the plan is
+// what happens. Internal to kvant/model.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include "kvant/backend/backend.h"
+#include "kvant/base/result.h"
+#include "kvant/cache/kv_cache.h"
+#include "kvant/formats/plan.h"
+#include "kvant/model/config.h"
+#include "kvant/model/model.h"
+
+namespace kvant::model {
+
+// kInvalidArgument if sizes are out of range.
+Status check_runtime(const RuntimeOptions& runtime);
+// The backend must run every format that a layer has.
+Status check_formats(const backend::Backend& backend, const ModelConfig& config,
+                     const RuntimeOptions& runtime);
+
+// New tokens of the largest step.
+int step_tokens(const RuntimeOptions& runtime);
+backend::WorkspaceNeeds workspace_needs(const ModelConfig& config, const RuntimeOptions& runtime);
+// Logits on their way to the caller, in the host memory that devices copy to fastest (that of
+// tables); 0 where the backend's own can be read.
+int64_t host_logit_bytes(const ModelConfig& config, const backend::Backend& backend,
+                         const RuntimeOptions& runtime);
+
+// The plan as the layers' formats read it, checked against the model; nothing without a plan.
+Result<std::optional<formats::QuantPlan>> fitted_plan(const ModelConfig& config,
+                                                      const RuntimeOptions& runtime);
+// `plan` is copied from when the cache is created.
+cache::CacheConfig cache_config(const ModelConfig& config, const backend::Backend& backend,
+                                const RuntimeOptions& runtime,
+                                const std::optional<formats::QuantPlan>& plan);
+
+}  // namespace kvant::model
