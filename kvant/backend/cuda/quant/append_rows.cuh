@@ -99,7 +99,7 @@ __device__ __forceinline__ bool append_tile(const RowRun& run, int head_dim, int
     largest = __vmaxu2(largest, __vmaxu2(__vmaxu2(words.x & 0x7fff7fffu, words.y & 0x7fff7fffu),
                                          __vmaxu2(words.z & 0x7fff7fffu, words.w & 0x7fff7fffu)));
     out[step * kLanes] = words;
-    if (shared != nullptr) shared[source_chunk(first + step, step, lane)] = words;
+    if (shared != nullptr) shared[source_chunk(first + step, lane)] = words;
   }
   return (largest & 0xffffu) >= 0x7f80u || largest >> 16 >= 0x7f80u;
 }
@@ -125,7 +125,7 @@ __device__ __forceinline__ void append_run(const AppendRowsArgs& args, const Row
   const int first = run.token / kTile * num_steps;
   const auto* from = reinterpret_cast<const uint4*>(run.codes) + first * kLanes + lane;
   for (int step = 0; step < num_steps; ++step)
-    shared[source_chunk(first + step, step, lane)] = __ldcg(from + step * kLanes);
+    shared[source_chunk(first + step, lane)] = __ldcg(from + step * kLanes);
 }
 
 __global__ void __launch_bounds__(kAppendThreads)

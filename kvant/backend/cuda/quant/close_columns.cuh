@@ -26,14 +26,15 @@ __device__ inline bool close_int4_channel(const CloseUnit& unit, uint32_t* scrat
   bool bad = false;
   for (int task = threadIdx.x; task < num_tasks; task += kCloseThreads) {
     const int t = task % 4;
-    const int step = task / 4 % num_steps;
-    const int tile = task / 4 / num_steps;
+    const int tile =
+        static_cast<int>(static_cast<unsigned>(task) / 4 / static_cast<unsigned>(num_steps));
+    const int step = task / 4 - tile * num_steps;
     const int fragment = tile * num_steps + step;
     uint32_t low[2] = {0x7fff7fffu, 0x7fff7fffu};
     uint32_t high[2] = {0x80008000u, 0x80008000u};
-#pragma unroll
+#pragma unroll 2
     for (int i = 0; i < 8; ++i) {
-      const uint4 word = unit.source[source_chunk(fragment, step, 4 * i + t)];
+      const uint4 word = unit.source[source_chunk(fragment, 4 * i + t)];
       const uint32_t a = order_keys(word.x), b = order_keys(word.y);
       const uint32_t c = order_keys(word.z), d = order_keys(word.w);
       low[0] = __vmins2(low[0], __vmins2(a, b));
@@ -73,12 +74,10 @@ __device__ inline bool close_int4_channel(const CloseUnit& unit, uint32_t* scrat
   __syncthreads();
   for (int task = threadIdx.x; task < num_tasks; task += kCloseThreads) {
     const int t = task % 4;
-    const int step = task / 4 % num_steps;
-    const int tile = task / 4 / num_steps;
+    const int tile =
+        static_cast<int>(static_cast<unsigned>(task) / 4 / static_cast<unsigned>(num_steps));
+    const int step = task / 4 - tile * num_steps;
     const int fragment = tile * num_steps + step;
-    uint4 in[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) in[i] = unit.source[source_chunk(fragment, step, 4 * i + t)];
     const uint2 first = *reinterpret_cast<const uint2*>(scales + step * kTile + 2 * t);
     const uint2 second = *reinterpret_cast<const uint2*>(scales + step * kTile + 2 * t + 8);
     if (tile == 0) {
@@ -89,18 +88,19 @@ __device__ inline bool close_int4_channel(const CloseUnit& unit, uint32_t* scrat
     const Int4Codec::Scale scale[4] = {Int4Codec::scale_of(first.x), Int4Codec::scale_of(first.y),
                                        Int4Codec::scale_of(second.x),
                                        Int4Codec::scale_of(second.y)};
-    uint32_t words[8][1] = {};
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < 8; ++i) {
+      const uint4 in = unit.source[source_chunk(fragment, 4 * i + t)];
+      uint32_t codes = 0;
 #pragma unroll
       for (int reg = 0; reg < 4; ++reg) {
-        const uint32_t word = component(in[i], reg);
+        const uint32_t word = component(in, reg);
         const uint32_t code = Int4Codec::code(low_float(word), scale[reg / 2 * 2]) +
                               (Int4Codec::code(high_float(word), scale[reg / 2 * 2 + 1]) << 16);
-        words[i][0] += code << (4 * reg);
+        codes += code << (4 * reg);
       }
+      store_codes<1>(unit.codes, num_steps, tile, step, 4 * i + t, &codes);
     }
-    store_codes<true>(unit.codes, num_steps, tile, step, t, words);
   }
   return bad;
 }

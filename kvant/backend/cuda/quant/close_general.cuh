@@ -60,7 +60,7 @@ __device__ inline void load_tile(const CloseUnit& unit, int tile, const GeneralS
     const int row = lane / 4 + reg % 2 * 8;
     const int column = lane % 4 * 2 + reg / 2 * 8;
     const int fragment = tile * (map.head_dim / kTile) + step;
-    const uint32_t word = source[source_chunk(fragment, step, lane) * 4 + reg];
+    const uint32_t word = source[source_chunk(fragment, lane) * 4 + reg];
     for (int parity = 0; parity < 2; ++parity) {
       const int token = map.values ? column + parity : row;
       const int channel = step * kTile + (map.values ? row : column + parity);

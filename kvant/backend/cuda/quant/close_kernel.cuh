@@ -100,12 +100,10 @@ __device__ __forceinline__ void append_page(const CloseArgs& args, const ClosedP
 // Copies a side of a BF16 unit to shared memory.
 __device__ __forceinline__ void load_source(const SideMap& map, const std::byte* from,
                                             uint4* source) {
-  const int num_steps = map.head_dim / kTile;
-  const int num_chunks = map.page_tokens * map.head_dim / 8;
-  for (int i = static_cast<int>(threadIdx.x); i < num_chunks; i += kCloseThreads) {
-    const int fragment = i / kLanes;
-    __pipeline_memcpy_async(source + source_chunk(fragment, fragment % num_steps, i % kLanes),
-                            reinterpret_cast<const uint4*>(from) + i, sizeof(uint4));
+  const unsigned num_chunks = static_cast<unsigned>(map.page_tokens * map.head_dim / 8);
+  for (unsigned i = threadIdx.x; i < num_chunks; i += kCloseThreads) {
+    const int at = source_chunk(static_cast<int>(i / kLanes), static_cast<int>(i % kLanes));
+    __pipeline_memcpy_async(source + at, reinterpret_cast<const uint4*>(from) + i, sizeof(uint4));
   }
   __pipeline_commit();
   __pipeline_wait_prior(0);
@@ -145,7 +143,7 @@ inline int close_scratch_bytes(int page_tokens, int head_dim) {
   return page_tokens * head_dim * 2 + (general > columns ? general : columns);
 }
 
-__global__ void __launch_bounds__(kCloseThreads, 4)
+__global__ void __launch_bounds__(kCloseThreads, 5)
     close_kernel(const __grid_constant__ CloseArgs args) {
   ptx::launch_dependents();
   ptx::wait_prerequisites();

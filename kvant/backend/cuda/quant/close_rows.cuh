@@ -1,10 +1,13 @@
-// Closing of formats whose blocks lie along head_dim, a thread per block or two, in registers.
+// Closing of formats whose blocks lie along head_dim, a thread per block or two.
 //
-// In `sm90` order a lane's words hold the same elements in every format (ADR 0004). A thread reads
-// all BF16 words of 16 channels of a few tokens: of K two tokens (four neighbouring lanes), of V
-// four (eight lanes, four apart). So it has whole blocks of 16 for itself, and writes whole words
-// of codes and of V's scales; blocks of 32 need one exchange with the neighbouring k-step. All
-// accesses of a warp together cover whole sectors.
+// In `sm90` order a lane's words hold the same elements in every format (ADR 0004). A thread has
+// the BF16 words of 16 channels of a few tokens: of K two tokens (four neighbouring lanes), of V
+// four (eight lanes, four apart). So it has whole blocks of 16 for itself, and makes whole words of
+// codes and of V's scales; blocks of 32 need one exchange with the neighbouring k-step.
+//
+// It goes through its words in shared memory two or three times: for the blocks' ranges, for the
+// errors of both scales of +46, for the codes. The loops stay loops: unrolled, they are tens of
+// kilobytes of code that warps wait for.
 #pragma once
 
 #include "kvant/backend/cuda/quant/close_args.cuh"
@@ -12,156 +15,125 @@
 
 namespace kvant::backend::cuda::quant {
 
-// Which words and which pairs of them a thread has. A batch is what is encoded together: of K one
-// token, whose 16 channels are 8 pairs; of V two tokens, the halves of 16 pairs.
+// Which words a thread has.
 template <bool kValues>
 struct RowThread {
   static constexpr int kGroup = kValues ? 4 : 8;   // threads of a k-step
-  static constexpr int kLoads = kValues ? 8 : 4;   // words of four registers
+  static constexpr int kWords = kValues ? 8 : 4;   // of four registers: one of each lane
   static constexpr int kStride = kValues ? 4 : 1;  // lanes between them
-  static constexpr int kPairs = kValues ? 16 : 8;  // of a batch
-  static constexpr int kPartner = kGroup;          // lane of the next k-step, exclusive or
+  static constexpr int kTokens = kValues ? 4 : 2;
+  static constexpr int kPartner = kGroup;  // lane of the next k-step, exclusive or
 
-  static __device__ constexpr int load_of(int pair) { return pair % kLoads; }
-  static __device__ constexpr int reg_of(int batch, int pair) {
-    return kValues ? 2 * batch + pair / kLoads : batch + 2 * (pair / kLoads);
-  }
-  // First channel of a K pair in its k-step.
-  static __device__ constexpr int channel_of(int pair) { return 2 * (pair % 4) + 8 * (pair / 4); }
   static __device__ int first_lane(int index) { return kValues ? index : 4 * index; }
+  // Which of its tokens an element belongs to.
+  static __device__ constexpr int token_of(int reg, int parity) {
+    return kValues ? reg / 2 * 2 + parity : reg % 2;
+  }
 };
 
 __device__ __forceinline__ uint32_t component(const uint4& word, int reg) {
   return reg == 0 ? word.x : reg == 1 ? word.y : reg == 2 ? word.z : word.w;
 }
 
-template <typename Thread>
-struct Batch {
-  float low[Thread::kPairs];
-  float high[Thread::kPairs];
-  uint32_t signs[Thread::kPairs];  // of low and high in bits 15 and 31, other bits anything
+// The two numbers of a register.
+struct Pair {
+  float low;
+  float high;
+  uint32_t signs;  // in bits 15 and 31, other bits anything
 };
 
-struct ErrorSums {
-  float low6 = 0.0f, high6 = 0.0f, low4 = 0.0f, high4 = 0.0f;
+// A thread's words of one k-step.
+template <bool kValues, bool kMean>
+struct RowSource {
+  const uint4* source;
+  int fragment;
+  int first_lane;
+  const float* mean;  // of the step's channels
 
-  __device__ __forceinline__ void add(bool first, const ErrorSums& more) {
-    if (first) {
-      *this = more;
-      return;
+  __device__ __forceinline__ uint4 word(int i) const {
+    return source[source_chunk(fragment, first_lane + i * RowThread<kValues>::kStride)];
+  }
+  __device__ __forceinline__ Pair pair(const uint4& word, int i, int reg) const {
+    const uint32_t bits = component(word, reg);
+    Pair x = {low_float(bits), high_float(bits), bits};
+    if constexpr (kMean) {  // K: channels 2i and 2i + 1, and eight on
+      const float2 b = *reinterpret_cast<const float2*>(mean + 2 * i + reg / 2 * 8);
+      x.low = __fadd_rn(x.low, -b.x);
+      x.high = __fadd_rn(x.high, -b.y);
+      x.signs = __byte_perm(as_bits(x.low), as_bits(x.high), 0x7632);
     }
-    low6 = __fadd_rn(low6, more.low6);
-    high6 = __fadd_rn(high6, more.high6);
-    low4 = __fadd_rn(low4, more.low4);
-    high4 = __fadd_rn(high4, more.high4);
+    return x;
   }
 };
 
-// +46: encodes a batch with both candidate scales and keeps the better one, block by block.
-template <typename Codec, bool kValues>
-__device__ __forceinline__ void emit_four_over_six(
-    const Codec& codec, int batch, const Batch<RowThread<kValues>>& x, const BlockRange& low_range,
-    const BlockRange& high_range, typename Codec::Scale* scales, uint32_t (*words)[1]) {
-  using Thread = RowThread<kValues>;
-  using Scale = typename Codec::Scale;
-  const Scale low6 = scales[0];
-  const Scale high6 = scales[1];
-  const float low_ratio = codec.four_ratio(low_range);
-  const float high_ratio = kValues ? codec.four_ratio(high_range) : low_ratio;
-  const Scale low4 = codec.scale_of(low_ratio);
-  const Scale high4 = kValues ? codec.scale_of(high_ratio) : low4;
-  uint32_t six[Thread::kPairs];
-  uint32_t four[Thread::kPairs];
-  // Errors are added as codecs.md section 3 says, and in an order that keeps few sums alive: i and
-  // i + 8, + 4, + 2, + 1. Of K a pair holds channels i and i + 1: halves are added last.
-  constexpr int kTop = Thread::kPairs / 2;
-  ErrorSums total;
+// ---- ranges ----
+
+// Largest magnitude, or range, of each of the thread's tokens. With a mean NaN shows as NaN.
+template <typename Codec>
+__device__ __forceinline__ void find_ranges(const RowSource<false, true>& from,
+                                            BlockRange* ranges) {
+  float nan[2] = {};
+#pragma unroll 1
+  for (int i = 0; i < RowThread<false>::kWords; ++i) {
+    const uint4 word = from.word(i);
 #pragma unroll
-  for (int first = 0; first < kTop / 4; ++first) {
-    ErrorSums quarter;
-#pragma unroll
-    for (int second = 0; second < 2; ++second) {
-      ErrorSums eighth;
-#pragma unroll
-      for (int third = 0; third < 2; ++third) {
-        ErrorSums pair;
-#pragma unroll
-        for (int fourth = 0; fourth < 2; ++fourth) {
-          const int p = first + second * (kTop / 4) + third * (kTop / 2) + fourth * kTop;
-          const float a6 = codec.value(x.low[p], low6), b6 = codec.value(x.high[p], high6);
-          const float a4 = codec.value(x.low[p], low4), b4 = codec.value(x.high[p], high4);
-          six[p] = ptx::f16x2_of_f32(a6, b6);
-          four[p] = ptx::f16x2_of_f32(a4, b4);
-          pair.add(
-              fourth == 0,
-              {codec.squared_error(x.low[p], a6, low6), codec.squared_error(x.high[p], b6, high6),
-               codec.squared_error(x.low[p], a4, low4), codec.squared_error(x.high[p], b4, high4)});
-        }
-        eighth.add(third == 0, pair);
+    for (int reg = 0; reg < 4; ++reg) {
+      const Pair x = from.pair(word, i, reg);
+      BlockRange& range = ranges[reg % 2];
+      range.amax = fmaxf(range.amax, fmaxf(fabsf(x.low), fabsf(x.high)));
+      nan[reg % 2] = __fadd_rn(nan[reg % 2], __fadd_rn(x.low, x.high));
+      if constexpr (Codec::kAffine) {
+        const int32_t a = order_key(x.low), b = order_key(x.high);
+        range.min_key = min(range.min_key, min(a, b));
+        range.max_key = max(range.max_key, max(a, b));
       }
-      quarter.add(second == 0, eighth);
     }
-    total.add(first == 0, quarter);
   }
-  if constexpr (!kValues) {
-    total.low6 = total.high6 = __fadd_rn(total.low6, total.high6);
-    total.low4 = total.high4 = __fadd_rn(total.low4, total.high4);
-  }
-  const bool low_four = low_ratio <= 448.0f && total.low4 < total.low6;
-  const bool high_four = high_ratio <= 448.0f && total.high4 < total.high6;
-  scales[0] = low_four ? low4 : low6;
-  scales[1] = high_four ? high4 : high6;
-  const uint32_t choice = (low_four ? 0xffffu : 0u) | (high_four ? 0xffff0000u : 0u);
-  const uint32_t mask = Codec::sign_mask(scales[0], scales[1]);
 #pragma unroll
-  for (int p = 0; p < Thread::kPairs; ++p) {
-    put_e2m1(words[Thread::load_of(p)], Thread::reg_of(batch, p),
-             (six[p] & ~choice) | (four[p] & choice), x.signs[p], mask);
+  for (int token = 0; token < 2; ++token) {
+    if (nan[token] != nan[token]) ranges[token].amax = as_float(0x7fc00000u);
   }
 }
 
-// Largest magnitudes, or ranges, of the two halves of a batch (of K: of both together, twice).
-template <typename Codec, bool kValues, bool kMean>
-__device__ __forceinline__ void find_ranges(const Batch<RowThread<kValues>>& x,
+// On BF16, two at a time: halves are two tokens of V, or two channels of a token of K.
+template <typename Codec, bool kValues>
+__device__ __forceinline__ void find_ranges(const RowSource<kValues, false>& from,
                                             BlockRange* ranges) {
-  using Thread = RowThread<kValues>;
-  if constexpr (kMean) {
-    float amax = 0.0f;  // K only. fmaxf drops NaN: added numbers show it
-    float nan = 0.0f;
+  uint32_t amax[2] = {};
+  uint32_t low_keys[2] = {0x7fff7fffu, 0x7fff7fffu};
+  uint32_t high_keys[2] = {0x80008000u, 0x80008000u};
+#pragma unroll 2
+  for (int i = 0; i < RowThread<kValues>::kWords; ++i) {
+    const uint4 word = from.word(i);
 #pragma unroll
-    for (int p = 0; p < Thread::kPairs; ++p) {
-      amax = fmaxf(amax, fmaxf(fabsf(x.low[p]), fabsf(x.high[p])));
-      nan = __fadd_rn(nan, __fadd_rn(x.low[p], x.high[p]));
+    for (int reg = 0; reg < 4; ++reg) {
+      const int at = kValues ? reg / 2 : reg % 2;
+      const uint32_t bits = component(word, reg);
+      amax[at] = __vmaxu2(amax[at], bits & 0x7fff7fffu);
       if constexpr (Codec::kAffine) {
-        const int32_t a = order_key(x.low[p]), b = order_key(x.high[p]);
-        ranges[0].min_key = min(ranges[0].min_key, min(a, b));
-        ranges[0].max_key = max(ranges[0].max_key, max(a, b));
+        low_keys[at] = __vmins2(low_keys[at], order_keys(bits));
+        high_keys[at] = __vmaxs2(high_keys[at], order_keys(bits));
       }
     }
-    ranges[0].amax = nan != nan ? as_float(0x7fc00000u) : amax;
-  } else {
-    uint32_t amax = 0;
-    uint32_t low_key = 0x7fff7fffu, high_key = 0x80008000u;
+  }
 #pragma unroll
-    for (int p = 0; p < Thread::kPairs; ++p) {
-      amax = __vmaxu2(amax, x.signs[p] & 0x7fff7fffu);
-      if constexpr (Codec::kAffine) {
-        low_key = __vmins2(low_key, order_keys(x.signs[p]));
-        high_key = __vmaxs2(high_key, order_keys(x.signs[p]));
-      }
-    }
-    ranges[0].amax = low_float(amax);
-    ranges[1].amax = high_float(amax);
+  for (int at = 0; at < 2; ++at) {
+    BlockRange halves[2];
+    halves[0].amax = low_float(amax[at]);
+    halves[1].amax = high_float(amax[at]);
     if constexpr (Codec::kAffine) {
-      ranges[0].min_key = order_key(low_float(order_keys(low_key)));
-      ranges[0].max_key = order_key(low_float(order_keys(high_key)));
-      ranges[1].min_key = order_key(high_float(order_keys(low_key)));
-      ranges[1].max_key = order_key(high_float(order_keys(high_key)));
+      halves[0].min_key = order_key(low_float(order_keys(low_keys[at])));
+      halves[0].max_key = order_key(low_float(order_keys(high_keys[at])));
+      halves[1].min_key = order_key(high_float(order_keys(low_keys[at])));
+      halves[1].max_key = order_key(high_float(order_keys(high_keys[at])));
     }
-    if constexpr (!kValues) {
-      ranges[0].amax = as_float(max(as_bits(ranges[0].amax), as_bits(ranges[1].amax)));
-      ranges[0].min_key = min(ranges[0].min_key, ranges[1].min_key);
-      ranges[0].max_key = max(ranges[0].max_key, ranges[1].max_key);
+    if constexpr (kValues) {
+      ranges[2 * at] = halves[0];
+      ranges[2 * at + 1] = halves[1];
+    } else {
+      ranges[at].amax = as_float(max(as_bits(halves[0].amax), as_bits(halves[1].amax)));
+      ranges[at].min_key = min(halves[0].min_key, halves[1].min_key);
+      ranges[at].max_key = max(halves[0].max_key, halves[1].max_key);
     }
   }
 }
@@ -180,24 +152,101 @@ __device__ __forceinline__ void join_steps(bool present, BlockRange& range) {
   }
 }
 
-template <bool kValues, bool kMean>
-__device__ __forceinline__ void unpack(const uint4* words, int batch, const float* mean,
-                                       Batch<RowThread<kValues>>& x) {
+// ---- +46 ----
+
+// Sums of squared errors of the thread's tokens, of K of the even and odd channels apart.
+struct ErrorSums {
+  float e[4];
+};
+
+// Of one word: channels i and i + 8 together (of K also i + 1 and i + 9), as the tree begins.
+template <typename Codec, bool kValues, bool kMean>
+__device__ __forceinline__ ErrorSums word_errors(const Codec& codec,
+                                                 const RowSource<kValues, kMean>& from,
+                                                 const uint4& word, int i,
+                                                 const typename Codec::Scale* scales) {
   using Thread = RowThread<kValues>;
+  ErrorSums sums;
 #pragma unroll
-  for (int p = 0; p < Thread::kPairs; ++p) {
-    const uint32_t word = component(words[Thread::load_of(p)], Thread::reg_of(batch, p));
-    x.low[p] = low_float(word);
-    x.high[p] = high_float(word);
-    x.signs[p] = word;
-    if constexpr (kMean) {
-      const float2 b = *reinterpret_cast<const float2*>(mean + Thread::channel_of(p));
-      x.low[p] = __fadd_rn(x.low[p], -b.x);
-      x.high[p] = __fadd_rn(x.high[p], -b.y);
-      x.signs[p] = __byte_perm(as_bits(x.low[p]), as_bits(x.high[p]), 0x7632);
+  for (int half = 0; half < 2; ++half) {
+    const int first = kValues ? 2 * half : half;
+    const int second = kValues ? first + 1 : first + 2;
+    const Pair x = from.pair(word, i, first);
+    const Pair y = from.pair(word, i, second);
+    const typename Codec::Scale& low = scales[Thread::token_of(first, 0)];
+    const typename Codec::Scale& high = scales[Thread::token_of(first, 1)];
+    sums.e[2 * half] = __fadd_rn(codec.squared_error(x.low, low), codec.squared_error(y.low, low));
+    sums.e[2 * half + 1] =
+        __fadd_rn(codec.squared_error(x.high, high), codec.squared_error(y.high, high));
+  }
+  return sums;
+}
+
+__device__ __forceinline__ ErrorSums add_sums(const ErrorSums& a, const ErrorSums& b) {
+  return {__fadd_rn(a.e[0], b.e[0]), __fadd_rn(a.e[1], b.e[1]), __fadd_rn(a.e[2], b.e[2]),
+          __fadd_rn(a.e[3], b.e[3])};
+}
+
+// Keeps the better scale of each token. Errors are added as codecs.md section 3 says: i and i + 8,
+// + 4, + 2, + 1. Words come in the order of reversed bits, so that what is added next is always the
+// newest sum of as many.
+template <typename Codec, bool kValues, bool kMean>
+__device__ __forceinline__ void choose_scales(const Codec& codec,
+                                              const RowSource<kValues, kMean>& from,
+                                              const BlockRange* ranges,
+                                              typename Codec::Scale* scales) {
+  using Thread = RowThread<kValues>;
+  typename Codec::Scale four[Thread::kTokens];
+  bool allowed[Thread::kTokens];
+#pragma unroll
+  for (int token = 0; token < Thread::kTokens; ++token) {
+    const float ratio = codec.four_ratio(ranges[token]);
+    allowed[token] = ratio <= 448.0f;
+    four[token] = codec.scale_of(ratio);
+  }
+  ErrorSums six_sums = {}, four_sums = {};
+  ErrorSums six_held[2] = {}, four_held[2] = {};
+#pragma unroll 1
+  for (int n = 0; n < Thread::kWords; ++n) {
+    const int i = kValues ? (n & 1) * 4 + (n & 2) + (n >> 2) : (n & 1) * 2 + (n >> 1);
+    const uint4 word = from.word(i);
+    ErrorSums six = word_errors(codec, from, word, i, scales);
+    ErrorSums other = word_errors(codec, from, word, i, four);
+    if (n % 2 == 0) {
+      six_held[0] = six;
+      four_held[0] = other;
+      continue;
+    }
+    six = add_sums(six_held[0], six);
+    other = add_sums(four_held[0], other);
+    if (kValues && n % 4 == 1) {
+      six_held[1] = six;
+      four_held[1] = other;
+      continue;
+    }
+    if constexpr (kValues) {
+      six = add_sums(six_held[1], six);
+      other = add_sums(four_held[1], other);
+    }
+    if (n < Thread::kWords / 2) {
+      six_sums = six;
+      four_sums = other;
+    } else {
+      six_sums = add_sums(six_sums, six);
+      four_sums = add_sums(four_sums, other);
     }
   }
+#pragma unroll
+  for (int token = 0; token < Thread::kTokens; ++token) {
+    const float six =
+        kValues ? six_sums.e[token] : __fadd_rn(six_sums.e[2 * token], six_sums.e[2 * token + 1]);
+    const float other = kValues ? four_sums.e[token]
+                                : __fadd_rn(four_sums.e[2 * token], four_sums.e[2 * token + 1]);
+    if (allowed[token] && other < six) scales[token] = four[token];
+  }
 }
+
+// ---- codes and scales ----
 
 template <bool kValues, int kScaleBytes>
 __device__ __forceinline__ void store_scales(const SideMap& map, uint8_t* scales, int tile,
@@ -214,35 +263,29 @@ __device__ __forceinline__ void store_scales(const SideMap& map, uint8_t* scales
           make_uint4(__byte_perm(s[0], s[1], 0x5410), __byte_perm(s[2], s[3], 0x5410),
                      __byte_perm(s[0], s[1], 0x7632), __byte_perm(s[2], s[3], 0x7632));
     }
-  } else {  // s[0], s[2]: tokens r, r + 8
+  } else {  // s: tokens r, r + 8
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint8_t* at =
           scales + ((tile * kTile + index * 2 + half) * map.num_blocks + block) * kScaleBytes;
-      if constexpr (kScaleBytes == 1) *at = static_cast<uint8_t>(s[2 * half]);
+      if constexpr (kScaleBytes == 1) *at = static_cast<uint8_t>(s[half]);
       if constexpr (kScaleBytes == 2)
-        *reinterpret_cast<uint16_t*>(at) = static_cast<uint16_t>(s[2 * half]);
-      if constexpr (kScaleBytes == 4) *reinterpret_cast<uint32_t*>(at) = s[2 * half];
+        *reinterpret_cast<uint16_t*>(at) = static_cast<uint16_t>(s[half]);
+      if constexpr (kScaleBytes == 4) *reinterpret_cast<uint32_t*>(at) = s[half];
     }
   }
 }
 
-// A thread's words of codes of one k-step: kLoads lanes, kWords words of each.
-template <bool kValues, int kWords>
+// Words of codes of one lane and k-step.
+template <int kWords>
 __device__ __forceinline__ void store_codes(uint8_t* codes, int num_steps, int tile, int step,
-                                            int first_lane, const uint32_t (*words)[kWords]) {
-  using Thread = RowThread<kValues>;
+                                            int lane, const uint32_t* words) {
   auto* out = reinterpret_cast<uint32_t*>(codes) + tile * num_steps * kLanes * kWords;
-  const int first_word = step * kWords;
-#pragma unroll
-  for (int i = 0; i < Thread::kLoads; ++i) {
-    uint32_t* at =
-        out + chunked_word(num_steps * kWords, first_lane + i * Thread::kStride, first_word);
-    if constexpr (kWords == 2) {
-      *reinterpret_cast<uint2*>(at) = make_uint2(words[i][0], words[i][1]);
-    } else {
-      *at = words[i][0];
-    }
+  uint32_t* at = out + chunked_word(num_steps * kWords, lane, step * kWords);
+  if constexpr (kWords == 2) {
+    *reinterpret_cast<uint2*>(at) = make_uint2(words[0], words[1]);
+  } else {
+    *at = words[0];
   }
 }
 
@@ -257,56 +300,49 @@ __device__ bool close_rows(const CloseUnit& unit, const float* mean) {
   const int padded_steps = Codec::kBlockSteps == 2 ? (num_steps + 1) / 2 * 2 : num_steps;
   const int num_tasks = map.page_tokens / kTile * padded_steps * Thread::kGroup;
   bool bad = false;
-  for (int first = 0; first < num_tasks; first += kCloseThreads) {
-    const int task = first + static_cast<int>(threadIdx.x);
+#pragma unroll 1
+  for (int begin = 0; begin < num_tasks; begin += kCloseThreads) {
+    const int task = begin + static_cast<int>(threadIdx.x);
+    const auto group = static_cast<unsigned>(task) / Thread::kGroup;
     const int index = task % Thread::kGroup;
-    const int step = task / Thread::kGroup % padded_steps;
-    const int tile = task / Thread::kGroup / padded_steps;
+    const int tile = static_cast<int>(group / static_cast<unsigned>(padded_steps));
+    const int step = static_cast<int>(group) - tile * padded_steps;
     const bool present = task < num_tasks && step < num_steps;
     if constexpr (Codec::kBlockSteps != 2) {
       if (!present) continue;
     }
-    uint4 in[Thread::kLoads] = {};
-    if (present) {
+    const RowSource<kValues, kMean> from = {unit.source, tile * num_steps + step,
+                                            Thread::first_lane(index), mean + step * kTile};
+    BlockRange ranges[Thread::kTokens];
+    if (present) find_ranges<Codec>(from, ranges);
+    typename Codec::Scale scales[Thread::kTokens];
 #pragma unroll
-      for (int i = 0; i < Thread::kLoads; ++i) {
-        in[i] = unit.source[source_chunk(tile * num_steps + step, step,
-                                         Thread::first_lane(index) + i * Thread::kStride)];
-      }
-    }
-    uint32_t words[Thread::kLoads][Codec::kWords] = {};
-    uint32_t stored[4];
-#pragma unroll
-    for (int batch = 0; batch < 2; ++batch) {
-      Batch<Thread> x;
-      unpack<kValues, kMean>(in, batch, mean + (present ? step : 0) * kTile, x);
-      BlockRange ranges[2];
-      find_ranges<Codec, kValues, kMean>(x, ranges);
-      if constexpr (Codec::kBlockSteps == 2) {
-        join_steps<Codec, Thread::kPartner>(present, ranges[0]);
-        if constexpr (kValues) join_steps<Codec, Thread::kPartner>(present, ranges[1]);
-      }
-      typename Codec::Scale scales[2];
-      scales[0] = codec.make_scale(ranges[0]);
-      scales[1] = kValues ? codec.make_scale(ranges[1]) : scales[0];
-      bad |= !codec.fits(ranges[0], scales[0]);
-      if constexpr (kValues) bad |= !codec.fits(ranges[1], scales[1]);
-      if constexpr (Codec::kFourOverSix) {
-        emit_four_over_six<Codec, kValues>(codec, batch, x, ranges[0], ranges[1], scales, words);
-      } else {
-#pragma unroll
-        for (int p = 0; p < Thread::kPairs; ++p) {
-          codec.emit(words[Thread::load_of(p)], Thread::reg_of(batch, p), x.signs[p], x.low[p],
-                     x.high[p], scales[0], scales[1]);
-        }
-      }
-      stored[2 * batch] = scales[0].stored;
-      stored[2 * batch + 1] = scales[1].stored;
+    for (int token = 0; token < Thread::kTokens; ++token) {
+      if constexpr (Codec::kBlockSteps == 2)
+        join_steps<Codec, Thread::kPartner>(present, ranges[token]);
+      scales[token] = codec.make_scale(ranges[token]);
+      bad |= !codec.fits(ranges[token], scales[token]);
     }
     if (!present) continue;
-    store_codes<kValues>(unit.codes, num_steps, tile, step, Thread::first_lane(index), words);
+    if constexpr (Codec::kFourOverSix) choose_scales(codec, from, ranges, scales);
+#pragma unroll 1
+    for (int i = 0; i < Thread::kWords; ++i) {
+      const uint4 word = from.word(i);
+      uint32_t words[Codec::kWords] = {};
+#pragma unroll
+      for (int reg = 0; reg < 4; ++reg) {
+        const Pair x = from.pair(word, i, reg);
+        codec.emit(words, reg, x.signs, x.low, x.high, scales[Thread::token_of(reg, 0)],
+                   scales[Thread::token_of(reg, 1)]);
+      }
+      store_codes<Codec::kWords>(unit.codes, num_steps, tile, step,
+                                 from.first_lane + i * Thread::kStride, words);
+    }
     if constexpr (Codec::kScaleBytes > 0) {
       if (Codec::kBlockSteps == 1 || step % 2 == 0) {
+        uint32_t stored[Thread::kTokens];
+#pragma unroll
+        for (int token = 0; token < Thread::kTokens; ++token) stored[token] = scales[token].stored;
         store_scales<kValues, Codec::kScaleBytes>(map, unit.scales, tile, index,
                                                   step / Codec::kBlockSteps, stored);
       }
@@ -332,7 +368,7 @@ __device__ inline void page_mean(const CloseUnit& unit, float* mean) {
       uint2 rows[8];
 #pragma unroll
       for (int g = 0; g < 8; ++g)
-        rows[g] = source[source_chunk(tile * num_steps + step, step, 4 * g + t) * 2 + half];
+        rows[g] = source[source_chunk(tile * num_steps + step, 4 * g + t) * 2 + half];
 #pragma unroll
       for (int r = 0; r < kTile; ++r) {
         const uint32_t word = r < 8 ? rows[r % 8].x : rows[r % 8].y;
