@@ -75,7 +75,7 @@ __device__ __forceinline__ int source_chunk(int fragment, int lane) {
 struct CloseUnit {
   const CloseSide& side;
   DeviceSideParams params;
-  const uint4* source;  // BF16 codes of this side in shared memory, see source_chunk
+  uint4* source;  // BF16 codes of this side in shared memory, see source_chunk
   uint8_t* codes;
   uint8_t* scales;
   uint16_t* mean;

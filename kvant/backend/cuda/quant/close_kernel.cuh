@@ -134,7 +134,14 @@ __device__ __forceinline__ void close_side(const CloseArgs& args, int item, int 
   zero_padding(target, side.scales_at + side.map.scale_bytes, side.mean_at);
   zero_padding(target, side.mean_at + (side.format.mean ? side.map.head_dim * 2 : 0), side.end_at);
   __syncthreads();
-  if (!close_specialised<kValues>(unit, shared)) close_general(unit, shared, args.rows.counters);
+  if (close_specialised<kValues>(unit, shared)) return;
+  if (side.format.four_over_six) {  // its kernel writes to the source
+    load_source(side.map,
+                args.rows.kinds[page.source_kind].unit(page.source_slot, head) + side.source_at,
+                source);
+    __syncthreads();
+  }
+  close_general(unit, shared, args.rows.counters);
 }
 
 inline int close_scratch_bytes(int page_tokens, int head_dim) {

@@ -45,12 +45,12 @@ struct Pair {
 // A thread's words of one k-step.
 template <bool kValues, bool kMean>
 struct RowSource {
-  const uint4* source;
+  uint4* source;
   int fragment;
   int first_lane;
   const float* mean;  // of the step's channels
 
-  __device__ __forceinline__ uint4 word(int i) const {
+  __device__ __forceinline__ uint4& word(int i) const {
     return source[source_chunk(fragment, first_lane + i * RowThread<kValues>::kStride)];
   }
   __device__ __forceinline__ Pair pair(const uint4& word, int i, int reg) const {
@@ -159,25 +159,36 @@ struct ErrorSums {
   float e[4];
 };
 
-// Of one word: channels i and i + 8 together (of K also i + 1 and i + 9), as the tree begins.
+// Encodes one word of codes and sums its errors: channels i and i + 8 together (of K also i + 1 and
+// i + 9), as the tree begins.
 template <typename Codec, bool kValues, bool kMean>
-__device__ __forceinline__ ErrorSums word_errors(const Codec& codec,
-                                                 const RowSource<kValues, kMean>& from,
-                                                 const uint4& word, int i,
-                                                 const typename Codec::Scale* scales) {
+__device__ __forceinline__ ErrorSums try_scales(const Codec& codec,
+                                                const RowSource<kValues, kMean>& from,
+                                                const uint4& word, int i,
+                                                const typename Codec::Scale* scales,
+                                                uint32_t& codes) {
   using Thread = RowThread<kValues>;
   ErrorSums sums;
+  codes = 0;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int first = kValues ? 2 * half : half;
-    const int second = kValues ? first + 1 : first + 2;
-    const Pair x = from.pair(word, i, first);
-    const Pair y = from.pair(word, i, second);
     const typename Codec::Scale& low = scales[Thread::token_of(first, 0)];
     const typename Codec::Scale& high = scales[Thread::token_of(first, 1)];
-    sums.e[2 * half] = __fadd_rn(codec.squared_error(x.low, low), codec.squared_error(y.low, low));
-    sums.e[2 * half + 1] =
-        __fadd_rn(codec.squared_error(x.high, high), codec.squared_error(y.high, high));
+    const uint32_t mask = Codec::sign_mask(low, high);
+    float errors[2][2];
+#pragma unroll
+    for (int second = 0; second < 2; ++second) {
+      const int reg = first + second * (kValues ? 1 : 2);
+      const Pair x = from.pair(word, i, reg);
+      const float a = codec.value(x.low, low);
+      const float b = codec.value(x.high, high);
+      put_e2m1(&codes, reg, f16_pair(a, b), x.signs, mask);
+      errors[second][0] = codec.squared_error(x.low, a, low);
+      errors[second][1] = codec.squared_error(x.high, b, high);
+    }
+    sums.e[2 * half] = __fadd_rn(errors[0][0], errors[1][0]);
+    sums.e[2 * half + 1] = __fadd_rn(errors[0][1], errors[1][1]);
   }
   return sums;
 }
@@ -187,14 +198,29 @@ __device__ __forceinline__ ErrorSums add_sums(const ErrorSums& a, const ErrorSum
           __fadd_rn(a.e[3], b.e[3])};
 }
 
-// Keeps the better scale of each token. Errors are added as codecs.md section 3 says: i and i + 8,
+// Bits of a word of E2M1 codes that belong to a token of the thread.
+template <bool kValues>
+__device__ __forceinline__ constexpr uint32_t token_bits(int token) {
+  uint32_t bits = 0;
+  for (int reg = 0; reg < 4; ++reg) {
+    for (int parity = 0; parity < 2; ++parity) {
+      if (RowThread<kValues>::token_of(reg, parity) != token) continue;
+      bits |= (1u << e2m1_sign_bit(reg) | 7u << e2m1_field_bit(reg)) << (16 * parity);
+    }
+  }
+  return bits;
+}
+
+// Keeps the better scale of each token, and in the place of each word of the source its codes with
+// both; returns the bits that are to be taken from the second. Errors are added as codecs.md
+// section 3 says: i and i + 8,
 // + 4, + 2, + 1. Words come in the order of reversed bits, so that what is added next is always the
 // newest sum of as many.
 template <typename Codec, bool kValues, bool kMean>
-__device__ __forceinline__ void choose_scales(const Codec& codec,
-                                              const RowSource<kValues, kMean>& from,
-                                              const BlockRange* ranges,
-                                              typename Codec::Scale* scales) {
+__device__ __forceinline__ uint32_t choose_scales(const Codec& codec,
+                                                  const RowSource<kValues, kMean>& from,
+                                                  const BlockRange* ranges,
+                                                  typename Codec::Scale* scales) {
   using Thread = RowThread<kValues>;
   typename Codec::Scale four[Thread::kTokens];
   bool allowed[Thread::kTokens];
@@ -210,8 +236,10 @@ __device__ __forceinline__ void choose_scales(const Codec& codec,
   for (int n = 0; n < Thread::kWords; ++n) {
     const int i = kValues ? (n & 1) * 4 + (n & 2) + (n >> 2) : (n & 1) * 2 + (n >> 1);
     const uint4 word = from.word(i);
-    ErrorSums six = word_errors(codec, from, word, i, scales);
-    ErrorSums other = word_errors(codec, from, word, i, four);
+    uint32_t six_codes, four_codes;
+    ErrorSums six = try_scales(codec, from, word, i, scales, six_codes);
+    ErrorSums other = try_scales(codec, from, word, i, four, four_codes);
+    *reinterpret_cast<uint2*>(&from.word(i)) = make_uint2(six_codes, four_codes);
     if (n % 2 == 0) {
       six_held[0] = six;
       four_held[0] = other;
@@ -236,14 +264,18 @@ __device__ __forceinline__ void choose_scales(const Codec& codec,
       four_sums = add_sums(four_sums, other);
     }
   }
+  uint32_t choice = 0;
 #pragma unroll
   for (int token = 0; token < Thread::kTokens; ++token) {
     const float six =
         kValues ? six_sums.e[token] : __fadd_rn(six_sums.e[2 * token], six_sums.e[2 * token + 1]);
     const float other = kValues ? four_sums.e[token]
                                 : __fadd_rn(four_sums.e[2 * token], four_sums.e[2 * token + 1]);
-    if (allowed[token] && other < six) scales[token] = four[token];
+    if (!allowed[token] || !(other < six)) continue;
+    scales[token].stored = four[token].stored;
+    choice |= token_bits<kValues>(token);
   }
+  return choice;
 }
 
 // ---- codes and scales ----
@@ -324,13 +356,15 @@ __device__ bool close_rows(const CloseUnit& unit, const float* mean) {
       bad |= !codec.fits(ranges[token], scales[token]);
     }
     if (!present) continue;
-    if constexpr (Codec::kFourOverSix) choose_scales(codec, from, ranges, scales);
+    [[maybe_unused]] uint32_t choice = 0;
+    if constexpr (Codec::kFourOverSix) choice = choose_scales(codec, from, ranges, scales);
 #pragma unroll 1
     for (int i = 0; i < Thread::kWords; ++i) {
       const uint4 word = from.word(i);
       uint32_t words[Codec::kWords] = {};
+      if constexpr (Codec::kFourOverSix) words[0] = (word.x & ~choice) | (word.y & choice);
 #pragma unroll
-      for (int reg = 0; reg < 4; ++reg) {
+      for (int reg = 0; reg < 4 && !Codec::kFourOverSix; ++reg) {
         const Pair x = from.pair(word, i, reg);
         codec.emit(words, reg, x.signs, x.low, x.high, scales[Thread::token_of(reg, 0)],
                    scales[Thread::token_of(reg, 1)]);

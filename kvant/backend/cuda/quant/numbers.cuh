@@ -31,17 +31,20 @@ __device__ __forceinline__ float high_float(uint32_t word) {
 
 // ---- division ----
 
-// A divisor and its reciprocal to within an ulp. Zero stands for "all codes are 0".
+// A divisor, its reciprocal to within an ulp, and what the reciprocal lacks. Zero stands for "all
+// codes are 0".
 struct Divisor {
   float d = 0.0f;
   float r = 0.0f;
+  float rest = 0.0f;
 };
 
 __device__ __forceinline__ Divisor make_divisor(float d) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(d));
   r = __fmaf_rn(r, __fmaf_rn(-d, r, 1.0f), r);
-  return {d, d == 0.0f ? 0.0f : r};
+  const float rest = __fmul_rn(__fmaf_rn(-d, r, 1.0f), r);
+  return {d, d == 0.0f ? 0.0f : r, d == 0.0f ? 0.0f : rest};
 }
 
 // Quotients are exact enough for divisors in this range or zero.
@@ -58,13 +61,13 @@ __device__ __forceinline__ float quotient(float x, const Divisor& by) {
 }
 
 // The same up to one ulp, but never on another side of a boundary of at most 8 significant bits, if
-// d has at most 12. After one correction q is the rounding of x / d + e with |e| < 2^-20 ulps. It
-// could differ from fl(x / d) in a comparison with the boundary b only if x / d were that close to
-// the middle of b and its neighbour; but x - d b is a multiple of x's ulp and d times half an ulp
-// of b is not, and both are multiples of 2^-12 ulps of x: they are at least 2^-12 ulps apart.
+// d has at most 12. r + rest is 1 / d to 2^-46, so the result is the rounding of x / d + e with |e|
+// < 2^-20 ulps. It could differ from fl(x / d) in a comparison with the boundary b only if x / d
+// were that close to the middle of b and its neighbour; but x - d b is a multiple of x's ulp and d
+// times half an ulp of b is not, and both are multiples of 2^-12 ulps of x: they are at least 2^-12
+// ulps apart.
 __device__ __forceinline__ float short_quotient(float x, const Divisor& by) {
-  const float q = __fmul_rn(x, by.r);
-  return __fmaf_rn(__fmaf_rn(-by.d, q, x), by.r, q);
+  return __fmaf_rn(x, by.r, __fmul_rn(x, by.rest));
 }
 
 // ---- rounding ----

@@ -216,10 +216,10 @@ struct Nvfp4Codec {
   __device__ float value(float x, const Scale& scale) const {
     return round_e2m1(kShort ? short_quotient(fabsf(x), scale.by) : quotient(fabsf(x), scale.by));
   }
-  __device__ float squared_error(float x, const Scale& scale) const {
-    const float rounded = value(x, scale);
+  // `value` is value(x).
+  __device__ float squared_error(float x, float value, const Scale& scale) const {
     const float decoded =
-        kShort ? __fmul_rn(rounded, scale.by.d) : __fmul_rn(__fmul_rn(rounded, scale.s), g);
+        kShort ? __fmul_rn(value, scale.by.d) : __fmul_rn(__fmul_rn(value, scale.s), g);
     const float error = __fadd_rn(fabsf(x), -decoded);
     return __fmul_rn(error, error);
   }
