@@ -183,7 +183,7 @@ __device__ __forceinline__ ErrorSums try_scales(const Codec& codec,
       const Pair x = from.pair(word, i, reg);
       const float a = codec.value(x.low, low);
       const float b = codec.value(x.high, high);
-      put_e2m1(&codes, reg, f16_pair(a, b), x.signs, mask);
+      put_e2m1(&codes, reg, ptx::f16x2_of_f32(a, b), x.signs, mask);
       errors[second][0] = codec.squared_error(x.low, a, low);
       errors[second][1] = codec.squared_error(x.high, b, high);
     }
