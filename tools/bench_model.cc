@@ -206,18 +206,23 @@ Result<int> largest_batch(const Options& options, const OpenModel& open,
   return low;
 }
 
-Result<model::RuntimeOptions> sizes(const Options& options, const OpenModel& open,
-                                    const KvChoice& kv, int64_t depth, int& batch) {
+struct Sizes {
+  int batch = 1;
+  model::RuntimeOptions runtime;
+};
+
+Result<Sizes> sizes(const Options& options, const OpenModel& open, const KvChoice& kv,
+                    int64_t depth) {
   const int64_t longest = depth + std::max(options.prompt_tokens, options.decode_tokens);
-  KVANT_ASSIGN(model::RuntimeOptions runtime,
-               runtime_options(options.model, open, kv.format, longest));
+  Sizes sizes;
+  KVANT_ASSIGN(sizes.runtime, runtime_options(options.model, open, kv.format, longest));
   if (options.batch == kBatchMax) {
-    KVANT_ASSIGN(batch, largest_batch(options, open, runtime));
+    KVANT_ASSIGN(sizes.batch, largest_batch(options, open, sizes.runtime));
   } else {
-    batch = std::stoi(options.batch);
+    sizes.batch = std::stoi(options.batch);
   }
-  set_batch(options, batch, runtime);
-  return runtime;
+  set_batch(options, sizes.batch, sizes.runtime);
+  return sizes;
 }
 
 Result<Row> measure(Console& console, const Options& options, OpenModel& open, const KvChoice& kv,
@@ -225,7 +230,9 @@ Result<Row> measure(Console& console, const Options& options, OpenModel& open, c
   Row row;
   row.kv = kv;
   row.depth = depth;
-  KVANT_ASSIGN(const model::RuntimeOptions runtime, sizes(options, open, kv, depth, row.batch));
+  KVANT_ASSIGN(const Sizes sized, sizes(options, open, kv, depth));
+  const model::RuntimeOptions& runtime = sized.runtime;
+  row.batch = sized.batch;
   KVANT_TRY(open.model->reserve(runtime));
   KVANT_ASSIGN(const auto cache, open.model->create_cache(runtime));
   KVANT_ASSIGN(row.plan, model::plan_memory(open.model->source(), *open.backend, runtime));
