@@ -80,6 +80,18 @@ class TimedBackend final : public Backend {
         "linear " + std::to_string(outputs) + " x " + std::to_string(targets[0].matrix->cols());
     return timed(name, [&] { return inner_.linear(x, num_rows, targets); });
   }
+  Status norm_linear(const backend::RmsNormArgs& norm,
+                     std::span<const backend::LinearTarget> targets) override {
+    int64_t outputs = 0;
+    for (const backend::LinearTarget& target : targets) outputs += target.matrix->rows();
+    return timed("norm, linear " + std::to_string(outputs) + " x " + std::to_string(norm.dim),
+                 [&] { return inner_.norm_linear(norm, targets); });
+  }
+  Status norm_gated(const backend::GatedArgs& args) override {
+    return timed("norm, linear, gate " + std::to_string(2 * args.gate->rows()) + " x " +
+                     std::to_string(args.norm.dim),
+                 [&] { return inner_.norm_gated(args); });
+  }
   Status rope(const backend::RopeArgs& args) override {
     return timed("rope", [&] { return inner_.rope(args); });
   }
@@ -99,6 +111,10 @@ class TimedBackend final : public Backend {
   Status append(const backend::AppendArgs& args) override {
     return timed(args.group_layer == 0 ? "append, first layer" : "append",
                  [&] { return inner_.append(args); });
+  }
+  Status rope_append(const backend::RopeArgs& rope, const backend::AppendArgs& args) override {
+    return timed(args.group_layer == 0 ? "rope, append, first layer" : "rope, append",
+                 [&] { return inner_.rope_append(rope, args); });
   }
   Result<formats::EncodeStats> take_encode_stats() override {
     return timed("encode stats", [&] { return inner_.take_encode_stats(); });

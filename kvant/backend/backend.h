@@ -95,6 +95,16 @@ struct RopeArgs {
 
 enum class GateKind { kSilu, kGeluTanh };
 
+// The first half of a feed-forward part: act(gate x') * up x' of the normed rows x' of norm.x.
+struct GatedArgs {
+  RmsNormArgs norm;  // norm.out may hold x' afterwards, or what it held
+  GateKind kind = GateKind::kSilu;
+  const Matrix* gate = nullptr;
+  const Matrix* up = nullptr;  // as large as gate
+  void* out = nullptr;         // [num_rows][rows of gate]
+  void* up_scratch = nullptr;  // like out, overwritten
+};
+
 // Mixture of experts: out = sum over the chosen experts of weight_e * down_e(act(gate_e x) * up_e
 // x).
 struct MoeArgs {
@@ -168,9 +178,12 @@ class Backend {
                        void* out) = 0;
   virtual Status rms_norm(const RmsNormArgs& args) = 0;
   virtual Status linear(const void* x, int64_t num_rows, std::span<const LinearTarget> targets) = 0;
+  // linear() of norm.out after rms_norm(norm). A backend that need not write norm.out does not.
+  virtual Status norm_linear(const RmsNormArgs& norm, std::span<const LinearTarget> targets);
   virtual Status rope(const RopeArgs& args) = 0;
   virtual Status gate(GateKind kind, const void* gate, const void* up, void* out,
                       int64_t num_values) = 0;                         // out = act(gate) * up
+  virtual Status norm_gated(const GatedArgs& args);                    // norm_linear(), then gate()
   virtual Status add(const void* x, void* y, int64_t num_values) = 0;  // y += x
   virtual Status moe(const MoeArgs& args) = 0;
   // out[i] = x[rows[i]], `dim` values each; `rows` in host memory.
@@ -178,6 +191,8 @@ class Backend {
 
   // ---- cache operators ----
   virtual Status append(const AppendArgs& args) = 0;
+  virtual Status rope_append(const RopeArgs& rope,
+                             const AppendArgs& args);  // rope(), then append()
   // What all appends since the last call could not encode, once they are done (it waits for them).
   // The caller fails the step if non_finite > 0.
   virtual Result<formats::EncodeStats> take_encode_stats() = 0;

@@ -43,10 +43,6 @@ constexpr std::array kBackends = {
 
 }  // namespace
 
-int64_t activation_bytes(ActivationType type, int64_t num_values) {
-  return num_values * (type == ActivationType::kF32 ? 4 : 2);
-}
-
 Result<std::unique_ptr<Backend>> create_backend(const BackendOptions& options) {
   if (options.num_threads < 0) {
     return Error(ErrorCode::kInvalidArgument,

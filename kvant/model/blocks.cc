@@ -9,13 +9,18 @@ namespace {
 
 using backend::LinearTarget;
 
+backend::RmsNormArgs norm_args(const StepContext& step, const void* x, const float* weight,
+                               void* out) {
+  return {.x = x,
+          .weight = weight,
+          .out = out,
+          .num_rows = step.num_rows,
+          .dim = step.config.dim,
+          .epsilon = step.config.norm_epsilon};
+}
+
 Status norm(const StepContext& step, const void* x, const float* weight, void* out) {
-  return step.backend.rms_norm({.x = x,
-                                .weight = weight,
-                                .out = out,
-                                .num_rows = step.num_rows,
-                                .dim = step.config.dim,
-                                .epsilon = step.config.norm_epsilon});
+  return step.backend.rms_norm(norm_args(step, x, weight, out));
 }
 
 // Norms each head of q or k in place: a head is a row.
@@ -98,14 +103,13 @@ Status project_and_append(const StepContext& step, const LayerWeights& layer,
   const Activations& act = step.act;
   const ModelConfig& config = step.config;
   const bool queries = projections == Projections::kAll;
-  KVANT_TRY(norm(step, act.x, layer.attention_norm, act.normed));
   const std::array<LinearTarget, 3> targets = {{
       {.matrix = layer.k.get(), .bias = layer.k_bias, .out = act.k},
       {.matrix = layer.v.get(), .bias = layer.v_bias, .out = act.v},
       {.matrix = layer.q.get(), .bias = layer.q_bias, .out = act.q},
   }};
-  KVANT_TRY(
-      step.backend.linear(act.normed, step.num_rows, std::span(targets).first(queries ? 3 : 2)));
+  KVANT_TRY(step.backend.norm_linear(norm_args(step, act.x, layer.attention_norm, act.normed),
+                                     std::span(targets).first(queries ? 3 : 2)));
   if (layer.q_norm != nullptr && queries) {
     KVANT_TRY(norm_heads(step, act.q, config.num_query_heads, layer.q_norm));
   }
@@ -116,15 +120,16 @@ Status project_and_append(const StepContext& step, const LayerWeights& layer,
   const cache::GroupView& view = cache.view(place.group);
   // With +prerope the cache holds keys as they are here; attention rotates what it reads.
   const bool rotate_keys = !view.kinds[cache::kKindStored].k_format[place.index].pre_rope;
-  KVANT_TRY(step.backend.rope({.q = act.q,
-                               .k = act.k,
-                               .positions = step.positions.data(),
-                               .num_rows = step.num_rows,
-                               .num_query_heads = queries ? config.num_query_heads : 0,
-                               .num_kv_heads = rotate_keys ? config.num_kv_heads : 0,
-                               .head_dim = config.head_dim,
-                               .rope = rope}));
-  return step.backend.append({.view = &view, .group_layer = place.index, .k = act.k, .v = act.v});
+  return step.backend.rope_append(
+      {.q = act.q,
+       .k = act.k,
+       .positions = step.positions.data(),
+       .num_rows = step.num_rows,
+       .num_query_heads = queries ? config.num_query_heads : 0,
+       .num_kv_heads = rotate_keys ? config.num_kv_heads : 0,
+       .head_dim = config.head_dim,
+       .rope = rope},
+      {.view = &view, .group_layer = place.index, .k = act.k, .v = act.v});
 }
 
 Status attend(const StepContext& step, const attention::RopeParams& rope,
@@ -148,15 +153,16 @@ Status join_attention(const StepContext& step, const LayerWeights& layer) {
 
 Status join_feed_forward(const StepContext& step, const LayerWeights& layer) {
   const Activations& act = step.act;
-  KVANT_TRY(norm(step, act.x, layer.ffn_norm, act.normed));
-  if (layer.router != nullptr) return mixture_of_experts(step, layer);
-  const std::array<LinearTarget, 2> targets = {{
-      {.matrix = layer.gate.get(), .out = act.gate},
-      {.matrix = layer.up.get(), .out = act.up},
-  }};
-  KVANT_TRY(step.backend.linear(act.normed, step.num_rows, targets));
-  KVANT_TRY(step.backend.gate(step.config.gate, act.gate, act.up, act.gate,
-                              step.num_rows * step.config.ffn_dim));
+  if (layer.router != nullptr) {
+    KVANT_TRY(norm(step, act.x, layer.ffn_norm, act.normed));
+    return mixture_of_experts(step, layer);
+  }
+  KVANT_TRY(step.backend.norm_gated({.norm = norm_args(step, act.x, layer.ffn_norm, act.normed),
+                                     .kind = step.config.gate,
+                                     .gate = layer.gate.get(),
+                                     .up = layer.up.get(),
+                                     .out = act.gate,
+                                     .up_scratch = act.up}));
   return join(step, act.gate, layer.down.get(), layer.post_ffn_norm);
 }
 

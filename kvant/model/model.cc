@@ -291,18 +291,18 @@ Status Model::State::run_head(const Activations& act, const LogitsSink& sink) {
   const int64_t num_rows = static_cast<int64_t>(wanted_rows.size());
   const backend::ActivationType type = backend->info().activation_type;
   const ModelConfig& model = config();
-  KVANT_TRY(backend->rms_norm({.x = act.x,
-                               .weight = weights.output_norm,
-                               .out = act.normed,
-                               .num_rows = num_rows,
-                               .dim = model.dim,
-                               .epsilon = model.norm_epsilon}));
   for (int64_t first = 0; first < num_rows; first += runtime.max_logit_rows) {
     const int64_t count = std::min<int64_t>(runtime.max_logit_rows, num_rows - first);
-    const std::byte* input = static_cast<const std::byte*>(act.normed) +
-                             backend::activation_bytes(type, first * model.dim);
+    const std::byte* input =
+        static_cast<const std::byte*>(act.x) + backend::activation_bytes(type, first * model.dim);
     const backend::LinearTarget target{.matrix = weights.head.get(), .out = act.logits};
-    KVANT_TRY(backend->linear(input, count, std::span(&target, 1)));
+    KVANT_TRY(backend->norm_linear({.x = input,
+                                    .weight = weights.output_norm,
+                                    .out = act.normed,
+                                    .num_rows = count,
+                                    .dim = model.dim,
+                                    .epsilon = model.norm_epsilon},
+                                   std::span(&target, 1)));
     KVANT_ASSIGN(float* const logits, fetch_logits(act.logits, count));
     if (first == 0) KVANT_TRY(check_appended());
     const auto width = static_cast<size_t>(model.vocab_size);

@@ -195,6 +195,21 @@ Result<std::unique_ptr<CacheAppend>> CacheAppend::create() {
 }
 
 Status CacheAppend::run(const AppendArgs& args, cudaStream_t stream) {
+  return launch(args, {}, stream);
+}
+
+Result<bool> CacheAppend::run_rotated(const AppendArgs& args, const AppendRotation& rotation,
+                                      cudaStream_t stream) {
+  if (args.view->strict) return false;
+  KVANT_ASSIGN(const StepTables::Table table, state_->tables.get(*args.view, stream));
+  if (table.closes_append) return false;
+  KVANT_TRY(launch(args, rotation, stream));
+  return true;
+}
+
+// With a table in `rotation`: see run_rotated().
+Status CacheAppend::launch(const AppendArgs& args, const AppendRotation& rotation,
+                           cudaStream_t stream) {
   const GroupView& view = *args.view;
   const int layer = args.group_layer;
   KVANT_TRY(check_view(view));
@@ -217,6 +232,12 @@ Status CacheAppend::run(const AppendArgs& args, cudaStream_t stream) {
   if (num_runs > 0 && view.strict) {
     KVANT_TRY(launch_overlapped("append_strict_kernel", quant::append_strict_kernel,
                                 {static_cast<unsigned>(num_runs), kLanes, 0, stream}, rows));
+  } else if (rotation.table != nullptr) {
+    constexpr int kWarps = quant::kAppendThreads / kLanes;
+    const int warps = num_runs + rotation.num_rows * rotation.num_query_heads;
+    const auto blocks = static_cast<unsigned>((warps + kWarps - 1) / kWarps);
+    KVANT_TRY(launch_overlapped("rotate_append_kernel", quant::rotate_append_kernel,
+                                {blocks, quant::kAppendThreads, 0, stream}, rows, rotation));
   } else if (num_runs > 0) {
     constexpr int kWarps = quant::kAppendThreads / kLanes;
     const auto blocks = static_cast<unsigned>((num_runs + kWarps - 1) / kWarps);

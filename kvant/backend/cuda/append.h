@@ -14,6 +14,17 @@
 
 namespace kvant::backend::cuda {
 
+// Queries and keys to rotate on the way; the same numbers as rope() gives (dense/operators.h).
+struct AppendRotation {
+  float* q = nullptr;            // [num_rows][num_query_heads][head_dim]
+  float* k = nullptr;            // AppendArgs::k
+  const float* table = nullptr;  // [num_rows][rotary_dim], see rope_table()
+  int num_rows = 0;
+  int num_query_heads = 0;  // 0: no queries
+  bool rotate_keys = false;
+  int rotary_dim = 0;
+};
+
 // Work of one stream. Thread-compatible.
 class CacheAppend {
  public:
@@ -27,12 +38,18 @@ class CacheAppend {
   // call with the tables of the last one can be captured in a graph.
   Status run(const AppendArgs& args, cudaStream_t stream);
 
+  // Rotates queries and keys in place, then does run(). False, and nothing is done, where pages are
+  // filled by the step alone or the format is strict: then rope() comes first.
+  Result<bool> run_rotated(const AppendArgs& args, const AppendRotation& rotation,
+                           cudaStream_t stream);
+
   // What all runs since the last call could not encode: waits for the stream. `non_finite` counts
   // new values that BF16 holds as Inf or NaN; `saturated` counts while pages are closed.
   Result<formats::EncodeStats> take_stats(cudaStream_t stream);
 
  private:
   CacheAppend();
+  Status launch(const AppendArgs& args, const AppendRotation& rotation, cudaStream_t stream);
   struct State;
   std::unique_ptr<State> state_;
 };

@@ -230,6 +230,16 @@ Status CudaBackend::linear(const void* x, int64_t num_rows, std::span<const Line
   return linear_.run(floats(x), num_rows, targets, stream_);
 }
 
+Status CudaBackend::norm_linear(const RmsNormArgs& norm, std::span<const LinearTarget> targets) {
+  if (!linear_.can_norm(norm.num_rows, targets)) return Backend::norm_linear(norm, targets);
+  return linear_.run_normed(norm, targets, stream_);
+}
+
+Status CudaBackend::norm_gated(const GatedArgs& args) {
+  if (!linear_.can_gate(args)) return Backend::norm_gated(args);
+  return linear_.run_gated(args, stream_);
+}
+
 Status CudaBackend::rope(const RopeArgs& args) {
   if (args.num_rows == 0 || args.num_query_heads + args.num_kv_heads == 0) return {};
   const std::span positions(args.positions, static_cast<size_t>(args.num_rows));
@@ -260,6 +270,26 @@ Status CudaBackend::gather_rows(const void* x, std::span<const int64_t> rows, in
 // ---- cache operators ----
 
 Status CudaBackend::append(const AppendArgs& args) {
+  return append_->run(args, stream_);
+}
+
+Status CudaBackend::rope_append(const RopeArgs& rope_args, const AppendArgs& args) {
+  if (rope_args.num_rows == 0 || rope_args.num_query_heads + rope_args.num_kv_heads == 0) {
+    return append_->run(args, stream_);
+  }
+  const std::span positions(rope_args.positions, static_cast<size_t>(rope_args.num_rows));
+  KVANT_ASSIGN(const float* const table,
+               rope_tables_.get(rope_args.rope, positions, ring_, stream_));
+  const AppendRotation rotation = {.q = floats(rope_args.q),
+                                   .k = floats(rope_args.k),
+                                   .table = table,
+                                   .num_rows = static_cast<int>(rope_args.num_rows),
+                                   .num_query_heads = rope_args.num_query_heads,
+                                   .rotate_keys = rope_args.num_kv_heads > 0,
+                                   .rotary_dim = rope_args.rope.rotary_dim};
+  KVANT_ASSIGN(const bool done, append_->run_rotated(args, rotation, stream_));
+  if (done) return {};
+  KVANT_TRY(cuda::rope(rope_args, table, stream_));
   return append_->run(args, stream_);
 }
 

@@ -41,6 +41,8 @@ class CudaBackend final : public Backend {
                void* out) override;
   Status rms_norm(const RmsNormArgs& args) override;
   Status linear(const void* x, int64_t num_rows, std::span<const LinearTarget> targets) override;
+  Status norm_linear(const RmsNormArgs& norm, std::span<const LinearTarget> targets) override;
+  Status norm_gated(const GatedArgs& args) override;
   Status rope(const RopeArgs& args) override;
   Status gate(GateKind kind, const void* gate, const void* up, void* out,
               int64_t num_values) override;
@@ -49,6 +51,7 @@ class CudaBackend final : public Backend {
   Status gather_rows(const void* x, std::span<const int64_t> rows, int dim, void* out) override;
 
   Status append(const AppendArgs& args) override;
+  Status rope_append(const RopeArgs& rope, const AppendArgs& args) override;
   Result<formats::EncodeStats> take_encode_stats() override;
   Status attention(const AttentionArgs& args) override;
 

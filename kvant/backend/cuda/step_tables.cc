@@ -94,7 +94,9 @@ Result<StepTables::Table> StepTables::get(const cache::GroupView& view, cudaStre
   return Table{.rows = reinterpret_cast<const AppendItem*>(slot->device),
                .num_rows = static_cast<int>(slot->lists.rows.size()),
                .closes = reinterpret_cast<const ClosedPage*>(slot->device + slot->row_bytes()),
-               .num_closes = static_cast<int>(slot->lists.closes.size())};
+               .num_closes = static_cast<int>(slot->lists.closes.size()),
+               .closes_append = std::ranges::any_of(
+                   slot->lists.closes, [](const ClosedPage& page) { return page.row >= 0; })};
 }
 
 }  // namespace kvant::backend::cuda

@@ -25,6 +25,7 @@ class StepTables {
     int num_rows = 0;
     const ClosedPage* closes = nullptr;
     int num_closes = 0;
+    bool closes_append = false;  // some pages' rows are left to their closing
   };
 
   StepTables();

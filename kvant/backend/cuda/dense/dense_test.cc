@@ -289,7 +289,13 @@ class CudaLinearTest : public CudaDense {
   }
 };
 
-// The products of few rows are as exact as 16-bit activations: 2^-17 a value.
+// The products of few rows are as exact as 16-bit activations: 2^-17 a value with float weights,
+// 2^-16 of the largest of a block of 32 with the others. Few outputs do not average that out.
+double few_rows_tolerance(WeightType type, int64_t outputs) {
+  if (formats::weight_type_info(type).block_elements == 1) return 2e-5;
+  return outputs < 32 ? 2e-4 : 8e-5;
+}
+
 TEST_F(CudaLinearTest, FewRows) {
   for (const WeightTypeInfo& info : formats::weight_types()) {
     for (const int64_t cols : widths(info)) {
@@ -300,7 +306,7 @@ TEST_F(CudaLinearTest, FewRows) {
           const Floats x = random_activations(num_rows, cols, 11);
           SCOPED_TRACE(std::string(info.name) + " " + std::to_string(rows) + " x " +
                        std::to_string(cols) + ", rows " + std::to_string(num_rows));
-          check(2e-5, Product{matrix, x});
+          check(few_rows_tolerance(info.type, rows * num_rows), Product{matrix, x});
         }
       }
     }
@@ -334,7 +340,8 @@ TEST_F(CudaLinearTest, BiasOrderAndSum) {
       const Floats x = random_activations(num_rows, 512, 16);
       for (const bool accumulate : {false, true}) {
         SCOPED_TRACE(num_rows);
-        check(num_rows == 2 ? 2e-5 : 7e-3, Product{matrix, x, &bias, order, accumulate});
+        check(num_rows == 2 ? few_rows_tolerance(type, 90) : 7e-3,
+              Product{matrix, x, &bias, order, accumulate});
       }
     }
   }
@@ -347,7 +354,7 @@ TEST_F(CudaDense, LinearTargetsShareTheirInput) {
   const RandomMatrix c = random_matrix(WeightType::kQ6_K, 70, 256, 19);
   for (const int64_t num_rows : {1, 50}) {
     const Floats x = random_activations(num_rows, 256, 20);
-    compare(num_rows == 1 ? 2e-5 : 5e-3, [&](Backend& backend) {
+    compare(num_rows == 1 ? 6e-5 : 5e-3, [&](Backend& backend) {
       std::vector<std::unique_ptr<Matrix>> matrices;
       std::vector<std::unique_ptr<Values>> outs;
       std::vector<LinearTarget> targets;
@@ -368,6 +375,82 @@ TEST_F(CudaDense, LinearTargetsShareTheirInput) {
       }
       return all;
     });
+  }
+}
+
+// A gate and what it is for over normed rows.
+struct Gated {
+  RandomMatrix gate;
+  RandomMatrix up;
+  Floats x;
+  Floats weight;
+
+  Gated(WeightType type, int64_t outputs, const Floats& rows, const Floats& norm_weight)
+      : gate(random_matrix(type, outputs, static_cast<int64_t>(norm_weight.size()), 23)),
+        up(random_matrix(type, outputs, static_cast<int64_t>(norm_weight.size()), 24)),
+        x(rows),
+        weight(norm_weight) {}
+
+  Floats run(Backend& backend) const {
+    const int64_t num_rows = static_cast<int64_t>(x.size() / weight.size());
+    auto gate_matrix = backend.load_matrix(gate.source());
+    auto up_matrix = backend.load_matrix(up.source());
+    EXPECT_TRUE(gate_matrix && up_matrix);
+    Values in(backend, x);
+    Values w(backend, weight);
+    Values normed(backend, Floats(x.size()));
+    const auto size = static_cast<size_t>(num_rows * gate.rows);
+    Values out(backend, Floats(size));
+    Values scratch(backend, Floats(size));
+    Values plain(backend, Floats(size, 0.25f));
+    const RmsNormArgs norm = {
+        in.data(), w.data(), normed.data(), num_rows, static_cast<int>(weight.size()), 1e-5f};
+    GatedArgs args;
+    args.norm = norm;
+    args.kind = GateKind::kGeluTanh;
+    args.gate = gate_matrix->get();
+    args.up = up_matrix->get();
+    args.out = out.data();
+    args.up_scratch = scratch.data();
+    EXPECT_TRUE(backend.norm_gated(args));
+    LinearTarget target{up_matrix->get(), nullptr, plain.data(), true};
+    EXPECT_TRUE(backend.norm_linear(norm, {&target, 1}));
+    Floats all = out.get();
+    const Floats more = plain.get();
+    all.insert(all.end(), more.begin(), more.end());
+    return all;
+  }
+};
+
+TEST_F(CudaDense, NormedProductsAndGates) {
+  for (const WeightType type : {WeightType::kQ4_0, WeightType::kQ4_K, WeightType::kQ6_K,
+                                WeightType::kQ8_0, WeightType::kBF16}) {
+    for (const int64_t dim : {256, 1024}) {
+      const Floats weight = random_activations(1, dim, 25);
+      for (const int64_t rows : {1, 3, 8, 11}) {
+        SCOPED_TRACE(rows);
+        const Gated gated(type, 77, random_activations(rows, dim, 26), weight);
+        compare(type == WeightType::kBF16 && rows == 11 ? 1e-2 : 3e-4,
+                [&](Backend& backend) { return gated.run(backend); });
+      }
+    }
+  }
+}
+
+TEST_F(CudaDense, DeterministicNormedRowsDoNotSeeTheirNeighbours) {
+  for (const WeightType type : {WeightType::kQ4_0, WeightType::kBF16}) {
+    const Floats weight = random_activations(1, 1024, 27);
+    const Floats x = random_activations(40, 1024, 28);
+    const Floats all = Gated(type, 77, x, weight).run(*deterministic_);
+    for (const int64_t count : {1, 6, 12}) {
+      const Floats some(x.end() - 1024 * count, x.end());
+      const Floats found = Gated(type, 77, some, weight).run(*deterministic_);
+      const auto part = [&](const Floats& both, int half) {
+        const auto end = both.begin() + static_cast<int64_t>(both.size()) / 2 * (half + 1);
+        return Floats(end - 77 * count, end);
+      };
+      for (const int half : {0, 1}) EXPECT_TRUE(same_bits(part(found, half), part(all, half)));
+    }
   }
 }
 
@@ -436,7 +519,7 @@ TEST_F(CudaDense, MixtureOfExperts) {
     // Keeps the router's logits small: exp would magnify their rounding.
     for (float& v : x) v *= 0.002f;
     for (const bool normalize : {true, false}) {
-      compare(rows == 150 ? 1e-2 : 1e-4,
+      compare(rows == 150 ? 1e-2 : 3e-4,
               [&](Backend& backend) { return experts.run(backend, x, normalize); });
     }
     const Floats all = experts.run(*deterministic_, x, true);

@@ -109,7 +109,7 @@ Status CudaLinear::run(const float* x, int64_t num_rows, std::span<const LinearT
   if (num_rows == 0 || targets.empty()) return {};
   const bool is_bf16 = tiles_of(targets[0].matrix).type == formats::WeightType::kBF16;
   if (deterministic_ || num_rows <= (is_bf16 ? kFewRowsBf16 : kFewRows)) {
-    return run_exact(x, num_rows, targets, {}, stream);
+    return run_exact(x, num_rows, targets, stream);
   }
   const int64_t cols = targets[0].matrix->cols();
   KVANT_CHECK(max_rows_ > 0 && cols <= max_cols_, "reserve_workspace covers the products");
@@ -125,9 +125,60 @@ Status CudaLinear::run(const float* x, int64_t num_rows, std::span<const LinearT
   return {};
 }
 
+bool CudaLinear::can_norm(int64_t num_rows, std::span<const LinearTarget> targets) const {
+  return std::ranges::all_of(targets, [&](const LinearTarget& target) {
+    return cuda::can_norm(tiles_of(target.matrix), num_rows);
+  });
+}
+
+Status CudaLinear::run_normed(const RmsNormArgs& norm, std::span<const LinearTarget> targets,
+                              cudaStream_t stream) {
+  RowProduct product = product_of(static_cast<const float*>(norm.x), norm.num_rows);
+  product.norm = {norm.weight, norm.epsilon};
+  return run_product(product, targets, stream);
+}
+
+bool CudaLinear::can_gate(const GatedArgs& args) const {
+  const WeightTiles& gate = tiles_of(args.gate);
+  const WeightTiles& up = tiles_of(args.up);
+  return gate.type == up.type && gate.rows == up.rows && cuda::can_norm(gate, args.norm.num_rows);
+}
+
+Status CudaLinear::run_gated(const GatedArgs& args, cudaStream_t stream) {
+  RowProduct product = product_of(static_cast<const float*>(args.norm.x), args.norm.num_rows);
+  product.norm = {args.norm.weight, args.norm.epsilon};
+  product.gated = true;
+  product.gate = args.kind;
+  const std::array<LinearTarget, 2> targets = {{
+      {.matrix = args.gate, .out = args.out},
+      {.matrix = args.up, .out = args.up_scratch},
+  }};
+  return run_product(product, targets, stream);
+}
+
+RowProduct CudaLinear::product_of(const float* x, int64_t num_rows) const {
+  // The workspace is where cuBLASLt works in its turn.
+  return {.x = x,
+          .num_rows = num_rows,
+          .num_sms = num_sms_,
+          .workspace = blas_workspace_,
+          .workspace_bytes = blas_workspace_ != nullptr ? kBlasWorkspace : 0};
+}
+
+Status CudaLinear::run_chosen(const float* x, int64_t num_rows, const LinearTarget& target,
+                              const ExpertChoice& choice, cudaStream_t stream) {
+  RowProduct product = product_of(x, num_rows);
+  product.choice = choice;
+  return run_product(product, {&target, 1}, stream);
+}
+
 Status CudaLinear::run_exact(const float* x, int64_t num_rows,
-                             std::span<const LinearTarget> targets, const ExpertChoice& choice,
-                             cudaStream_t stream) {
+                             std::span<const LinearTarget> targets, cudaStream_t stream) {
+  return run_product(product_of(x, num_rows), targets, stream);
+}
+
+Status CudaLinear::run_product(const RowProduct& product, std::span<const LinearTarget> targets,
+                               cudaStream_t stream) {
   // Targets of one type share a launch.
   std::array<ProductTarget, kMaxProductTargets> group;
   size_t size = 0;
@@ -139,7 +190,7 @@ Status CudaLinear::run_exact(const float* x, int64_t num_rows,
     const bool ends = i + 1 == targets.size() || size == group.size() ||
                       tiles_of(targets[i + 1].matrix).type != group[0].weights.type;
     if (!ends) continue;
-    KVANT_TRY(multiply_rows(x, num_rows, std::span(group).first(size), choice, num_sms_, stream));
+    KVANT_TRY(multiply_rows(product, std::span(group).first(size), stream));
     size = 0;
   }
   return {};

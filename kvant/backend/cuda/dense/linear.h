@@ -36,7 +36,18 @@ class CudaLinear {
              cudaStream_t stream);
   // With the exactness of few rows, however many there are.
   Status run_exact(const float* x, int64_t num_rows, std::span<const LinearTarget> targets,
-                   const ExpertChoice& choice, cudaStream_t stream);
+                   cudaStream_t stream);
+  // So too; row i is multiplied with the matrix of its expert, which looks like the target's.
+  Status run_chosen(const float* x, int64_t num_rows, const LinearTarget& target,
+                    const ExpertChoice& choice, cudaStream_t stream);
+
+  // Whether the next two can be had for so many rows and such matrices: products that norm their
+  // input on the way (norm.out is not written), and a gate with what it is for in one.
+  bool can_norm(int64_t num_rows, std::span<const LinearTarget> targets) const;
+  Status run_normed(const RmsNormArgs& norm, std::span<const LinearTarget> targets,
+                    cudaStream_t stream);
+  bool can_gate(const GatedArgs& args) const;
+  Status run_gated(const GatedArgs& args, cudaStream_t stream);
   bool deterministic() const { return deterministic_; }
 
  private:
@@ -50,6 +61,9 @@ class CudaLinear {
   };
   using Shape = std::array<int64_t, 5>;  // what the choice of an algorithm depends on
 
+  RowProduct product_of(const float* x, int64_t num_rows) const;
+  Status run_product(const RowProduct& product, std::span<const LinearTarget> targets,
+                     cudaStream_t stream);
   Status run_target(int64_t num_rows, const LinearTarget& target, cudaStream_t stream);
   Status multiply(const Gemm& gemm, cudaStream_t stream);
 

@@ -67,7 +67,7 @@ Status CudaMoe::route(const Call& call) {
   target.matrix = call.args.router;
   target.out = logits_;
   // Rounded inputs could choose other experts.
-  KVANT_TRY(call.linear.run_exact(call.x, call.num_rows, {&target, 1}, {}, call.stream));
+  KVANT_TRY(call.linear.run_exact(call.x, call.num_rows, {&target, 1}, call.stream));
   return choose_experts({.logits = logits_,
                          .num_rows = call.num_rows,
                          .num_experts = call.args.num_experts,
@@ -94,7 +94,7 @@ Status CudaMoe::run_pairs(const Call& call) {
     target.matrix = first;
     target.out = out;
     const ExpertChoice choice{chosen_, matrices_ + list * num_experts, rows_per_x};
-    return call.linear.run_exact(x, call.pairs(), {&target, 1}, choice, call.stream);
+    return call.linear.run_chosen(x, call.pairs(), target, choice, call.stream);
   };
   KVANT_TRY(multiply(call.x, args.gate_proj[0], 0, args.num_experts_used, gate_));
   KVANT_TRY(multiply(call.x, args.up_proj[0], 1, args.num_experts_used, up_));

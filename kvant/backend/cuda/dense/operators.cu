@@ -3,6 +3,8 @@
 #include <algorithm>
 
 #include "kvant/backend/cuda/dense/file_blocks.cuh"
+#include "kvant/backend/cuda/dense/gate.cuh"
+#include "kvant/backend/cuda/dense/row_norm.cuh"
 #include "kvant/backend/cuda/launch.h"
 #include "kvant/backend/cuda/ptx.cuh"
 #include "kvant/backend/cuda/status.h"
@@ -33,53 +35,41 @@ __device__ void enter_stream() {
   ptx::wait_prerequisites();
 }
 
-// One warp or one block of kWarps a row; the order of the sum depends on `dim` only.
-template <int kWarps>
-__global__ void rms_norm_kernel(const float* x, const float* weight, float* out, int64_t num_rows,
-                                int dim, float epsilon) {
-  constexpr int kHeld = 16;  // values and weights of a thread that stay in registers
-  constexpr int kStride = 32 * kWarps;
-  ptx::launch_dependents();
+// A warp a row.
+__global__ void norm_short_rows_kernel(const float* x, const float* weight, float* out,
+                                       int64_t num_rows, int dim, float epsilon) {
+  enter_stream();
   const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-  const bool row_per_warp = kWarps == 1;
-  const int64_t row = row_per_warp ? blockIdx.x * int64_t{blockDim.x / 32} + warp : blockIdx.x;
-  const int first = row_per_warp ? lane : static_cast<int>(threadIdx.x);
-  float held_weight[kHeld];
-  float held[kHeld];
-#pragma unroll
-  for (int n = 0; n < kHeld; ++n) {
-    const int i = first + n * kStride;
-    held_weight[n] = i < dim ? weight[i] : 0.0f;
-  }
-  ptx::wait_prerequisites();
+  const int64_t row = blockIdx.x * int64_t{blockDim.x / 32} + threadIdx.x / 32;
   if (row >= num_rows) return;  // whole warps
   const float* from = x + row * dim;
   float sum = 0.0f;
+  for (int i = lane; i < dim; i += 32) sum = fmaf(from[i], from[i], sum);
+  const float factor = 1.0f / sqrtf(warp_sum(sum) / static_cast<float>(dim) + epsilon);
+  for (int i = lane; i < dim; i += 32) out[row * dim + i] = from[i] * factor * weight[i];
+}
+
+// A block a row.
+__global__ void __launch_bounds__(kNormThreads)
+    norm_rows_kernel(const float* x, const float* weight, float* out, int dim, float epsilon) {
+  ptx::launch_dependents();
+  const int first = 8 * static_cast<int>(threadIdx.x);
+  float w[8];
+  load_eight(weight, first, dim, w);
+  ptx::wait_prerequisites();
+  const float* from = x + blockIdx.x * int64_t{dim};
+  float v[8];
+  load_eight(from, first, dim, v);
+  const float factor = norm_factor(from, dim, v, epsilon);
+  for (int at = first; at < dim; at += 8 * kNormThreads) {
+    if (at > first) {
+      load_eight(from, at, dim, v);
+      load_eight(weight, at, dim, w);
+    }
 #pragma unroll
-  for (int n = 0; n < kHeld; ++n) {
-    const int i = first + n * kStride;
-    held[n] = i < dim ? from[i] : 0.0f;
-  }
-#pragma unroll
-  for (int n = 0; n < kHeld; ++n) sum = fmaf(held[n], held[n], sum);
-  for (int i = first + kHeld * kStride; i < dim; i += kStride) sum = fmaf(from[i], from[i], sum);
-  sum = warp_sum(sum);
-  if (!row_per_warp) {
-    __shared__ float parts[kWarps];
-    if (lane == 0) parts[warp] = sum;
-    __syncthreads();
-    sum = 0.0f;
-    for (int w = 0; w < kWarps; ++w) sum += parts[w];
-  }
-  const float factor = 1.0f / sqrtf(sum / static_cast<float>(dim) + epsilon);
-#pragma unroll
-  for (int n = 0; n < kHeld; ++n) {
-    const int i = first + n * kStride;
-    if (i < dim) out[row * dim + i] = held[n] * factor * held_weight[n];
-  }
-  for (int i = first + kHeld * kStride; i < dim; i += kStride) {
-    out[row * dim + i] = from[i] * factor * weight[i];
+    for (int i = 0; i < 8; ++i) {
+      if (at + i < dim) out[blockIdx.x * int64_t{dim} + at + i] = v[i] * factor * w[i];
+    }
   }
 }
 
@@ -126,23 +116,10 @@ __global__ void rope_kernel(RopeArgs args, const float* table) {
   }
 }
 
-// x / (1 + e^-t)
-__device__ float times_sigmoid(float x, float t) {
-  return x / (1.0f + expf(-t));
-}
-
 template <GateKind kKind>
 __global__ void gate_kernel(const float* gate, const float* up, float* out, int64_t n) {
   enter_stream();
-  KVANT_GRID_LOOP(i, n) {
-    const float g = gate[i];
-    float t = g;
-    // GELU with tanh: x / 2 * (1 + tanh t) = x / (1 + e^-2t), t = sqrt(2 / pi) (x + 0.044715 x^3).
-    if (kKind == GateKind::kGeluTanh) {
-      t = g * fmaf(g * g, 2.0f * 0.7978845608f * 0.044715f, 2.0f * 0.7978845608f);
-    }
-    out[i] = times_sigmoid(g, t) * up[i];
-  }
+  KVANT_GRID_LOOP(i, n) out[i] = activate(kKind, gate[i]) * up[i];
 }
 
 __global__ void add_kernel(const float* x, float* y, int64_t n) {
@@ -180,15 +157,15 @@ Status rms_norm(const RmsNormArgs& args, cudaStream_t stream) {
   if (args.num_rows == 0) return {};
   const auto* x = static_cast<const float*>(args.x);
   auto* out = static_cast<float*>(args.out);
-  if (args.dim <= 512) {  // heads
+  if (args.dim <= kMostWarpNorm) {  // heads
     const int64_t blocks = (args.num_rows + 7) / 8;
-    return launch_overlapped("rms_norm", rms_norm_kernel<1>,
+    return launch_overlapped("rms_norm", norm_short_rows_kernel,
                              {static_cast<unsigned>(blocks), 256, 0, stream}, x, args.weight, out,
                              args.num_rows, args.dim, args.epsilon);
   }
-  return launch_overlapped("rms_norm", rms_norm_kernel<16>,
-                           {static_cast<unsigned>(args.num_rows), 512, 0, stream}, x, args.weight,
-                           out, args.num_rows, args.dim, args.epsilon);
+  return launch_overlapped("rms_norm", norm_rows_kernel,
+                           {static_cast<unsigned>(args.num_rows), kNormThreads, 0, stream}, x,
+                           args.weight, out, args.dim, args.epsilon);
 }
 
 Status rope_table(const attention::RopeParams& rope, const int64_t* positions, int64_t num_rows,

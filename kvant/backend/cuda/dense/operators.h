@@ -11,6 +11,8 @@
 
 namespace kvant::backend::cuda {
 
+// Rows of up to so many values are the work of a warp, others of a block (row_norm.cuh).
+inline constexpr int kMostWarpNorm = 512;
 Status rms_norm(const RmsNormArgs& args, cudaStream_t stream);
 
 // Rows of cosines, then sines, times the attention factor: table [num_rows][rotary_dim]. The

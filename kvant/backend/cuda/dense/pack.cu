@@ -17,7 +17,7 @@ __global__ void to_bf16_kernel(WeightTiles w, int64_t first_strip, int64_t num_s
   const int64_t tile = at % w.num_tiles();
   if (strip >= first_strip + num_strips) return;
   typename TileOf<kType>::Type raw;
-  raw.load(typename TileOf<kType>::Source(w, strip, static_cast<int>(tile), lane), 0);
+  raw.load(typename TileOf<kType>::Source(w, strip, static_cast<int>(tile), lane));
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
     uint32_t word[4];
@@ -108,18 +108,20 @@ __global__ void pack_kernel(WeightTiles w, int64_t first_strip, int64_t num_stri
       for (int h = 0; h < 2; ++h) {
         const uint8_t* row = rows[i % 2];
         const int64_t input = tile * kTileCols + s * 16 + lane % 4 * 4 + i / 2 * 2 + h;
-        uint32_t code = kCodeBias<kType>;
+        int code = 0;
         if (row != nullptr && input < w.cols) {
-          code += Block::code(row + input / Block::kElements * Block::kBytes,
-                              static_cast<int>(input % Block::kElements));
+          code = Block::code(row + input / Block::kElements * Block::kBytes,
+                             static_cast<int>(input % Block::kElements));
         }
+        const auto bits = static_cast<uint32_t>(code);
+        const int byte = 8 * (i / 2) + 16 * h;
         if constexpr (kType == WeightType::kQ8_0) {
-          low[2 * s + i / 2] |= code << (16 * (i % 2) + 8 * h);
+          low[2 * s + i % 2] |= (bits & 255) << byte;
         } else {
-          low[s] |= (code & 15) << (4 * i + 16 * h);
-          if constexpr (kBytes.high == 128) high[0] |= (code >> 4) << (4 * s + i + 16 * h);
+          low[s] |= (bits & 15) << (byte + 4 * (i % 2));
+          if constexpr (kBytes.high == 128) high[0] |= (bits >> 4 & 1) << (byte + 2 * s + i % 2);
           if constexpr (kBytes.high == 256) {
-            high[s / 2] |= (code >> 4) << (2 * (4 * (s % 2) + i) + 16 * h);
+            high[s / 2] |= (bits >> 4 & 3) << (byte + 4 * (s % 2) + 2 * (i % 2));
           }
         }
       }

@@ -1,8 +1,12 @@
 #include "kvant/backend/cuda/dense/product.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "kvant/backend/cuda/dense/file_blocks.cuh"
+#include "kvant/backend/cuda/dense/gate.cuh"
+#include "kvant/backend/cuda/dense/operators.h"
+#include "kvant/backend/cuda/dense/prepared_rows.cuh"
 #include "kvant/backend/cuda/dense/product_tiles.cuh"
 #include "kvant/backend/cuda/launch.h"
 #include "kvant/backend/cuda/status.h"
@@ -11,345 +15,558 @@
 namespace kvant::backend::cuda {
 namespace {
 
-constexpr int kWarps = 8;  // that share the inputs of a strip
-constexpr int kThreads = 32 * kWarps;
-constexpr int kRowTile = 8;  // rows of x that one instruction takes
+constexpr int kWarps = 8;  // of a team, which shares the inputs of a strip
+constexpr int kTeamThreads = 32 * kWarps;
+constexpr int kTeams = 2;  // of a block
+constexpr int kThreads = kTeams * kTeamThreads;
+constexpr int kRowTile = 4;         // rows of x in one instruction: two columns each, high and low
+constexpr int kGroupRows = 16;      // rows of x that a block multiplies at once
+constexpr int kMostGatedTiles = 2;  // of rows: sums of two strips take shared memory
+// A multiprocessor has one block, so that all have equal work; its shared memory is filled with
+// weights while it waits for its inputs.
+constexpr int kSharedMemory = 226 << 10;
+// Bytes of a warp's ring, about.
+template <int kTiles>
+inline constexpr int kRingBytes = kTiles == 1   ? 9728
+                                  : kTiles == 2 ? 7168
+                                                : 4736;
 
 struct ProductArgs {
   ProductTarget targets[kMaxProductTargets];
+  int first_strip[kMaxProductTargets];  // of each target among all
   int num_targets;
-  int first_block[kMaxProductTargets];  // of each target in gridDim.x
+  int64_t stride;  // of a strip, or of a row of floats, in bytes
+  int num_groups;  // of rows of x
+  int num_items;   // strips x groups
   const float* x;
   int64_t num_rows;
-  int block_rows;  // of x, blockIdx.y apart
   ExpertChoice choice;
+  RowNorm norm;
+  bool gated;
+  GateKind gate;
+  uint8_t* prepared;  // all rows of x; null: each block prepares them for itself
+  int prepared_rows;
 };
 
-// Strips of a block: two share each row of x that a warp reads, but floats need the registers.
+// What a block multiplies at a time: a strip and up to kGroupRows rows, or one row and its expert.
+// With a gate, that strip of both matrices, one after the other.
+struct Item {
+  int target = 0;
+  int64_t strip = 0;
+  int64_t first_row = 0;  // of the output
+  int rows = 0;
+  int x_row = 0;
+
+  __device__ Item(const ProductArgs& args, int index) {
+    int all_strip = index;
+    int group = 0;
+    if (args.num_groups > 1) {
+      all_strip = index / args.num_groups;
+      group = index % args.num_groups;
+    }
+    while (target + 1 < args.num_targets && all_strip >= args.first_strip[target + 1]) ++target;
+    strip = all_strip - args.first_strip[target];
+    if (args.choice.experts != nullptr) {
+      first_row = group;
+      rows = 1;
+      x_row = group / args.choice.rows_per_x;
+    } else {
+      first_row = group * int64_t{kGroupRows};
+      rows = static_cast<int>(min(args.num_rows - first_row, int64_t{kGroupRows}));
+      x_row = static_cast<int>(first_row);
+    }
+  }
+  __device__ const uint8_t* data(const ProductArgs& args, int half) const {
+    return args.choice.experts != nullptr ? args.choice.matrices[args.choice.experts[first_row]]
+                                          : args.targets[target + half].weights.data;
+  }
+};
+
+// A warp's stages in the order in which it multiplies them: of every item, every kWarps-th unit.
 template <WeightType kType>
-inline constexpr int kMaxStrips = kTiled<kType> ? 2 : 1;
+class StageStream {
+ public:
+  __device__ static int first_item() {
+    return static_cast<int>(blockIdx.x + threadIdx.x / kTeamThreads * gridDim.x);
+  }
+  __device__ static int next_item(int item) { return item + kTeams * static_cast<int>(gridDim.x); }
 
-// Inputs of a lane for one step as two BF16 each: x = high + low up to 2^-17.
-struct Inputs {
-  uint32_t high[2];
-  uint32_t low[2];
+  // `warp` of a team.
+  __device__ StageStream(const ProductArgs& args, int num_tiles, int warp, int lane)
+      : args_(args),
+        num_tiles_(num_tiles),
+        first_(warp * kUnitTiles<kType>),
+        lane_(lane),
+        item_(first_ < num_tiles ? first_item() : args.num_items) {
+    start_item();
+  }
+
+  // Copies the next one, if there is one; a group of copies in any case.
+  __device__ void copy_next(uint32_t target) {
+    if (item_ < args_.num_items) {
+      source_.copy(target, num_tiles_, tile_, lane_);
+      advance();
+    }
+    ptx::copies_commit();
+  }
+
+ private:
+  __device__ void start_item() {
+    tile_ = first_;
+    if (item_ >= args_.num_items) return;
+    const Item item(args_, item_);
+    source_.locate(args_.targets[item.target].weights, item.data(args_, half_), args_.stride,
+                   item.strip, lane_);
+  }
+  __device__ void advance() {
+    tile_ += Stage<kType>::kTiles;
+    if (Stage<kType>::kTiles < kUnitTiles<kType> && tile_ % kUnitTiles<kType> != 0) return;
+    tile_ += (kWarps - 1) * kUnitTiles<kType>;
+    if (tile_ < num_tiles_) return;
+    half_ ^= static_cast<int>(args_.gated);
+    if (half_ == 0) item_ = next_item(item_);
+    start_item();
+  }
+
+  const ProductArgs& args_;
+  const int num_tiles_;
+  const int first_;
+  const int lane_;
+  int item_;
+  int half_ = 0;
+  int tile_ = 0;
+  typename Stage<kType>::Source source_;
 };
 
-__device__ Inputs split(const float4& x) {
-  Inputs out;
-  out.high[0] = ptx::bf16x2_of_f32(x.x, x.y);
-  out.high[1] = ptx::bf16x2_of_f32(x.z, x.w);
-  out.low[0] = ptx::bf16x2_of_f32(x.x - low_bf16(out.high[0]), x.y - high_bf16(out.high[0]));
-  out.low[1] = ptx::bf16x2_of_f32(x.z - low_bf16(out.high[1]), x.w - high_bf16(out.high[1]));
+// Sums of a warp: rows g and g + 8 of a strip of weights, row c of each tile of rows of x.
+template <int kTiles>
+struct Sums {
+  float v[kTiles][2];
+};
+
+// A lane's part of prepared rows: column g of each tile of them, which is a part of row g / 2, and
+// the scales of row c. Rows that are not there are read as the first: nobody reads what comes of
+// them.
+template <WeightType kType, int kTiles>
+struct LaneRows {
+  static constexpr int kPartBytes = kTiled<kType> ? 64 : 128;
+  const uint8_t* data[kTiles];
+  const uint8_t* scales[kTiles];
+
+  __device__ LaneRows(const PreparedRows& rows, int first, int count, int lane) {
+    const int g = lane / 4;
+    const int c = lane % 4;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const int row = n * kRowTile + g / 2;
+      const int scale_row = n * kRowTile + c;
+      data[n] = rows.data + (first + (row < count ? row : 0)) * int64_t{rows.row_bytes} +
+                g % 2 * kPartBytes + c * 16;
+      scales[n] =
+          rows.scales + (first + (scale_row < count ? scale_row : 0)) * int64_t{rows.scale_bytes};
+    }
+  }
+  __device__ uint4 words(int n, int tile, int half = 0) const {
+    return *reinterpret_cast<const uint4*>(data[n] + tile * (2 * kPartBytes) + half * 64);
+  }
+  // Scale and scaled sum of both blocks of a tile.
+  __device__ float4 block_scales(int n, int tile) const {
+    return *reinterpret_cast<const float4*>(scales[n] + tile * 16);
+  }
+};
+
+// Sums of products with bytes are whole numbers; they are scaled block by block.
+template <WeightType kType, int kTiles>
+__device__ __forceinline__ void add_tile(const RawTile<kType>& raw,
+                                         const LaneRows<kType, kTiles>& rows, int tile,
+                                         Sums<kTiles>& total) {
+  constexpr bool kSigned = kSignBit<kType> != 0;
+  constexpr int kSteps = kScaleSteps<kType>;
+  uint4 x[kTiles];
+  float4 x_scales[kTiles];
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    x[n] = rows.words(n, tile);
+    x_scales[n] = rows.block_scales(n, tile);
+  }
+#pragma unroll
+  for (int s = 0; s < 4; s += kSteps) {
+    uint32_t a[2 * kSteps];
+    raw.bytes(s / kSteps, a);
+    const RowScales scales = raw.row_scales(s);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      int sums[4];
+      if constexpr (kSteps == 2) {
+        ptx::mma_bytes<kSigned>(sums, a, s == 0 ? x[n].x : x[n].z, s == 0 ? x[n].y : x[n].w);
+      } else {
+        ptx::mma_bytes<kSigned>(sums, a,
+                                s == 0   ? x[n].x
+                                : s == 1 ? x[n].y
+                                : s == 2 ? x[n].z
+                                         : x[n].w);
+      }
+      const float x_scale = s < 2 ? x_scales[n].x : x_scales[n].z;
+      const float x_sum = s < 2 ? x_scales[n].y : x_scales[n].w;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float& sum = total.v[n][r];
+        const auto whole = static_cast<float>(sums[2 * r] * 256 + sums[2 * r + 1]);
+        sum = fmaf(scales.scale[r] * x_scale, whole, sum);
+        if constexpr (kHasOffset<kType>) sum = fmaf(scales.offset[r], x_sum, sum);
+      }
+    }
+  }
+}
+
+// Column 2 c has the products with the high parts of row c, column 2 c + 1 those with the low ones.
+template <int kTiles>
+struct FloatSums {
+  float v[kTiles][4];
+};
+
+template <WeightType kType, int kTiles>
+__device__ __forceinline__ void add_tile(const FloatTile<kType>& raw,
+                                         const LaneRows<kType, kTiles>& rows, int tile,
+                                         FloatSums<kTiles>& total) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    uint4 x[kTiles];
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) x[n] = rows.words(n, tile, half);
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+      uint32_t high[4];
+      uint32_t low[4];
+      raw.operands(2 * half + step, high, low);
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        const uint32_t b0 = step == 0 ? x[n].x : x[n].z;
+        const uint32_t b1 = step == 0 ? x[n].y : x[n].w;
+        ptx::mma_bf16(total.v[n], high, b0, b1);
+        if constexpr (kType != WeightType::kBF16) ptx::mma_bf16(total.v[n], low, b0, b1);
+      }
+    }
+  }
+}
+
+// The tiles of a stage that are there, from `first` on.
+template <WeightType kType, int kTiles, typename Total>
+__device__ __forceinline__ void add_stage(const uint8_t* stage, const LaneRows<kType, kTiles>& rows,
+                                          int first, int num_tiles, Total& total) {
+  constexpr int kStageTiles = Stage<kType>::kTiles;
+  constexpr int kStep = std::min(2, kStageTiles);
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int step = 0; step < kStageTiles; step += kStep) {
+    if (step > 0 && first + step >= num_tiles) return;
+#pragma unroll
+    for (int i = step; i < step + kStep; ++i) {
+      typename TileOf<kType>::Type raw;
+      raw.load_stage(stage, i, lane);
+      add_tile(raw, rows, first + i, total);
+    }
+  }
+}
+
+template <WeightType kType, int kTiles>
+__device__ Sums<kTiles> finished(const Sums<kTiles>& total) {
+  constexpr float kFactor = 1.0f / static_cast<float>(1 << kCodeShift<kType>);
+  Sums<kTiles> out;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) out.v[n][r] = total.v[n][r] * kFactor;
+  }
+  return out;
+}
+template <WeightType kType, int kTiles>
+__device__ Sums<kTiles> finished(const FloatSums<kTiles>& total) {
+  Sums<kTiles> out;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) out.v[n][r] = total.v[n][2 * r] + total.v[n][2 * r + 1];
+  }
   return out;
 }
 
-// A warp's inputs for two tiles in shared memory, filled asynchronously with fp32 while the pair of
-// tiles before is multiplied, then split in place.
-struct InputSlice {
-  static constexpr int kCols = 2 * kTileCols;
-  static constexpr int kStride = kCols + 16;  // floats; spreads the rows of an operand over banks
-  float* data;                                // [rows][kStride]
+// The sums of a team's warps for an item; two take turns, so that one barrier an item is enough.
+template <int kTiles>
+struct Parts {
+  static constexpr int kHalves = kTiles <= kMostGatedTiles ? 2 : 1;
+  float v[2][kHalves][kWarps][kTiles * kRowTile][kStripRows + 1];
 
-  // Columns [first, first + kCols) of `rows` rows of x; zeros beyond `cols`.
-  __device__ void fetch(const float* x, int rows, int64_t first, int64_t cols, int lane) const {
-    const auto target = static_cast<uint32_t>(__cvta_generic_to_shared(data));
-    if (cols % 4 == 0) {
-      const int64_t at = first + lane * 4;
-      const int bytes = at < cols ? 16 : 0;  // the rest of 16 is filled with zeros
-      for (int row = 0; row < rows; ++row) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                         target + (row * kStride + lane * 4) * 4),
-                     "l"(x + row * cols + (bytes > 0 ? at : 0)), "r"(bytes));
-      }
-      return;
-    }
-    for (int row = 0; row < rows; ++row) {
-      for (int i = lane; i < kCols; i += 32) {
-        const int bytes = first + i < cols ? 4 : 0;
-        asm volatile(
-            "cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(target + (row * kStride + i) * 4),
-            "l"(x + row * cols + (bytes > 0 ? first + i : 0)), "r"(bytes));
-      }
-    }
-  }
-  __device__ void split_all(int rows, int lane) const {
-    for (int row = 0; row < rows; ++row) {
-      auto* at = reinterpret_cast<float4*>(data + row * kStride) + lane;
-      const Inputs inputs = split(*at);
-      *reinterpret_cast<uint4*>(at) =
-          make_uint4(inputs.high[0], inputs.high[1], inputs.low[0], inputs.low[1]);
-    }
-  }
-  // Inputs at, .., at + 3 of a row.
-  __device__ Inputs get(int row, int at) const {
-    const uint4 words = *reinterpret_cast<const uint4*>(data + row * kStride + at);
-    return {{words.x, words.y}, {words.z, words.w}};
-  }
-};
-
-// Sums of a warp: kStrips strips of 16 rows of weights x kTiles tiles of 8 rows of x.
-template <int kStrips, int kTiles>
-struct Sums {
-  float v[kStrips][kTiles][4];
-};
-
-// Multiplies one tile of every strip and adds the scaled sums to `total`.
-template <WeightType kType, int kStrips, int kTiles>
-__device__ void add_tile(const RawTile<kType> (&raw)[kStrips], const InputSlice& x,
-                         const int (&x_rows)[kTiles], int first_input, int lane,
-                         Sums<kStrips, kTiles>& total) {
-  constexpr int kSteps = kScaleSteps<kType>;
-  constexpr uint32_t kOnes[4] = {0x3f803f80u, 0x3f803f80u, 0x3f803f80u, 0x3f803f80u};
-#pragma unroll
-  for (int first = 0; first < 4; first += kSteps) {
-    Sums<kStrips, kTiles> part;
-    Sums<1, kTiles> inputs;  // sums of the inputs, for offsets
-#pragma unroll
-    for (int s = first; s < first + kSteps; ++s) {
-      Inputs b[kTiles];
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        b[n] = x.get(x_rows[n], first_input + input_of<kType>(s, lane % 4));
-        if constexpr (kHasOffset<kType>) {
-          multiply_add(inputs.v[0][n], kOnes, b[n].high, s == first);
-          multiply_add(inputs.v[0][n], kOnes, b[n].low);
-        }
-      }
-#pragma unroll
-      for (int m = 0; m < kStrips; ++m) {
-        uint32_t a[4];
-        raw[m].codes(s, a);
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-          multiply_add(part.v[m][n], a, b[n].high, s == first);
-          multiply_add(part.v[m][n], a, b[n].low);
-        }
-      }
-    }
-#pragma unroll
-    for (int m = 0; m < kStrips; ++m) {
-      const RowScales scales = raw[m].row_scales(first);
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          float& sum = total.v[m][n][i];
-          sum = fmaf(scales.scale[i / 2], part.v[m][n][i], sum);
-          if constexpr (kHasOffset<kType>) {
-            sum = fmaf(scales.offset[i / 2], inputs.v[0][n][i], sum);
-          }
-        }
-      }
-    }
-  }
-}
-
-template <WeightType kType, int kStrips, int kTiles>
-__device__ void add_tile(const FloatTile<kType> (&raw)[kStrips], const InputSlice& x,
-                         const int (&x_rows)[kTiles], int first_input, int lane,
-                         Sums<kStrips, kTiles>& total) {
-#pragma unroll
-  for (int s = 0; s < 4; ++s) {
-    Inputs b[kTiles];
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      b[n] = x.get(x_rows[n], first_input + input_of<kType>(s, lane % 4));
-    }
-#pragma unroll
-    for (int m = 0; m < kStrips; ++m) {
-      uint32_t high[4];
-      uint32_t low[4];
-      raw[m].operands(s, high, low);
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        multiply_add(total.v[m][n], high, b[n].high);
-        multiply_add(total.v[m][n], high, b[n].low);
-        if constexpr (kType != WeightType::kBF16) multiply_add(total.v[m][n], low, b[n].high);
-      }
-    }
-  }
-}
-
-// Adds the warps' sums in their order and writes the outputs of a block.
-template <int kStrips, int kTiles>
-__device__ void finish(const Sums<kStrips, kTiles>& total, const ProductTarget& target,
-                       int64_t first_output, int64_t first_row, int64_t end_row) {
-  constexpr int kOutputs = kStrips * kStripRows;
-  constexpr int kRows = kTiles * kRowTile;
-  __shared__ float parts[kWarps][kRows][kOutputs + 1];
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-#pragma unroll
-  for (int m = 0; m < kStrips; ++m) {
+  __device__ void put(const Sums<kTiles>& sums, int turn, int half) {
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32 % kWarps;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        parts[warp][n * kRowTile + lane % 4 * 2 + i % 2][m * kStripRows + lane / 4 + i / 2 * 8] =
-            total.v[m][n][i];
+      for (int r = 0; r < 2; ++r) {
+        v[turn][half][warp][n * kRowTile + lane % 4][lane / 4 + 8 * r] = sums.v[n][r];
       }
     }
   }
-  __syncthreads();
-  for (int at = threadIdx.x; at < kRows * kOutputs; at += kThreads) {
-    const int64_t row = first_row + at / kOutputs;
-    const int64_t output = first_output + at % kOutputs;
-    if (row >= end_row || output >= target.weights.rows) continue;
+  // In the order of the warps.
+  __device__ float sum(int turn, int half, int row, int output) const {
     float sum = 0.0f;
-    for (int w = 0; w < kWarps; ++w) sum += parts[w][at / kOutputs][at % kOutputs];
-    float* out = target.out + row * target.weights.rows + output;
-    if (target.bias != nullptr) sum += target.bias[output];
-    *out = target.accumulate ? *out + sum : sum;
-  }
-}
-
-// blockIdx.x: kStrips strips of one target; blockIdx.y: 8 kTiles rows, or one row and its expert.
-template <WeightType kType, int kStrips, int kTiles>
-__global__ void __launch_bounds__(kThreads, kStrips* kTiles == 4 ? 1 : 2)
-    product_kernel(const ProductArgs args) {
-  ptx::launch_dependents();
-  int t = 0;
-  while (t + 1 < args.num_targets && static_cast<int>(blockIdx.x) >= args.first_block[t + 1]) ++t;
-  ProductTarget target = args.targets[t];
-  const int64_t first_strip = (blockIdx.x - args.first_block[t]) * int64_t{kStrips};
-  const int lane = threadIdx.x % 32;
-  const int64_t cols = target.weights.cols;
-  int64_t first_row = blockIdx.y * int64_t{args.block_rows};
-  int64_t end_row = args.num_rows;
-  int64_t x_row = first_row;
-  if (args.choice.experts != nullptr) {
-    ptx::wait_prerequisites();
-    first_row = blockIdx.y;
-    end_row = first_row + 1;
-    x_row = first_row / args.choice.rows_per_x;
-    target.weights.data = args.choice.matrices[args.choice.experts[first_row]];
-  }
-  const int rows = static_cast<int>(min(end_row - first_row, int64_t{args.block_rows}));
-  const float* x = args.x + x_row * cols;
-  extern __shared__ __align__(16) float slices[];  // [warp][2][rows][InputSlice::kStride]
-  const int warp = threadIdx.x / 32;
-  const int slice_floats = rows * InputSlice::kStride;
-  float* const my_slices = slices + warp * 2 * slice_floats;
-
-  // Rows of x that are not there are read as the first: nobody reads what comes of them.
-  int x_rows[kTiles];
 #pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-    const int row = n * kRowTile + lane / 4;
-    x_rows[n] = row < rows ? row : 0;
+    for (int w = 0; w < kWarps; ++w) sum += v[turn][half][w][row][output];
+    return sum;
+  }
+};
+
+// The output of an item that a thread writes, if it has one.
+struct Output {
+  float* out = nullptr;
+  float before = 0.0f;  // what is added to the sum
+  int row = 0;
+  int in_strip = 0;
+
+  // Reads early what is added: nobody else writes it.
+  __device__ Output(const ProductArgs& args, const Item& item)
+      : row(static_cast<int>(threadIdx.x) % kTeamThreads / kStripRows),
+        in_strip(static_cast<int>(threadIdx.x) % kStripRows) {
+    const ProductTarget& target = args.targets[item.target];
+    const int64_t output = item.strip * kStripRows + in_strip;
+    if (row >= item.rows || output >= target.weights.rows) return;
+    out = target.out + (item.first_row + row) * target.weights.rows + output;
+    if (target.accumulate) before = *out;
+    if (target.bias != nullptr) before += target.bias[output];
   }
 
-  // A warp takes every kWarps-th pair of tiles; the next pair is on its way meanwhile.
-  using Tile = typename TileOf<kType>::Type;
-  using Source = typename TileOf<kType>::Source;
-  const auto source_of = [&](int m) {
-    const int64_t strip = min(first_strip + m, target.weights.num_strips() - 1);
-    return Source(target.weights, strip, 2 * warp, lane);
-  };
-  Source sources[2] = {source_of(0), source_of(kStrips - 1)};
-  const auto fetch_weights = [&](Tile(&tiles)[2][kStrips]) {
-#pragma unroll
-    for (int m = 0; m < kStrips; ++m) {
-      tiles[0][m].load(sources[m], 0);
-      tiles[1][m].load(sources[m], 1);
-      sources[m].advance(2 * kWarps);
-    }
-  };
-  const auto fetch_inputs = [&](int pair, const InputSlice& inputs) {
-    inputs.fetch(x, rows, pair * InputSlice::kCols, cols, lane);
-    asm volatile("cp.async.commit_group;");
-  };
-  Sums<kStrips, kTiles> total = {};
-  Tile raw[2][kStrips];
-  const int num_pairs = static_cast<int>(target.weights.num_tiles() / 2);
-  // Weights do not change: the first are on their way before the inputs are there.
-  if (warp < num_pairs) fetch_weights(raw);
-  ptx::wait_prerequisites();
-  if (warp < num_pairs) fetch_inputs(warp, InputSlice{my_slices});
-#pragma unroll 1
-  for (int pair = warp, turn = 0; pair < num_pairs; pair += kWarps, turn ^= 1) {
-    Tile next[2][kStrips];
-    if (pair + kWarps < num_pairs) {
-      fetch_weights(next);
-      fetch_inputs(pair + kWarps, InputSlice{my_slices + (turn ^ 1) * slice_floats});
-      asm volatile("cp.async.wait_group 1;" ::: "memory");
+  // Once all warps have put their sums.
+  template <int kTiles>
+  __device__ void write(const ProductArgs& args, const Parts<kTiles>& parts, int turn) const {
+    if (out == nullptr) return;
+    const float sum = parts.sum(turn, 0, row, in_strip);
+    if (Parts<kTiles>::kHalves == 2 && args.gated) {
+      *out = activate(args.gate, sum) * parts.sum(turn, Parts<kTiles>::kHalves - 1, row, in_strip);
     } else {
-      asm volatile("cp.async.wait_group 0;" ::: "memory");
-    }
-    const InputSlice inputs{my_slices + turn * slice_floats};
-    __syncwarp();
-    inputs.split_all(rows, lane);
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      add_tile<kType, kStrips, kTiles>(raw[i], inputs, x_rows, i * kTileCols, lane, total);
-    }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int m = 0; m < kStrips; ++m) raw[i][m] = next[i][m];
+      *out = before + sum;
     }
   }
-  finish(total, target, first_strip * kStripRows, first_row, end_row);
+};
+
+template <WeightType kType, int kTiles>
+struct Ring {
+  static constexpr int kSlots = std::max(2, kRingBytes<kTiles> / Stage<kType>::kBytes);
+  static constexpr int kBytes = kSlots * Stage<kType>::kBytes;
+  static constexpr int kAll = kTeams * kWarps * kBytes;
+  // Bytes of prepared rows that a block keeps for itself.
+  static constexpr int kMostStaged = kSharedMemory - kAll - kTeams * int{sizeof(Parts<kTiles>)};
+};
+
+// Blocks stay; each team takes every so many-th item.
+template <WeightType kType, int kTiles>
+__global__ void __launch_bounds__(kThreads, 1)
+    product_kernel(const __grid_constant__ ProductArgs args) {
+  using Total = std::conditional_t<kTiled<kType>, Sums<kTiles>, FloatSums<kTiles>>;
+  constexpr int kSlots = Ring<kType, kTiles>::kSlots;
+  constexpr int kRingSize = Ring<kType, kTiles>::kBytes;
+  constexpr int kStageBytes = Stage<kType>::kBytes;
+  extern __shared__ __align__(128) uint8_t memory[];  // rings of the warps, prepared rows
+  __shared__ Parts<kTiles> team_parts[kTeams];
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32 % kWarps;
+  const int team = threadIdx.x / kTeamThreads;
+  ptx::launch_dependents();
+  // Weights do not change: the first are on their way before the inputs are there. Which experts
+  // are wanted is an input.
+  if (args.choice.experts != nullptr) ptx::wait_prerequisites();
+  uint8_t* const ring = memory + threadIdx.x / 32 * kRingSize;
+  const uint32_t ring_address = ptx::shared_address(ring);
+  const auto cols = args.targets[0].weights.cols;
+  const int padded = static_cast<int>(args.targets[0].weights.padded_cols());
+  const int num_tiles = padded / kTileCols;
+  StageStream<kType> stream(args, num_tiles, warp, lane);
+#pragma unroll
+  for (int slot = 0; slot < kSlots - 1; ++slot) stream.copy_next(ring_address + slot * kStageBytes);
+  float norm_weights[8] = {};
+  if (args.norm.weight != nullptr) {
+    load_eight(args.norm.weight, 8 * static_cast<int>(threadIdx.x), cols, norm_weights);
+  }
+  ptx::wait_prerequisites();
+
+  const bool staged = args.prepared == nullptr;
+  const PreparedRows prepared(staged ? memory + Ring<kType, kTiles>::kAll : args.prepared,
+                              kTiled<kType>, args.prepared_rows, padded);
+  if (staged) {
+    const RowWriter<kRowForm<kType>> writer{prepared};
+    for (int row = 0; row < args.prepared_rows; ++row) {
+      const float* x = args.x + row * cols;
+      if (args.norm.weight != nullptr) {
+        prepare_normed(writer, row, x, cols, padded, args.norm.weight, args.norm.epsilon,
+                       norm_weights);
+      } else {
+        prepare_inputs(writer, row, x, cols, 0, padded, kThreads);
+      }
+    }
+    __syncthreads();
+  }
+
+  const uint8_t* stage = ring;
+  uint32_t free_stage = ring_address + (kSlots - 1) * kStageBytes;
+  int turn = 0;
+  Parts<kTiles>& parts = team_parts[team];
+  for (int index = StageStream<kType>::first_item(); index < args.num_items;
+       index = StageStream<kType>::next_item(index), turn ^= 1) {
+    const Item item(args, index);
+    const LaneRows<kType, kTiles> rows(prepared, item.x_row, item.rows, lane);
+    const Output output(args, item);
+    for (int half = 0; half <= static_cast<int>(args.gated); ++half) {
+      Total total = {};
+      for (int unit = warp * kUnitTiles<kType>; unit < num_tiles;
+           unit += kWarps * kUnitTiles<kType>) {
+#pragma unroll
+        for (int part = 0; part < kUnitTiles<kType>; part += Stage<kType>::kTiles) {
+          ptx::copies_wait<kSlots - 2>();
+          __syncwarp();  // all lanes' copies are there, and all have read the slot before
+          stream.copy_next(free_stage);
+          free_stage = free_stage == ring_address + (kSlots - 1) * kStageBytes
+                           ? ring_address
+                           : free_stage + kStageBytes;
+          add_stage<kType>(stage, rows, unit + part, num_tiles, total);
+          stage = stage == ring + (kSlots - 1) * kStageBytes ? ring : stage + kStageBytes;
+        }
+      }
+      parts.put(finished<kType>(total), turn, Parts<kTiles>::kHalves == 2 ? half : 0);
+    }
+    ptx::named_barrier(1 + team, kTeamThreads);
+    output.write(args, parts, turn);
+  }
 }
 
-template <WeightType kType, int kStrips, int kTiles>
-Status launch_product(const ProductArgs& args, dim3 grid, int rows, cudaStream_t stream) {
-  const auto kernel = product_kernel<kType, kStrips, kTiles>;
-  constexpr int kRowBytes = kWarps * 2 * InputSlice::kStride * static_cast<int>(sizeof(float));
-  static const cudaError_t allowed = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRowBytes * kTiles * kRowTile);
-  KVANT_TRY(cuda_status(allowed, "asking for shared memory"));
-  return launch_overlapped("product of few rows", kernel,
-                           {grid, kThreads, static_cast<size_t>(rows * kRowBytes), stream}, args);
+constexpr int kPreparedChunk = 8 * kThreads;  // inputs of a block
+
+template <RowForm kForm>
+__global__ void __launch_bounds__(kThreads)
+    prepare_kernel(const float* x, int64_t cols, int padded, int num_rows, uint8_t* out) {
+  ptx::launch_dependents();
+  ptx::wait_prerequisites();
+  const RowWriter<kForm> writer{PreparedRows(out, kForm == RowForm::kCodes, num_rows, padded)};
+  const int row = static_cast<int>(blockIdx.x);
+  const int first = static_cast<int>(blockIdx.y) * kPreparedChunk;
+  prepare_inputs(writer, row, x + row * cols, cols, first, min(kPreparedChunk, padded - first),
+                 kThreads);
 }
 
 template <WeightType kType>
-Status launch_product(const ProductArgs& args, dim3 grid, int strips, int rows,
-                      cudaStream_t stream) {
-  if constexpr (kMaxStrips<kType> == 2) {
-    if (strips == 2) {
-      return rows <= kRowTile ? launch_product<kType, 2, 1>(args, grid, rows, stream)
-                              : launch_product<kType, 2, 2>(args, grid, rows, stream);
-    }
+Status prepare_rows(const ProductArgs& args, cudaStream_t stream) {
+  const WeightTiles& weights = args.targets[0].weights;
+  const int padded = static_cast<int>(weights.padded_cols());
+  const dim3 grid(static_cast<unsigned>(args.prepared_rows),
+                  static_cast<unsigned>((padded + kPreparedChunk - 1) / kPreparedChunk));
+  return launch_overlapped("preparation of rows", prepare_kernel<kRowForm<kType>>,
+                           {grid, kThreads, 0, stream}, args.x, weights.cols, padded,
+                           args.prepared_rows, args.prepared);
+}
+
+template <WeightType kType, int kTiles>
+Status launch_product(ProductArgs args, const RowProduct& product, cudaStream_t stream) {
+  using Rings = Ring<kType, kTiles>;
+  const int padded = static_cast<int>(args.targets[0].weights.padded_cols());
+  const PreparedRows shape(nullptr, kTiled<kType>, args.prepared_rows, padded);
+  const int64_t bytes = shape.bytes(args.prepared_rows);
+  const bool staged = bytes <= Rings::kMostStaged;
+  KVANT_CHECK(staged || args.norm.weight == nullptr, "rows are normed where blocks keep them");
+  if (!staged) {
+    KVANT_CHECK(bytes <= product.workspace_bytes, "reserve_workspace covers the prepared rows");
+    args.prepared = reinterpret_cast<uint8_t*>(product.workspace);
+    KVANT_TRY(prepare_rows<kType>(args, stream));
   }
-  return rows <= kRowTile ? launch_product<kType, 1, 1>(args, grid, rows, stream)
-                          : launch_product<kType, 1, 2>(args, grid, rows, stream);
+  const auto kernel = product_kernel<kType, kTiles>;
+  static const cudaError_t allowed = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Rings::kAll + Rings::kMostStaged);
+  KVANT_TRY(cuda_status(allowed, "asking for shared memory"));
+  const auto shared_bytes = static_cast<size_t>(Rings::kAll + (staged ? bytes : 0));
+  const auto blocks = static_cast<unsigned>(std::min(args.num_items, product.num_sms));
+  return launch_overlapped("product of few rows", kernel, {blocks, kThreads, shared_bytes, stream},
+                           args);
+}
+
+// f(tag of the tiles of rows) for items of so many rows.
+template <typename F>
+auto for_row_tiles(int64_t rows, F&& f) {
+  if (rows <= kRowTile) return f(std::integral_constant<int, 1>());
+  if (rows <= 2 * kRowTile) return f(std::integral_constant<int, 2>());
+  return f(std::integral_constant<int, 4>());
+}
+
+// `x_rows` rows of x are prepared for `num_rows` rows of output.
+Status multiply_chunk(const RowProduct& product, std::span<const ProductTarget> targets,
+                      int64_t x_rows, cudaStream_t stream) {
+  const bool chosen = product.choice.experts != nullptr;
+  ProductArgs args = {};
+  args.num_targets = static_cast<int>(targets.size());
+  args.x = product.x;
+  args.num_rows = product.num_rows;
+  args.choice = product.choice;
+  args.norm = product.norm;
+  args.gated = product.gated;
+  args.gate = product.gate;
+  args.prepared_rows = static_cast<int>(x_rows);
+  args.num_groups = static_cast<int>(chosen ? product.num_rows
+                                            : (product.num_rows + kGroupRows - 1) / kGroupRows);
+  const WeightTiles& weights = targets[0].weights;
+  args.stride = is_tiled(weights.type) ? weights.strip_bytes()
+                                       : weights.padded_cols() * weights.element_bytes();
+  int strips = 0;
+  for (size_t t = 0; t < targets.size(); ++t) {
+    args.targets[t] = targets[t];
+    args.first_strip[t] = strips;
+    strips += static_cast<int>(targets[t].weights.num_strips());
+  }
+  if (product.gated) {  // the second target is found beside the first
+    args.num_targets = 1;
+    strips = args.first_strip[1];
+  }
+  args.num_items = strips * args.num_groups;
+  const int64_t rows = chosen ? 1 : std::min<int64_t>(product.num_rows, kGroupRows);
+  return for_weight_type<WeightTag>(weights.type, [&](auto tag) {
+    return for_row_tiles(rows, [&](auto tiles) {
+      return launch_product<decltype(tag)::kValue, decltype(tiles)::value>(args, product, stream);
+    });
+  });
 }
 
 }  // namespace
 
-Status multiply_rows(const float* x, int64_t num_rows, std::span<const ProductTarget> targets,
-                     const ExpertChoice& choice, int num_sms, cudaStream_t stream) {
-  if (num_rows == 0 || targets.empty()) return {};
-  KVANT_CHECK(targets.size() <= kMaxProductTargets, "a launch has at most four targets");
-  int64_t all_strips = 0;
-  for (const ProductTarget& target : targets) all_strips += target.weights.num_strips();
-  const bool chosen = choice.experts != nullptr;
-  const int64_t pieces = all_strips * (chosen ? num_rows : 1);
-  // Two strips are cheaper, one keeps more processors busy.
-  const int strips = is_tiled(targets[0].weights.type) && pieces >= 4 * int64_t{num_sms} ? 2 : 1;
-  // Rows of x that a block takes.
-  const int rows = chosen ? 1 : static_cast<int>(std::min<int64_t>(num_rows, 2 * kRowTile));
-  ProductArgs args = {};
-  args.num_targets = static_cast<int>(targets.size());
-  args.x = x;
-  args.num_rows = num_rows;
-  args.block_rows = rows;
-  args.choice = choice;
-  int blocks = 0;
-  for (size_t t = 0; t < targets.size(); ++t) {
-    args.targets[t] = targets[t];
-    args.first_block[t] = blocks;
-    blocks += static_cast<int>((targets[t].weights.num_strips() + strips - 1) / strips);
-  }
-  const dim3 grid(static_cast<unsigned>(blocks),
-                  static_cast<unsigned>((num_rows + rows - 1) / rows));
-  return for_weight_type<WeightTag>(targets[0].weights.type, [&](auto tag) {
-    return launch_product<decltype(tag)::kValue>(args, grid, strips, rows, stream);
+bool can_norm(const WeightTiles& weights, int64_t num_rows) {
+  if (num_rows > kMostGatedTiles * kRowTile || weights.cols <= kMostWarpNorm) return false;
+  const auto rows = static_cast<int>(num_rows);
+  const PreparedRows shape(nullptr, is_tiled(weights.type), rows,
+                           static_cast<int>(weights.padded_cols()));
+  return for_weight_type<WeightTag>(weights.type, [&](auto tag) {
+    return for_row_tiles(rows, [&](auto tiles) {
+      return shape.bytes(rows) <= Ring<decltype(tag)::kValue, decltype(tiles)::value>::kMostStaged;
+    });
   });
+}
+
+Status multiply_rows(const RowProduct& product, std::span<const ProductTarget> targets,
+                     cudaStream_t stream) {
+  if (product.num_rows == 0 || targets.empty()) return {};
+  KVANT_CHECK(targets.size() <= kMaxProductTargets, "a launch has at most four targets");
+  const bool chosen = product.choice.experts != nullptr;
+  const int64_t per_x = chosen ? product.choice.rows_per_x : 1;
+  const int64_t cols = targets[0].weights.cols;
+  const int64_t step = kPreparedRows * per_x;
+  for (int64_t first = 0; first < product.num_rows; first += step) {
+    RowProduct chunk = product;
+    chunk.num_rows = std::min(step, product.num_rows - first);
+    chunk.x += first / per_x * cols;
+    if (chosen) chunk.choice.experts += first;
+    std::array<ProductTarget, kMaxProductTargets> moved;
+    for (size_t t = 0; t < targets.size(); ++t) {
+      moved[t] = targets[t];
+      moved[t].out += first * targets[t].weights.rows;
+    }
+    KVANT_TRY(multiply_chunk(chunk, std::span(moved).first(targets.size()),
+                             (chunk.num_rows + per_x - 1) / per_x, stream));
+  }
+  return {};
 }
 
 }  // namespace kvant::backend::cuda

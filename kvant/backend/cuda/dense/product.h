@@ -1,15 +1,19 @@
 // Products of few rows with weights as they are stored: y = x W^T, bound by reading the weights.
 //
-// Activations enter as two BF16 numbers each (16 bits of mantissa), codes exactly, sums are fp32. A
-// row's bits depend on nothing but the row and the matrix: the order of a sum is that of tiles over
-// a fixed number of warps. docs/kernels/cuda-linear.md.
+// With codes, activations enter as numbers of 16 bits in blocks of 32 that share a scale; products
+// of a block are summed exactly. With float weights they enter as two BF16 numbers each (16 bits of
+// mantissa). Sums over blocks are fp32. A row's bits depend on nothing but the row and the matrix:
+// the order of a sum is that of tiles over a fixed number of warps. docs/kernels/cuda-linear.md.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <span>
 
+#include "kvant/backend/backend.h"
 #include "kvant/backend/cuda/dense/weight_tiles.h"
 #include "kvant/base/result.h"
 
@@ -32,10 +36,35 @@ struct ExpertChoice {
 
 inline constexpr int kMaxProductTargets = 4;
 
+// x is normed first, as rms_norm() does.
+struct RowNorm {
+  const float* weight = nullptr;  // [cols]; null: it is not
+  float epsilon = 0.0f;
+};
+
+struct RowProduct {
+  const float* x = nullptr;  // [num_rows][cols]; with experts [num_rows / rows_per_x][cols]
+  int64_t num_rows = 0;
+  ExpertChoice choice = {};
+  RowNorm norm = {};   // where can_norm()
+  bool gated = false;  // where can_norm(): targets are a gate and what it is for, both of one size;
+  GateKind gate = GateKind::kSilu;  // the first one's `out` gets act(gate) * up
+  int num_sms = 1;
+  // For rows of x in the form in which they are multiplied, where a block cannot keep them.
+  std::byte* workspace = nullptr;
+  int64_t workspace_bytes = 0;
+};
+
+// Rows that the workspace of a product holds; more are multiplied in turns.
+inline constexpr int64_t kPreparedRows = 64;
+
+// Whether products of so many rows with such a matrix can norm them, and end in a gate.
+bool can_norm(const WeightTiles& weights, int64_t num_rows);
+
 // Any number of rows; efficient up to 16. At most kMaxProductTargets targets with the same type and
 // number of columns; with a choice of experts exactly one.
-Status multiply_rows(const float* x, int64_t num_rows, std::span<const ProductTarget> targets,
-                     const ExpertChoice& choice, int num_sms, cudaStream_t stream);
+Status multiply_rows(const RowProduct& product, std::span<const ProductTarget> targets,
+                     cudaStream_t stream);
 
 // Values of rows [first_row, first_row + num_rows) rounded to BF16, [num_rows][padded_cols].
 // first_row is a multiple of 16.

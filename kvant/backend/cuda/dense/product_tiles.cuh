@@ -18,16 +18,23 @@ namespace kvant::backend::cuda {
 
 using formats::WeightType;
 
-// What is added to a code to make it unsigned.
+// Codes with a sign are stored in two's complement; this is the weight of their sign bit. 0: codes
+// without a sign.
 template <WeightType kType>
-inline constexpr int kCodeBias = kType == WeightType::kQ4_0   ? 8
-                                 : kType == WeightType::kQ5_0 ? 16
-                                 : kType == WeightType::kQ6_K ? 32
-                                 : kType == WeightType::kQ8_0 ? 128
-                                                              : 0;
+inline constexpr int kSignBit = kType == WeightType::kQ4_0   ? 8
+                                : kType == WeightType::kQ5_0 ? 16
+                                : kType == WeightType::kQ6_K ? 32
+                                : kType == WeightType::kQ8_0 ? 128
+                                                             : 0;
 template <WeightType kType>
 inline constexpr bool kHasOffset = kType == WeightType::kQ4_1 || kType == WeightType::kQ5_1 ||
                                    kType == WeightType::kQ4_K || kType == WeightType::kQ5_K;
+// Codes with a sign are in the upper bits of their bytes where they are multiplied.
+template <WeightType kType>
+inline constexpr int kCodeShift = kType == WeightType::kQ4_0   ? 4
+                                  : kType == WeightType::kQ5_0 ? 3
+                                  : kType == WeightType::kQ6_K ? 2
+                                                               : 0;
 template <WeightType kType>
 inline constexpr int kScaleSteps = kType == WeightType::kQ6_K ? 1 : 2;  // steps that share a scale
 
@@ -41,30 +48,15 @@ __device__ inline float high_bf16(uint32_t word) {
   return __uint_as_float(word & 0xffff0000u);
 }
 
-// c += a b, or c = a b; a 16 x 16, b 16 x 8, c 16 x 8.
-__device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                                    bool fresh = false) {
-  const float zero = 0.0f;
-  if (fresh) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%10, %10, %10, %10};"
-        : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(zero));
-    return;
-  }
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-// (x & mask) | bits, in one instruction.
-__device__ inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
+// (x & mask) ^ bits, in one instruction.
+__device__ inline uint32_t and_xor(uint32_t x, uint32_t mask, uint32_t bits) {
   uint32_t out;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(out) : "r"(x), "r"(mask), "r"(bits));
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(out) : "r"(x), "r"(mask), "r"(bits));
   return out;
+}
+// Left where n is positive, right where it is negative.
+__device__ constexpr uint32_t shift_left(uint32_t x, int n) {
+  return n >= 0 ? x << n : x >> -n;
 }
 
 // Weights are read once: past L1, which holds the activations.
@@ -91,14 +83,18 @@ __device__ inline float byte_of(uint32_t word, int i) {
          static_cast<float>(8388608 + kOffset);
 }
 
-// Where a lane reads what of a strip; at a pair of tiles.
-template <WeightType kType>
-struct TileSource {
-  static constexpr TileBytes kBytes = tile_bytes(kType);
+// Where a lane reads what of a tile.
+struct TilePlaces {
   const uint8_t* low;
   const uint8_t* high;
   const uint8_t* scales;
   const uint8_t* super;
+};
+
+// In a strip.
+template <WeightType kType>
+struct TileSource : TilePlaces {
+  static constexpr TileBytes kBytes = tile_bytes(kType);
 
   __device__ TileSource(const WeightTiles& w, int64_t strip, int tile, int lane) {
     const StripPlanes planes(kBytes, static_cast<int>(w.num_tiles()));
@@ -109,14 +105,118 @@ struct TileSource {
     scales = first + planes.scales + tile * kBytes.scales + g * (kBytes.scales / 8);
     super = first + planes.super + tile / kGroupTiles * kBytes.super + g * (kBytes.super / 8);
   }
-  // By whole groups of tiles.
-  __device__ void advance(int tiles) {
-    low += tiles * kBytes.low;
-    high += tiles * kBytes.high;
-    scales += tiles * kBytes.scales;
-    super += tiles / kGroupTiles * kBytes.super;
-  }
 };
+
+// ---- stages: what a warp copies to shared memory for itself at a time ----
+
+// A warp takes units of so many tiles of a strip: the order of a sum.
+template <WeightType kType>
+inline constexpr int kUnitTiles = kTiled<kType>&& tile_bytes(kType).low == 512 &&
+                                          tile_bytes(kType).high == 0
+                                      ? 4
+                                      : 2;
+
+// Codes: a unit; its planes behind each other, low codes first.
+template <WeightType kType, bool kIsTiled = kTiled<kType>>
+struct Stage {
+  static constexpr TileBytes kTile = tile_bytes(kType);
+  static constexpr int kTiles = kUnitTiles<kType>;
+  static constexpr int kLow = kTiles * kTile.low;
+  static constexpr int kHigh = kTiles * kTile.high;
+  static constexpr int kScales = kTiles * kTile.scales;
+  static constexpr int kBytes = kLow + kHigh + kScales + kTile.super;
+  static constexpr int kHighAt = kLow;
+  static constexpr int kScalesAt = kHighAt + kHigh;
+  static constexpr int kSuperAt = kScalesAt + kScales;
+
+  // Tile i of the unit, of a lane.
+  static __device__ TilePlaces places(const uint8_t* stage, int i, int lane) {
+    const int g = lane / 4;
+    return {stage + i * kTile.low + lane * 16,
+            stage + kHighAt + i * kTile.high + lane * (kTile.high / 32),
+            stage + kScalesAt + i * kTile.scales + g * (kTile.scales / 8),
+            stage + kSuperAt + g * (kTile.super / 8)};
+  }
+
+  // Where a lane finds its chunks of the units of one strip.
+  struct Source {
+    const uint8_t* strip;
+
+    __device__ void locate(const WeightTiles&, const uint8_t* data, int64_t stride,
+                           int64_t strip_index, int) {
+      strip = data + strip_index * stride;
+    }
+    // The tiles from `tile` on that are there; `target` and `lane` in bytes of shared memory and
+    // lanes.
+    __device__ void copy(uint32_t target, int num_tiles, int tile, int lane) const {
+      const StripPlanes planes(kTile, num_tiles);
+      const int at = lane * 16;
+      const int there = num_tiles - tile;  // at least two
+      const uint8_t* low = strip + tile * kTile.low + at;
+      constexpr int kChunks = kLow / 512;
+#pragma unroll
+      for (int i = 0; i < kChunks; ++i) {
+        if (i * kTiles / kChunks < 2 || i * kTiles / kChunks < there) {
+          ptx::copy_16(target + at + i * 512, low + i * 512);
+        }
+      }
+      if constexpr (kHigh == 512) {
+        ptx::copy_16(target + kHighAt + at, strip + planes.high + tile * kTile.high + at);
+      }
+      // The rest is at most 512 bytes: each lane has a chunk of one of the planes.
+      constexpr int kSmallHigh = kHigh == 512 ? 0 : kHigh;
+      constexpr int kRestAt = kBytes - (kSmallHigh + kScales + kTile.super);
+      constexpr int kBefore = kSmallHigh + kScales;
+      const uint8_t* from = strip + planes.high + tile * kTile.high + at;
+      bool exists = true;
+      if (at >= kSmallHigh) {
+        from = strip + planes.scales + tile * kTile.scales + (at - kSmallHigh);
+        if constexpr (kTiles > 2) exists = at - kSmallHigh < there * kTile.scales;
+      }
+      if constexpr (kTile.super > 0) {
+        if (at >= kBefore) {
+          from = strip + planes.super + tile / kGroupTiles * kTile.super + (at - kBefore);
+          exists = true;
+        }
+      }
+      if (at < kBytes - kRestAt && exists) ptx::copy_16(target + kRestAt + at, from);
+    }
+  };
+};
+
+// Floats: a tile; 16 bytes of rows g and g + 8 a lane.
+template <WeightType kType>
+struct Stage<kType, false> {
+  static constexpr int kTiles = 1;
+  static constexpr int kElementBytes = kType == WeightType::kF32 ? 4 : 2;
+  static constexpr int kWords = kElementBytes;  // of 16 bytes, a row and lane
+  static constexpr int kBytes = kStripRows * kTileCols * kElementBytes;
+
+  struct Source {
+    const uint8_t* rows[2];
+
+    // `stride`: of a row.
+    __device__ void locate(const WeightTiles& w, const uint8_t* data, int64_t stride,
+                           int64_t strip_index, int lane) {
+      for (int r = 0; r < 2; ++r) {  // the last row stands for those that are not there
+        const int64_t row = min(strip_index * kStripRows + lane / 4 + 8 * r, w.rows - 1);
+        rows[r] = data + row * stride + lane % 4 * 16;
+      }
+    }
+    __device__ void copy(uint32_t target, int /*num_tiles*/, int tile, int lane) const {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+#pragma unroll
+        for (int word = 0; word < kWords; ++word) {
+          ptx::copy_16(target + (r * kWords + word) * 512 + lane * 16,
+                       rows[r] + tile * kTileCols * kElementBytes + word * 64);
+        }
+      }
+    }
+  };
+};
+
+// ---- tiles in registers ----
 
 // Everything of one tile that a lane needs, as loaded.
 template <WeightType kType>
@@ -127,35 +227,18 @@ struct RawTile {
   uint32_t scales[kBytes.scales / 32];
   uint32_t super[kBytes.super > 0 ? kBytes.super / 32 : 1];
 
-  // Tile i of the pair.
-  __device__ void load(const TileSource<kType>& source, int i) {
+  __device__ void load(const TileSource<kType>& source) { load_from<true>(source); }
+  // From shared memory.
+  __device__ void load_stage(const uint8_t* stage, int i, int lane) {
+    load_from<false>(Stage<kType>::places(stage, i, lane));
+  }
+
+  // Codes of steps 2 b and 2 b + 1 as bytes, left operand of m16n8k32; of Q6_K of step b, of
+  // m16n8k16. They are kCodeFactor times the codes.
+  template <int kRegisters>
+  __device__ void bytes(int b, uint32_t (&a)[kRegisters]) const {
 #pragma unroll
-    for (int part = 0; part < kBytes.low / 512; ++part) {
-      low[part] = load_once<uint4>(source.low + i * kBytes.low + part * 512);
-    }
-    if constexpr (kBytes.high == 128) high[0] = load_once<uint32_t>(source.high + i * kBytes.high);
-    if constexpr (kBytes.high == 256) {
-      const auto words = load_once<uint2>(source.high + i * kBytes.high);
-      high[0] = words.x;
-      high[1] = words.y;
-    }
-    if constexpr (kBytes.scales == 64) {
-      const auto words = load_once<uint2>(source.scales + i * kBytes.scales);
-      scales[0] = words.x;
-      scales[1] = words.y;
-    } else {
-      const auto words = load_once<uint4>(source.scales + i * kBytes.scales);
-      scales[0] = words.x;
-      scales[1] = words.y;
-      scales[2] = words.z;
-      scales[3] = words.w;
-    }
-    if constexpr (kBytes.super == 32) super[0] = load_once<uint32_t>(source.super);
-    if constexpr (kBytes.super == 64) {
-      const auto words = load_once<uint2>(source.super);
-      super[0] = words.x;
-      super[1] = words.y;
-    }
+    for (int i = 0; i < kRegisters; ++i) a[i] = row_bytes(b * kRegisters / 2 + i / 2, i % 2);
   }
 
   // Codes of step s as BF16 integers.
@@ -165,27 +248,27 @@ struct RawTile {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const uint32_t word =
-            s % 2 == 0 ? (i < 2 ? words.x : words.y) : (i < 2 ? words.z : words.w);
-        a[i] = ptx::bf16x2_of_f32(byte_of<128>(word, 2 * (i % 2)),
-                                  byte_of<128>(word, 2 * (i % 2) + 1));
+            s % 2 == 0 ? (i % 2 == 0 ? words.x : words.y) : (i % 2 == 0 ? words.z : words.w);
+        a[i] = ptx::bf16x2_of_f32(byte_of<128>(word ^ 0x80808080u, i / 2),
+                                  byte_of<128>(word ^ 0x80808080u, i / 2 + 2));
       }
     } else {
       const uint32_t word = s == 0 ? low[0].x : s == 1 ? low[0].y : s == 2 ? low[0].z : low[0].w;
+      constexpr uint32_t kBias = 0x43004300u + 0x00010001u * kSignBit<kType>;  // 128 + sign bit
       __nv_bfloat162 bias;
-      const uint32_t bias_bits = 0x43004300u + 0x00010001u * kCodeBias<kType>;  // 128 + bias
-      memcpy(&bias, &bias_bits, 4);
+      memcpy(&bias, &kBias, 4);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         // 128 + code in BF16: the code is the low mantissa bits.
-        uint32_t bits = and_or(word >> (4 * i), 0x000f000fu, 0x43004300u);
+        uint32_t bits = and_xor(word >> (4 * i), 0x000f000fu, kBias);
+        const int row = i % 2;
+        const int byte = 8 * (i / 2);
         if constexpr (kBytes.high == 128) {
-          const int shift = 4 * s + i - 4;
-          bits = and_or(shift >= 0 ? high[0] >> shift : high[0] << -shift, 0x00100010u, bits);
+          bits = and_xor(shift_left(high[0], 4 - byte - 2 * s - row), 0x00100010u, bits);
         }
         if constexpr (kBytes.high == 256) {
-          const int shift = 2 * (4 * (s % 2) + i) - 4;
-          const uint32_t pairs = high[s / 2];
-          bits = and_or(shift >= 0 ? pairs >> shift : pairs << -shift, 0x00300030u, bits);
+          bits =
+              and_xor(shift_left(high[s / 2], 4 - byte - 4 * (s % 2) - 2 * row), 0x00300030u, bits);
         }
         __nv_bfloat162 pair;
         memcpy(&pair, &bits, 4);
@@ -195,7 +278,7 @@ struct RawTile {
     }
   }
 
-  // Of the sub-block that step s is in.
+  // Of the sub-block that step s is in; they belong to codes.
   __device__ RowScales row_scales(int s) const {
     RowScales out = {};
     const int block = s / 2;
@@ -219,6 +302,63 @@ struct RawTile {
       }
     }
     return out;
+  }
+
+ private:
+  template <bool kOnce, typename T>
+  static __device__ T get(const uint8_t* p) {
+    if constexpr (kOnce) return load_once<T>(p);
+    return *reinterpret_cast<const T*>(p);
+  }
+  template <bool kOnce>
+  __device__ void load_from(const TilePlaces& at) {
+#pragma unroll
+    for (int part = 0; part < kBytes.low / 512; ++part) {
+      low[part] = get<kOnce, uint4>(at.low + part * 512);
+    }
+    if constexpr (kBytes.high == 128) high[0] = get<kOnce, uint32_t>(at.high);
+    if constexpr (kBytes.high == 256) {
+      const auto words = get<kOnce, uint2>(at.high);
+      high[0] = words.x;
+      high[1] = words.y;
+    }
+    if constexpr (kBytes.scales == 64) {
+      const auto words = get<kOnce, uint2>(at.scales);
+      scales[0] = words.x;
+      scales[1] = words.y;
+    } else {
+      const auto words = get<kOnce, uint4>(at.scales);
+      scales[0] = words.x;
+      scales[1] = words.y;
+      scales[2] = words.z;
+      scales[3] = words.w;
+    }
+    if constexpr (kBytes.super == 32) super[0] = get<kOnce, uint32_t>(at.super);
+    if constexpr (kBytes.super == 64) {
+      const auto words = get<kOnce, uint2>(at.super);
+      super[0] = words.x;
+      super[1] = words.y;
+    }
+  }
+
+  // The four inputs of step s in row g + 8 r.
+  __device__ uint32_t row_bytes(int s, int r) const {
+    if constexpr (kType == WeightType::kQ8_0) {
+      const uint4& words = low[s / 2];
+      return s % 2 == 0 ? (r == 0 ? words.x : words.y) : (r == 0 ? words.z : words.w);
+    } else {
+      const uint32_t word = s == 0 ? low[0].x : s == 1 ? low[0].y : s == 2 ? low[0].z : low[0].w;
+      constexpr int kPlace = kCodeShift<kType>;  // of the lowest bit
+      const uint32_t nibbles = shift_left(word, kPlace - 4 * r) & (0x0f0f0f0fu << kPlace);
+      if constexpr (kBytes.high == 128) {
+        return and_xor(shift_left(high[0], kPlace + 4 - 2 * s - r), 0x10101010u << kPlace, nibbles);
+      } else if constexpr (kBytes.high == 256) {
+        return and_xor(shift_left(high[s / 2], kPlace + 4 - 4 * (s % 2) - 2 * r),
+                       0x30303030u << kPlace, nibbles);
+      } else {
+        return nibbles;
+      }
+    }
   }
 };
 
@@ -244,9 +384,6 @@ struct FloatSource {
       rows[r] = w.data + (row * w.padded_cols() + tile * kTileCols) * kElementBytes + lane % 4 * 16;
     }
   }
-  __device__ void advance(int tiles) {
-    for (auto& row : rows) row += tiles * kTileCols * kElementBytes;
-  }
 };
 
 // Float weights of a lane for one tile: two matrix operands whose sum is the value (the second is
@@ -257,13 +394,23 @@ struct FloatTile {
   static constexpr int kElementBytes = kType == WeightType::kF32 ? 4 : 2;
   uint4 raw[2][kWords];
 
-  // Tile i of the pair.
-  __device__ void load(const FloatSource<kType>& source, int i) {
+  __device__ void load(const FloatSource<kType>& source) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
 #pragma unroll
       for (int part = 0; part < kWords; ++part) {
-        raw[r][part] = load_once<uint4>(source.rows[r] + i * kTileCols * kElementBytes + part * 64);
+        raw[r][part] = load_once<uint4>(source.rows[r] + part * 64);
+      }
+    }
+  }
+  // From shared memory.
+  __device__ void load_stage(const uint8_t* stage, int /*i*/, int lane) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int part = 0; part < kWords; ++part) {
+        raw[r][part] =
+            *reinterpret_cast<const uint4*>(stage + (r * kWords + part) * 512 + lane * 16);
       }
     }
   }

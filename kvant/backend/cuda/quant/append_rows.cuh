@@ -1,6 +1,7 @@
 // Writing new rows into BF16 pages (`sm90` order), a warp per run of tokens, KV head and side.
 #pragma once
 
+#include "kvant/backend/cuda/append.h"
 #include "kvant/backend/cuda/quant/close_general.cuh"
 #include "kvant/backend/cuda/quant/numbers.cuh"
 
@@ -144,6 +145,58 @@ __global__ void __launch_bounds__(kAppendThreads)
   } else {
     append_run<false>(args, run, lane, nullptr);
   }
+}
+
+// Rotates one head's vector in place; a warp. As rope_kernel() does.
+__device__ __forceinline__ void rotate_head(float* x, const float* table, int rotary_dim,
+                                            int lane) {
+  const int half = rotary_dim / 2;
+  for (int i = lane; i < half; i += kLanes) {
+    const float c = table[i];
+    const float s = table[half + i];
+    const float a = x[i];
+    const float b = x[i + half];
+    x[i] = fmaf(-b, s, a * c);
+    x[i + half] = fmaf(a, s, b * c);
+  }
+}
+
+// The warps of append_rows_kernel, keys rotated first, and a warp for each query head.
+__global__ void __launch_bounds__(kAppendThreads)
+    rotate_append_kernel(const __grid_constant__ AppendRowsArgs args,
+                         const __grid_constant__ AppendRotation rotation) {
+  ptx::launch_dependents();
+  const int warp = static_cast<int>((blockIdx.x * kAppendThreads + threadIdx.x) / kLanes);
+  const int lane = static_cast<int>(threadIdx.x % kLanes);
+  const bool values = warp % 2 == 1;
+  const int unit = warp / 2;
+  const int num_units = args.num_items * args.num_kv_heads;
+  if (unit >= num_units) {
+    const int head = warp - 2 * num_units;
+    ptx::wait_prerequisites();
+    if (head >= rotation.num_rows * rotation.num_query_heads) return;
+    rotate_head(rotation.q + static_cast<int64_t>(head) * args.head_dim,
+                rotation.table + head / rotation.num_query_heads * rotation.rotary_dim,
+                rotation.rotary_dim, lane);
+    return;
+  }
+  const AppendItem item = args.items[unit / args.num_kv_heads];
+  const int kv_head = unit % args.num_kv_heads;
+  const RowRun run = find_run(args, item, kv_head, values);
+  ptx::wait_prerequisites();
+  if (values) {
+    append_run<true>(args, run, lane, nullptr);
+    return;
+  }
+  if (rotation.rotate_keys) {
+    for (int token = 0; token < item.count; ++token) {
+      const int64_t row = item.row + token;
+      rotate_head(rotation.k + (row * args.num_kv_heads + kv_head) * args.head_dim,
+                  rotation.table + row * rotation.rotary_dim, rotation.rotary_dim, lane);
+    }
+    __syncwarp();
+  }
+  append_run<false>(args, run, lane, nullptr);
 }
 
 // ---- +strict ----

@@ -1,0 +1,55 @@
+// RMS norms of rows by blocks of kNormThreads, in one order of sums wherever they are done: thread
+// t has inputs [8 t, 8 t + 8) and those 8 kNormThreads further on.
+#pragma once
+
+#include <cstdint>
+
+namespace kvant::backend::cuda {
+
+inline constexpr int kNormThreads = 512;
+
+// Inputs at, .., at + 3 of a row; zeros beyond `cols`. at % 4 == 0.
+__device__ inline float4 load_four(const float* x, int64_t at, int64_t cols) {
+  if (cols % 4 == 0) {
+    return at < cols ? *reinterpret_cast<const float4*>(x + at) : make_float4(0, 0, 0, 0);
+  }
+  float v[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v[i] = at + i < cols ? x[at + i] : 0.0f;
+  return make_float4(v[0], v[1], v[2], v[3]);
+}
+
+__device__ inline void load_eight(const float* x, int64_t at, int64_t cols, float (&v)[8]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float4 four = load_four(x, at + 4 * half, cols);
+    v[4 * half] = four.x, v[4 * half + 1] = four.y;
+    v[4 * half + 2] = four.z, v[4 * half + 3] = four.w;
+  }
+}
+
+// What the values of a row are multiplied with. `held` are the thread's first eight.
+__device__ inline float norm_factor(const float* x, int64_t cols, const float (&held)[8],
+                                    float epsilon) {
+  constexpr int kWarps = kNormThreads / 32;
+  __shared__ float parts[kWarps];
+  float sum = 0.0f;
+#pragma unroll
+  for (const float v : held) sum = fmaf(v, v, sum);
+  for (int64_t at = 8 * (kNormThreads + threadIdx.x); at < cols; at += 8 * kNormThreads) {
+    float more[8];
+    load_eight(x, at, cols, more);
+#pragma unroll
+    for (const float v : more) sum = fmaf(v, v, sum);
+  }
+  for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+  __syncthreads();  // the parts of the row before have been read
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = sum;
+  __syncthreads();
+  sum = 0.0f;
+#pragma unroll
+  for (const float part : parts) sum += part;
+  return 1.0f / sqrtf(sum / static_cast<float>(cols) + epsilon);
+}
+
+}  // namespace kvant::backend::cuda
