@@ -76,8 +76,8 @@ Status check_side(const SideFormat& side, bool keys) {
   return {};
 }
 
-constexpr int kSharedMemoryLimit = 227 * 1024;
-constexpr int kBarrierBytes = 8192;  // static shared memory of the kernel, rounded up
+constexpr int kSharedMemory = 228 * 1024;  // of a multiprocessor
+constexpr int kReservedShared = 1024;      // of each block, by the system
 constexpr int kWantedSlots = 3;
 
 }  // namespace
@@ -124,13 +124,8 @@ Status CudaAttention::configure(const AttentionArgs& args, int layer) {
   query.value = value_kernel(v.base);
   query.head_dim = view.head_dim;
   query.page_tokens = view.page_tokens;
-  query.num_multiprocessors = num_sms_;
-  query.pages = 0;
-  for (const cache::SequenceView& sequence : view.sequences) {
+  for (const cache::SequenceView& sequence : view.sequences)
     query.rows = std::max(query.rows, group * sequence.num_new_tokens);
-    const int64_t end = sequence.first_position + sequence.num_new_tokens;
-    query.pages += (end / view.page_tokens + 1 - sequence.first_page) * view.num_kv_heads;
-  }
   query.rows = std::min(16, query.rows);
   variant_ = find_variant(query);
   if (variant_ == nullptr)
@@ -157,7 +152,7 @@ Status CudaAttention::configure(const AttentionArgs& args, int layer) {
   params_.slot_bytes = tile_bytes;
   if (!params_.stored_by_tile)
     params_.slot_bytes = std::max({tile_bytes, params_.stored.k_bytes, params_.stored.v_bytes});
-  const int left = kSharedMemoryLimit / variant_->blocks - kBarrierBytes -
+  const int left = kSharedMemory / variant_->blocks - kReservedShared - variant_->fixed_bytes -
                    variant_->teams * variant_->team_bytes;
   params_.num_slots = std::min(kWantedSlots, left / (variant_->teams * params_.slot_bytes));
   // The ring takes a result of the team when its last segment ends.
@@ -232,9 +227,15 @@ Status CudaAttention::prepare(const AttentionArgs& args, cudaStream_t stream) {
   params_.worker_sums =
       partial_sums_ + static_cast<int64_t>(2 * num_blocks) * shape.max_rows * view.head_dim;
   num_split_units_ = static_cast<int>(plan.split_units.size());
-  combine_rows_ = 1;
-  for (const SplitUnit& unit : plan.split_units)
-    combine_rows_ = std::max(combine_rows_, unit.num_rows);
+  int most_rows = 1;
+  int most_partials = 1;
+  for (const SplitUnit& unit : plan.split_units) {
+    most_rows = std::max(most_rows, unit.num_rows);
+    most_partials = std::max(most_partials, unit.num_partials);
+  }
+  if (most_partials > kMaxCombined)
+    return unsupported("devices of more than " + std::to_string(kMaxCombined) + " blocks");
+  combine_ = combine_launch(num_split_units_, most_rows, most_partials, view.head_dim);
   view_ = args.view;
   return {};
 }
@@ -273,9 +274,8 @@ Status CudaAttention::launch(const AttentionArgs& args, cudaStream_t stream) {
                                               kernel_name(params.value_kernel));
   }
   if (num_split_units_ == 0) return {};
-  const dim3 grid(static_cast<unsigned>(num_split_units_), static_cast<unsigned>(combine_rows_));
-  return launch_overlapped("the merge of partial results", combine_function(),
-                           {grid, kCombineThreads, 0, stream}, arguments);
+  return launch_overlapped("the merge of partial results", combine_.kernel,
+                           {combine_.grid, kCombineThreads, 0, stream}, arguments);
 }
 
 Status CudaAttention::run(const AttentionArgs& args, cudaStream_t stream) {

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "kvant/backend/backend.h"
+#include "kvant/backend/cuda/decode/combine.h"
 #include "kvant/backend/cuda/decode/kernel_params.h"
 #include "kvant/backend/cuda/decode/variants.h"
 #include "kvant/backend/cuda/upload.h"
@@ -52,7 +53,7 @@ class CudaAttention {
   const DecodeVariant* variant_ = nullptr;
   DecodeParams params_ = {};
   int num_split_units_ = 0;
-  int combine_rows_ = 0;  // blocks per split unit
+  CombineLaunch combine_;
   int smem_bytes_ = 0;
   std::vector<HeadFactors> factors_;  // [layers][num_kv_heads]
   Upload upload_;

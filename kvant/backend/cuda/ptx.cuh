@@ -188,9 +188,37 @@ __device__ __forceinline__ uint32_t bf16x2_of_f32(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
   return y;
 }
+// The same of the lower or upper half of a word, without an instruction to take it out.
+__device__ __forceinline__ uint32_t f16x2_of_e4m3x2_low(uint32_t word) {
+  uint32_t y;
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.rn.f16x2.e4m3x2 %0, l;}" : "=r"(y) : "r"(word));
+  return y;
+}
+__device__ __forceinline__ uint32_t f16x2_of_e4m3x2_high(uint32_t word) {
+  uint32_t y;
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.rn.f16x2.e4m3x2 %0, h;}" : "=r"(y) : "r"(word));
+  return y;
+}
 __device__ __forceinline__ uint32_t hmul2(uint32_t a, uint32_t b) {
   uint32_t y;
   asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+// Both halves of a times the lower or upper half of b.
+__device__ __forceinline__ uint32_t hmul2_low(uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("{.reg .b16 l, h; .reg .b32 t; mov.b32 {l, h}, %2; mov.b32 t, {l, l}; mul.rn.f16x2 %0, %1, "
+      "t;}"
+      : "=r"(y)
+      : "r"(a), "r"(b));
+  return y;
+}
+__device__ __forceinline__ uint32_t hmul2_high(uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("{.reg .b16 l, h; .reg .b32 t; mov.b32 {l, h}, %2; mov.b32 t, {h, h}; mul.rn.f16x2 %0, %1, "
+      "t;}"
+      : "=r"(y)
+      : "r"(a), "r"(b));
   return y;
 }
 __device__ __forceinline__ uint32_t hadd2(uint32_t a, uint32_t b) {

@@ -17,8 +17,8 @@ class Consumer {
 
  public:
   __device__ __forceinline__ Consumer(const DecodeParams& params, const Ring& ring,
-                                      std::byte* team_memory, BlockResult<kNTiles * 8>* results,
-                                      int team, int team_warp, int lane)
+                                      std::byte* team_memory, BlockResult<Shape>* results, int team,
+                                      int team_warp, int lane)
       : params_(params),
         ring_(ring),
         results_(results),
@@ -26,12 +26,21 @@ class Consumer {
         warp_(team_warp),
         lane_(lane) {
     bf16_queries_ = reinterpret_cast<uint4*>(team_memory);
-    f16_queries_ = reinterpret_cast<uint2*>(team_memory + Shape::kBf16QueryBytes);
-    exchange_ =
-        reinterpret_cast<float*>(team_memory + Shape::kBf16QueryBytes + Shape::kF16QueryBytes);
-    states_ = reinterpret_cast<float2*>(team_memory + Shape::kBf16QueryBytes +
-                                        Shape::kF16QueryBytes + Shape::kExchangeBytes);
+    std::byte* exchange = team_memory + Shape::kBf16QueryBytes + Shape::kF16QueryBytes;
+    exchange_ = reinterpret_cast<float*>(exchange);
+    f16_queries_ = reinterpret_cast<uint2*>(
+        Shape::kF16QueryBytes > 0 ? team_memory + Shape::kBf16QueryBytes : exchange);
+    states_ = reinterpret_cast<float2*>(exchange + Shape::kExchangeBytes);
     now_ = reinterpret_cast<TeamSegment*>(team_memory + Shape::kTeamBytes - sizeof(TeamSegment));
+  }
+
+  // Before the first segment, without waiting for other kernels.
+  __device__ __forceinline__ void clear_queries() {
+    constexpr int kPlaces = kNTiles * kSteps * 32;
+    for (int i = warp_ * 32 + lane_; i < kPlaces; i += kTeam * 32) {
+      bf16_queries_[i] = {0, 0, 0, 0};
+      f16_queries_[i] = {0, 0};
+    }
   }
 
   // `word`: this lane's word of the segment (lanes below 16); `is_last`: of the team.
@@ -58,7 +67,11 @@ class Consumer {
       if (!Shape::kAny || params_.value_kernel == ValueKernel::kInt4)
         join_zeros<kHeadDim, kNTiles>(lane_, zeros_, sum_);
     }
-    finish(now_->segment, worker, is_last);
+    if (is_last) {
+      leave_result(now_->segment);
+    } else {
+      finish(now_->segment, worker);
+    }
   }
 
  private:
@@ -76,11 +89,19 @@ class Consumer {
     if (warp_ == 0 && lane_ == 0) now_->factors = params_.factors[segment.kv_head];
     if (params_.q_bias != nullptr && warp_ == 0 && lane_ < segment.num_rows) {
       const QueryRow at = query_row(params_, segment.first_row, segment.kv_head, lane_);
-      now_->biases[lane_] = params_.q_bias[at.row * params_.num_query_heads + at.head];
+      now_->biases[lane_] = __ldcg(params_.q_bias + at.row * params_.num_query_heads + at.head);
     }
-#pragma unroll
-    for (int n = 0; n < kNTiles; ++n) load_queries(segment, n);
+    stage_queries(segment);
     sync_team();
+#pragma unroll
+    for (int n = 0; n < kNTiles; ++n) {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        const uint2 q = f16_queries_[staged(step, n * 8 + lane_ / 4, lane_ % 4)];
+        q_.b[n][step][0] = q.x;
+        q_.b[n][step][1] = q.y;
+      }
+    }
 #pragma unroll
     for (int n = 0; n < kNTiles; ++n) {
       reference_[n][0] = reference_[n][1] = kNoReference;
@@ -92,30 +113,52 @@ class Consumer {
     }
   }
 
-  // B fragments of n-tile n: this lane's query row is n * 8 + lane / 4.
-  __device__ __forceinline__ void load_queries(const Segment& segment, int n) {
-    const int r = n * 8 + lane_ / 4;
-    const bool valid = r < segment.num_rows;
-    const QueryRow at = query_row(params_, segment.first_row, segment.kv_head, valid ? r : 0);
-    const int64_t offset = (at.row * params_.num_query_heads + at.head) * kHeadDim + lane_ % 4 * 2;
-    const float2 none = {0.0f, 0.0f};
+  // Place of channels (2 t, 2 t + 1) and (2 t + 8, 2 t + 9) of a step and query row among the
+  // staged fragments: neighbouring steps of a row lie in different banks.
+  __device__ __forceinline__ static int staged(int step, int r, int t) {
+    return (r / 8 * kSteps + step) * 32 + (r ^ step) % 8 * 4 + t;
+  }
+
+  // The rows of the tile become B fragments in shared memory: fp16 for stored pages, BF16 and rest
+  // for others. A warp reads a whole row at a time: all teams of a unit read the same rows at once,
+  // and what they ask of the L2 cache adds up. Rows beyond num_rows keep what they hold (zeros, or
+  // an earlier segment's): their results are not used.
+  __device__ __forceinline__ void stage_queries(const Segment& segment) {
+    constexpr int kBatch = kTeam == 1 ? 4 : Shape::kRows / kTeam;  // loads on their way
+    const bool same = params_.stored_q == params_.q;
+#pragma unroll 1
+    for (int first = warp_; first < segment.num_rows; first += kBatch * kTeam) {
 #pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      const float* stored = params_.stored_q + offset + s * 16;
-      const float2 low = valid ? *reinterpret_cast<const float2*>(stored) : none;
-      const float2 high = valid ? *reinterpret_cast<const float2*>(stored + 8) : none;
-      q_.b[n][s][0] = ptx::f16x2_of_f32(low.x, low.y);
-      q_.b[n][s][1] = ptx::f16x2_of_f32(high.x, high.y);
-      if (s % kTeam != warp_) continue;
-      const int place = (n * kSteps + s) * 32 + lane_;
-      if constexpr (Shape::kNeedsSharedF16) f16_queries_[place] = {q_.b[n][s][0], q_.b[n][s][1]};
-      const float* plain = params_.q + offset + s * 16;
-      const float2 x = valid ? *reinterpret_cast<const float2*>(plain) : none;
-      const float2 y = valid ? *reinterpret_cast<const float2*>(plain + 8) : none;
-      const uint2 first = split_bf16(x.x, x.y);
-      const uint2 second = split_bf16(y.x, y.y);
-      bf16_queries_[place] = {first.x, second.x, first.y, second.y};
+      for (int channel = lane_ * 4; channel < kHeadDim; channel += 128) {
+        float4 stored[kBatch];
+        const float4* plain[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          const int r = min(first + i * kTeam, segment.num_rows - 1);
+          const QueryRow at = query_row(params_, segment.first_row, segment.kv_head, r);
+          const int64_t offset = (at.row * params_.num_query_heads + at.head) * kHeadDim + channel;
+          stored[i] = *reinterpret_cast<const float4*>(params_.stored_q + offset);
+          plain[i] = reinterpret_cast<const float4*>(params_.q + offset);
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          const int r = min(first + i * kTeam, segment.num_rows - 1);
+          const float4 x = stored[i];
+          const float4 y = same ? x : *plain[i];
+          stage_pair(r, channel, {x.x, x.y}, {y.x, y.y});
+          stage_pair(r, channel + 2, {x.z, x.w}, {y.z, y.w});
+        }
+      }
     }
+  }
+
+  __device__ __forceinline__ void stage_pair(int r, int channel, float2 stored, float2 plain) {
+    const int place = staged(channel / 16, r, channel % 8 / 2);
+    const int half = channel % 16 / 8;
+    reinterpret_cast<uint32_t*>(f16_queries_ + place)[half] = ptx::f16x2_of_f32(stored.x, stored.y);
+    const uint2 split = split_bf16(plain.x, plain.y);
+    reinterpret_cast<uint32_t*>(bf16_queries_ + place)[half] = split.x;
+    reinterpret_cast<uint32_t*>(bf16_queries_ + place)[2 + half] = split.y;
   }
 
   // Two values as BF16 pairs: rounded, and the rest.
@@ -212,7 +255,10 @@ class Consumer {
   __device__ __forceinline__ void scores_of(const KeyPage& keys, int first,
                                             float (&s)[kTiles][kNTiles][4],
                                             ScoreOffsets<kNTiles>& offsets) const {
-    page_scores<kKernel>(keys, first, lane_, q_, f16_queries_, Shape::kAny, s, offsets);
+    const auto queries = [this](int n, int step) {
+      return f16_queries_[staged(step, n * 8 + lane_ / 4, lane_ % 4)];
+    };
+    page_scores<kKernel>(keys, first, lane_, q_, queries, Shape::kAny, s, offsets);
   }
 
   __device__ __forceinline__ void add_stored(const std::byte* codes, int tile,
@@ -318,7 +364,7 @@ class Consumer {
         if (is_f16) {
           ptx::mma_f16(s[n], a, q_.b[n][step][0], q_.b[n][step][1]);
         } else {
-          const uint4 q = bf16_queries_[(n * kSteps + step) * 32 + lane_];
+          const uint4 q = bf16_queries_[staged(step, n * 8 + lane_ / 4, lane_ % 4)];
           ptx::mma_bf16(s[n], a, q.x, q.y);
           ptx::mma_bf16(s[n], a, q.z, q.w);
         }
@@ -473,9 +519,8 @@ class Consumer {
 
   // ---- end of a segment ----
 
-  // The warps exchange their sums through shared memory; each finishes a part of the channels.
-  __device__ __forceinline__ void finish(const Segment& segment, int worker, bool is_last) {
-    float reference[kNTiles][2], weight[kNTiles][2], factor[kTeam][kNTiles][2];
+  // References and sums of weights of this warp's tokens, by query row.
+  __device__ __forceinline__ void put_states(float2* states) {
 #pragma unroll
     for (int n = 0; n < kNTiles; ++n) {
 #pragma unroll
@@ -483,10 +528,57 @@ class Consumer {
 #pragma unroll
         for (int distance = 4; distance < 32; distance *= 2)
           weight_[n][c] += __shfl_xor_sync(~0u, weight_[n][c], distance);
-        if (lane_ < 4)
-          states_[(warp_ * kNTiles + n) * 8 + lane_ * 2 + c] = {reference_[n][c], weight_[n][c]};
+        if (lane_ < 4) states[n * 8 + lane_ * 2 + c] = {reference_[n][c], weight_[n][c]};
       }
     }
+  }
+
+  __device__ __forceinline__ void describe(BlockResult<Shape>& result,
+                                           const Segment& segment) const {
+    result.unit = segment.unit;
+    result.partial = segment.partial;
+    result.first_row = segment.first_row;
+    result.num_rows = segment.num_rows;
+    result.kv_head = segment.kv_head;
+  }
+
+  // The team's last segment: each warp leaves its sums as they are to the block's merge. The ring
+  // is empty, and the exchange is not needed any more.
+  __device__ __forceinline__ void leave_result(const Segment& segment) {
+    BlockResult<Shape>& result = results_[1];
+    put_states(result.states[warp_]);
+    constexpr int kPart = Shape::kRows * Shape::kRowStride;
+    float* sums =
+        warp_ == 0 ? reinterpret_cast<float*>(ring_.slots) : exchange_ + (warp_ - 1) * kPart;
+    if (lane_ == 0) result.sums[warp_] = sums;
+    if (warp_ == 0 && lane_ == 0) {
+      describe(result, segment);
+      result.num_parts = kTeam;
+      result.row_stride = Shape::kRowStride;
+      result.factor = now_->factors.value;
+    }
+    sync_team();  // no warp of the team reads the ring any more
+#pragma unroll
+    for (int n = 0; n < kNTiles; ++n) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int r = n * 8 + lane_ % 4 * 2 + c;
+        if (r >= segment.num_rows) continue;
+        float* out = sums + r * Shape::kRowStride + lane_ / 4;
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+          out[step * 16] = sum_.o[n][step][c];
+          out[step * 16 + 8] = sum_.o[n][step][c + 2];
+        }
+      }
+    }
+  }
+
+  // An earlier segment: the warps exchange their sums through shared memory; each finishes a part
+  // of the channels.
+  __device__ __forceinline__ void finish(const Segment& segment, int worker) {
+    float reference[kNTiles][2], weight[kNTiles][2], factor[kTeam][kNTiles][2];
+    put_states(states_ + warp_ * kNTiles * 8);
     send();
     sync_team();
 #pragma unroll
@@ -509,7 +601,7 @@ class Consumer {
       }
     }
     receive(factor);
-    write(segment, worker, is_last, reference, weight);
+    write(segment, worker, reference, weight);
   }
 
   __device__ __forceinline__ static constexpr int owner(int step) {
@@ -559,27 +651,17 @@ class Consumer {
 
   // To the output if the unit is complete; to the block if other teams add to it; else to the
   // partial results of blocks.
-  __device__ __forceinline__ void write(const Segment& segment, int worker, bool is_last,
+  __device__ __forceinline__ void write(const Segment& segment, int worker,
                                         const float (&reference)[kNTiles][2],
                                         const float (&weight)[kNTiles][2]) const {
-    BlockResult<kNTiles* 8>& result = results_[is_last ? 1 : 0];
-    float* sums = nullptr;
-    int stride = kHeadDim;
-    if (segment.is_shared != 0) {
-      // The ring is empty when the last segment ends; earlier there is only global memory.
-      sums = is_last
-                 ? reinterpret_cast<float*>(ring_.slots)
-                 : params_.worker_sums + static_cast<int64_t>(worker) * params_.max_rows * kHeadDim;
-      if (is_last) stride = Shape::kRowStride;
-      if (warp_ == 0 && lane_ == 0) {
-        result.unit = segment.unit;
-        result.partial = segment.partial;
-        result.first_row = segment.first_row;
-        result.num_rows = segment.num_rows;
-        result.kv_head = segment.kv_head;
-        result.row_stride = stride;
-        result.sums = sums;
-      }
+    BlockResult<Shape>& result = results_[0];
+    float* sums = params_.worker_sums + static_cast<int64_t>(worker) * params_.max_rows * kHeadDim;
+    if (segment.is_shared != 0 && warp_ == 0 && lane_ == 0) {
+      describe(result, segment);
+      result.num_parts = 1;
+      result.row_stride = kHeadDim;
+      result.factor = 1.0f;
+      result.sums[0] = sums;
     }
 #pragma unroll
     for (int n = 0; n < kNTiles; ++n) {
@@ -591,8 +673,8 @@ class Consumer {
         float factor = 1.0f;
         const float2 state = {reference[n][c], weight[n][c]};
         if (segment.is_shared != 0) {
-          out = sums + r * stride;
-          if (warp_ == 0 && lane_ < 4) result.states[r] = state;
+          out = sums + r * kHeadDim;
+          if (warp_ == 0 && lane_ < 4) result.states[0][r] = state;
         } else if (segment.partial >= 0) {
           const int64_t at = static_cast<int64_t>(segment.partial) * params_.max_rows + r;
           out = params_.partial_sums + at * kHeadDim;
@@ -614,12 +696,12 @@ class Consumer {
 
   const DecodeParams& params_;
   Ring ring_;
-  BlockResult<kNTiles * 8>* results_;  // of the team: first and last segment
+  BlockResult<Shape>* results_;  // of the team: first and last segment
   const int team_;
   const int warp_;  // of the team
   const int lane_;
-  uint4* bf16_queries_;  // [n-tile][step][lane]: channels 2t.., 2t + 8.., rounded, then the rest
-  uint2* f16_queries_;   // [n-tile][step][lane]
+  uint4* bf16_queries_;  // [staged()]: channels 2t.., 2t + 8.., rounded, then the rest
+  uint2* f16_queries_;   // [staged()]; where the exchange is, unless keys scale them page by page
   float* exchange_;      // [source][step][n-tile][lane][4]
   float2* states_;       // [warp][query row]
   TeamSegment* now_;

@@ -110,10 +110,10 @@ __device__ __forceinline__ void unpack_int8(uint32_t w0, uint32_t w1, uint32_t (
 }
 
 __device__ __forceinline__ void unpack_e4m3(uint32_t w0, uint32_t w1, uint32_t (&a)[4]) {
-  a[0] = ptx::f16x2_of_e4m3x2(w0 & 0xffffu);
-  a[1] = ptx::f16x2_of_e4m3x2(w0 >> 16);
-  a[2] = ptx::f16x2_of_e4m3x2(w1 & 0xffffu);
-  a[3] = ptx::f16x2_of_e4m3x2(w1 >> 16);
+  a[0] = ptx::f16x2_of_e4m3x2_low(w0);
+  a[1] = ptx::f16x2_of_e4m3x2_high(w0);
+  a[2] = ptx::f16x2_of_e4m3x2_low(w1);
+  a[3] = ptx::f16x2_of_e4m3x2_high(w1);
 }
 // E5M2 is the upper byte of fp16.
 __device__ __forceinline__ void unpack_e5m2(uint32_t w0, uint32_t w1, uint32_t (&a)[4]) {

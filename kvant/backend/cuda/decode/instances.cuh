@@ -7,7 +7,7 @@
 namespace kvant::backend::cuda {
 
 template <typename Shape>
-DecodeVariant variant_of(int least_pages = 0) {
+DecodeVariant variant_of() {
   DecodeVariant variant;
   variant.key = Shape::kKey;
   variant.value = Shape::kValue;
@@ -18,7 +18,7 @@ DecodeVariant variant_of(int least_pages = 0) {
   variant.blocks = Shape::kBlocks;
   variant.threads = Shape::kThreads;
   variant.team_bytes = Shape::kTeamBytes;
-  variant.least_pages = least_pages;
+  variant.fixed_bytes = kFixedBytes<Shape>;
   variant.kernel = reinterpret_cast<const void*>(&decode_kernel<Shape>);
   return variant;
 }

@@ -12,58 +12,82 @@
 
 namespace kvant::backend::cuda {
 
-// Merges the results of the block's teams, unit by unit, a warp per query row.
+// Merges the parts of one unit's results [begin, end): `kMergeChannels` channels of query row r.
+inline constexpr int kMergeChannels = 64;
+template <typename Shape>
+__device__ __forceinline__ void merge_row(const DecodeParams& params,
+                                          const BlockResult<Shape>* results, int begin, int end,
+                                          int r, int piece, int lane) {
+  const BlockResult<Shape>& first = results[begin];
+  const auto each_part = [&](auto&& use) {
+    for (int i = begin; i < end; ++i) {
+      if (results[i].unit < 0) continue;
+#pragma unroll
+      for (int part = 0; part < Shape::kTeam; ++part)
+        if (part < results[i].num_parts) use(results[i], part, results[i].states[part][r]);
+    }
+  };
+  float2 state = {kNoReference, 0.0f};
+  each_part([&](const auto&, int, float2 next) { state.x = fmaxf(state.x, next.x); });
+  const int channel = piece * kMergeChannels + lane * 2;
+  const bool valid = channel < Shape::kHeadDim;
+  float2 sum = {0.0f, 0.0f};
+  each_part([&](const BlockResult<Shape>& result, int part, float2 next) {
+    const float factor = ptx::exp2_approx(next.x - state.x);
+    state.y = fmaf(next.y, factor, state.y);
+    const float* at = result.sums[part] + r * result.row_stride + (valid ? channel : 0);
+    const float2 x = *reinterpret_cast<const float2*>(at);
+    sum.x = fmaf(x.x, factor * result.factor, sum.x);
+    sum.y = fmaf(x.y, factor * result.factor, sum.y);
+  });
+  float* out;
+  float scale = 1.0f;
+  if (first.partial >= 0) {
+    const int64_t at = static_cast<int64_t>(first.partial) * params.max_rows + r;
+    out = params.partial_sums + at * Shape::kHeadDim;
+    if (piece == 0 && lane == 0) params.partial_states[at] = state;
+  } else {
+    const QueryRow at = query_row(params, first.first_row, first.kv_head, r);
+    out = params.out + (at.row * params.num_query_heads + at.head) * Shape::kHeadDim;
+    scale = finish_row(params, at, state, piece == 0 && lane == 0);
+  }
+  if (valid) *reinterpret_cast<float2*>(out + channel) = {sum.x * scale, sum.y * scale};
+}
+
+// Merges the results of the block's teams, unit by unit; warps take turns with the rows.
 template <typename Shape>
 __device__ __forceinline__ void merge_block(const DecodeParams& params,
-                                            const BlockResult<Shape::kNTiles * 8>* results,
-                                            int warp, int lane) {
+                                            const BlockResult<Shape>* results, int warp, int lane) {
   constexpr int kResults = 2 * Shape::kTeams;
+  constexpr int kPieces = (Shape::kHeadDim + kMergeChannels - 1) / kMergeChannels;
+  int turn = 0;  // of the warps
   for (int begin = 0, end; begin < kResults; begin = end) {
     end = begin + 1;
-    const auto& first = results[begin];
+    const BlockResult<Shape>& first = results[begin];
     if (first.unit < 0) continue;
     while (end < kResults && (results[end].unit < 0 || results[end].unit == first.unit)) ++end;
-    for (int r = warp; r < first.num_rows; r += Shape::kConsumerWarps) {
-      float2 state = {kNoReference, 0.0f};
-      for (int i = begin; i < end; ++i)
-        if (results[i].unit >= 0) state.x = fmaxf(state.x, results[i].states[r].x);
-      for (int i = begin; i < end; ++i)
-        if (results[i].unit >= 0)
-          state.y = fmaf(results[i].states[r].y, ptx::exp2_approx(results[i].states[r].x - state.x),
-                         state.y);
-      float* out;
-      float scale = 1.0f;
-      if (first.partial >= 0) {
-        const int64_t at = static_cast<int64_t>(first.partial) * params.max_rows + r;
-        out = params.partial_sums + at * Shape::kHeadDim;
-        if (lane == 0) params.partial_states[at] = state;
-      } else {
-        const QueryRow at = query_row(params, first.first_row, first.kv_head, r);
-        out = params.out + (at.row * params.num_query_heads + at.head) * Shape::kHeadDim;
-        scale = finish_row(params, at, state, lane == 0);
-      }
-      for (int channel = lane * 4; channel < Shape::kHeadDim; channel += 128) {
-        float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
-        for (int i = begin; i < end; ++i) {
-          if (results[i].unit < 0) continue;
-          const float factor = ptx::exp2_approx(results[i].states[r].x - state.x) * scale;
-          const float4 x = *reinterpret_cast<const float4*>(results[i].sums +
-                                                            r * results[i].row_stride + channel);
-          sum.x = fmaf(x.x, factor, sum.x), sum.y = fmaf(x.y, factor, sum.y);
-          sum.z = fmaf(x.z, factor, sum.z), sum.w = fmaf(x.w, factor, sum.w);
-        }
-        *reinterpret_cast<float4*>(out + channel) = sum;
-      }
-    }
+    const int items = first.num_rows * kPieces;
+    int item = warp - turn;
+    if (item < 0) item += Shape::kConsumerWarps;
+    for (; item < items; item += Shape::kConsumerWarps)
+      merge_row<Shape>(params, results, begin, end, item / kPieces, item % kPieces, lane);
+    turn = (turn + items) % Shape::kConsumerWarps;
   }
 }
+
+// Static shared memory of the kernel below, with padding between its two arrays.
+template <typename Shape>
+inline constexpr int kFixedBytes = static_cast<int>(sizeof(RingState) * Shape::kTeams +
+                                                    sizeof(BlockResult<Shape>) * 2 *
+                                                        Shape::kTeams) +
+                                   128;
 
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     decode_kernel(const __grid_constant__ DecodeParams params) {
   extern __shared__ __align__(128) std::byte memory[];
   __shared__ RingState rings[Shape::kTeams];
-  __shared__ BlockResult<Shape::kNTiles * 8> results[Shape::kTeams][2];
+  __shared__ BlockResult<Shape> results[Shape::kTeams][2];
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   ptx::launch_dependents();
@@ -100,6 +124,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     Consumer<Shape> consumer(params, ring_of(team),
                              memory + Shape::kTeams * ring_bytes + team * Shape::kTeamBytes,
                              results[team], team, warp % Shape::kTeam, lane);
+    consumer.clear_queries();
     const WorkerStart& start = params.workers[worker];
     const int num_segments = start.num_segments;
     uint32_t word = reinterpret_cast<const uint32_t*>(&start.segment)[lane % 16];

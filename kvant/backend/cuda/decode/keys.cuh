@@ -121,22 +121,23 @@ __device__ __forceinline__ void nvfp4_scores(const KeyPage& page, int tile, int 
   float odd[kNTiles][4];
   clear<kHeadDim>(s);
   clear<kHeadDim>(odd);
-  uint32_t pair_low = 0, pair_high = 0;
+  uint32_t low = 0, high = 0;  // scales of two blocks, of rows g and g + 8
 #pragma unroll
   for (int step = 0; step < Reader::kSteps; ++step) {
-    if (step % 2 == 0) {
-      pair_low = ptx::f16x2_of_e4m3x2((scales[0][step / 4] >> (8 * (step % 4))) & 0xffffu);
-      pair_high = ptx::f16x2_of_e4m3x2((scales[1][step / 4] >> (8 * (step % 4))) & 0xffffu);
+    if (step % 4 == 0) {
+      low = ptx::f16x2_of_e4m3x2_low(scales[0][step / 4]);
+      high = ptx::f16x2_of_e4m3x2_low(scales[1][step / 4]);
+    } else if (step % 4 == 2) {
+      low = ptx::f16x2_of_e4m3x2_high(scales[0][step / 4]);
+      high = ptx::f16x2_of_e4m3x2_high(scales[1][step / 4]);
     }
-    const uint32_t selector = step % 2 == 0 ? 0x1010u : 0x3232u;
-    const uint32_t low = ptx::permute_bytes(pair_low, 0, selector);
-    const uint32_t high = ptx::permute_bytes(pair_high, 0, selector);
     uint32_t a[4];
     reader.fragment(step, a);
-    a[0] = ptx::hmul2(a[0], low);
-    a[1] = ptx::hmul2(a[1], high);
-    a[2] = ptx::hmul2(a[2], low);
-    a[3] = ptx::hmul2(a[3], high);
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const uint32_t scale = r % 2 == 0 ? low : high;
+      a[r] = step % 2 == 0 ? ptx::hmul2_low(a[r], scale) : ptx::hmul2_high(a[r], scale);
+    }
 #pragma unroll
     for (int n = 0; n < kNTiles; ++n)
       ptx::mma_f16(step % 2 == 0 ? s[n] : odd[n], a, q.b[n][step][0], q.b[n][step][1]);
@@ -213,12 +214,13 @@ __device__ __forceinline__ void block_scores(const KeyPage& page, int tile, int 
 
 // Scales and zeros per channel: queries take the scale once a page, q' = fp16(q s) and the exact
 // residual q s - q', so that no rounding is added to that of q; q . zero is an offset of the page.
-// `queries` are the fp16 fragments in shared memory: [n-tile][step][lane] pairs of words.
+// `queries(n, step)` reads an fp16 fragment from shared memory.
 template <int kHeadDim, int kNTiles>
 struct ChannelQueries {
   QueryFragments<kHeadDim, kNTiles> scaled, residual;
 
-  __device__ __forceinline__ void load(const KeyPage& page, int lane, const uint2* queries,
+  template <typename Queries>
+  __device__ __forceinline__ void load(const KeyPage& page, int lane, const Queries& queries,
                                        ScoreOffsets<kNTiles>& offsets) {
     float zero[kNTiles][4];
     clear<kHeadDim>(zero);
@@ -229,7 +231,7 @@ struct ChannelQueries {
       load_words(page.codes + page.scales + step * 64 + lane % 4 * 16, a);
 #pragma unroll
       for (int n = 0; n < kNTiles; ++n) {
-        const uint2 q = queries[(n * (kHeadDim / 16) + step) * 32 + lane];
+        const uint2 q = queries(n, step);
         ptx::mma_f16(zero[n], a, q.x, q.y);
         scale(q.x, a[1], scaled.b[n][step][0], residual.b[n][step][0]);
         scale(q.y, a[3], scaled.b[n][step][1], residual.b[n][step][1]);
@@ -303,10 +305,10 @@ __device__ __forceinline__ void mean_offsets(const KeyPage& page, int lane,
 
 // Raw scores of kTiles tiles of a page, and the page's offsets. `scale_units` multiplies by the
 // units of the format: for kernels that learn the format at run time.
-template <KeyKernel kKernel, int kHeadDim, int kNTiles, int kTiles>
+template <KeyKernel kKernel, int kHeadDim, int kNTiles, int kTiles, typename Queries>
 __device__ __forceinline__ void page_scores(const KeyPage& page, int first_tile, int lane,
                                             const QueryFragments<kHeadDim, kNTiles>& q,
-                                            const uint2* shared_queries, bool scale_units,
+                                            const Queries& shared_queries, bool scale_units,
                                             float (&s)[kTiles][kNTiles][4],
                                             ScoreOffsets<kNTiles>& offsets) {
   if constexpr (is_channel(kKernel)) {

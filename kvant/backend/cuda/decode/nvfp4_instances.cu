@@ -10,8 +10,8 @@ using Nvfp4 =
 std::span<const DecodeVariant> nvfp4_variants() {
   static const DecodeVariant kVariants[] = {
       variant_of<Nvfp4<128, 1, 2, 4, 2>>(),
-      variant_of<Nvfp4<128, 2, 2, 4, 1>>(),
-      variant_of<Nvfp4<64, 1, 2, 8, 1>>(),
+      variant_of<Nvfp4<128, 2, 1, 8, 1>>(),
+      variant_of<Nvfp4<64, 1, 1, 8, 2>>(),
       variant_of<Nvfp4<256, 1, 2, 4, 1>>(),
   };
   return kVariants;

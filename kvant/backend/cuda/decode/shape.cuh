@@ -35,6 +35,7 @@ struct DecodeShape {
   // Tiles of a warp at a time: a page of 64 tokens is one round of a team.
   static constexpr int kTiles = 4 / kTeamWarps;
   static constexpr int kConsumerWarps = kTeamWarps * kNumTeams;
+  static_assert(kConsumerWarps % 4 == 0);  // registers are given and taken by warpgroups
   static constexpr int kThreads = (kConsumerWarps + 4) * 32;
   // Producers need few registers: consumers take theirs. A block starts with equal shares of 64 K
   // registers, in eights, and has no more to give: 20 warps of 96, 16 of 128, 24 of 80, 12 of 168.
@@ -46,32 +47,35 @@ struct DecodeShape {
   static constexpr bool kStoredByTile = is_16_bit(kKeyKernel) && is_16_bit(kValueKernel);
   static constexpr bool kMayBeF16 = kAny || kKeyKernel == KeyKernel::kF16;
   static constexpr bool kNeedsZeros = kAny || kValueKernel == ValueKernel::kInt4;
-  static constexpr bool kNeedsSharedF16 = kAny || is_channel(kKeyKernel);
 
   // Shared memory of a team besides its ring.
   static constexpr int kBf16QueryBytes = kNumNTiles * kSteps * 32 * 16;
-  static constexpr int kF16QueryBytes = kNeedsSharedF16 ? kNumNTiles * kSteps * 32 * 8 : 0;
-  static constexpr int kExchangeBytes = (kTeamWarps - 1) * kNumNTiles * kSteps * 512;
+  static constexpr int kF16QueryBytes =
+      kTeamWarps > 1 && !kAny && !is_channel(kKeyKernel) ? 0 : kNumNTiles * kSteps * 32 * 8;
+  static constexpr int kExchangeBytes = (kTeamWarps - 1) * kNumNTiles * 8 * (kDim + 4) * 4;
   static constexpr int kStateBytes = kTeamWarps * kNumNTiles * 8 * 8;
   static constexpr int kTeamBytes =
       kBf16QueryBytes + kF16QueryBytes + kExchangeBytes + kStateBytes + sizeof(TeamSegment);
+  static_assert(kF16QueryBytes > 0 || kExchangeBytes >= kNumNTiles * kSteps * 32 * 8);
   // A result that waits for the block's merge, [row][channel]: padded against bank conflicts.
   static constexpr int kRowStride = kDim + 4;
-  static constexpr int kResultBytes = kNumNTiles * 8 * kRowStride * 4;
+  static constexpr int kRows = kNumNTiles * 8;
 };
 
-// A segment's result in the block, until all its teams are done. A team has at most two that others
-// add to: its first and its last segment.
-template <int kRows>
+// A segment's result in the block, until all its teams are done: of a team's last segment, one part
+// per warp; of its first, if other teams add to that, one part in all.
+template <typename Shape>
 struct BlockResult {
   int32_t unit;  // -1: none
   int32_t partial;
   int32_t first_row;
   int32_t num_rows;
   int32_t kv_head;
+  int32_t num_parts;
   int32_t row_stride;
-  const float* sums;
-  float2 states[kRows];
+  float factor;  // of the sums
+  const float* sums[Shape::kTeam];
+  float2 states[Shape::kTeam][Shape::kRows];
 };
 
 // Row of the step's activations and query head of a tile's query row.

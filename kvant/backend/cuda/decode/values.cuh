@@ -65,7 +65,7 @@ __device__ __forceinline__ uint32_t f16x2_of_e8m0x2(uint32_t pair) {
 template <ValueKernel kKernel>
 __device__ __forceinline__ uint2 scale_pairs(const uint32_t* words) {
   if constexpr (kKernel == ValueKernel::kNvfp4) {
-    return {ptx::f16x2_of_e4m3x2(words[0] & 0xffffu), ptx::f16x2_of_e4m3x2(words[0] >> 16)};
+    return {ptx::f16x2_of_e4m3x2_low(words[0]), ptx::f16x2_of_e4m3x2_high(words[0])};
   } else if constexpr (kKernel == ValueKernel::kMxfp4 || kKernel == ValueKernel::kMxfp8) {
     return {f16x2_of_e8m0x2(words[0]), f16x2_of_e8m0x2(words[0] >> 16)};
   } else if constexpr (kKernel == ValueKernel::kE4m3Token) {  // amax = 448 s keeps fp16 normal

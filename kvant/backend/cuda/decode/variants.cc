@@ -4,12 +4,11 @@ namespace kvant::backend::cuda {
 
 const DecodeVariant* find_variant(const VariantQuery& query) {
   for (const auto& table : {nvfp4_variants(), int4_channel_variants(), e4m3_variants(),
-                            bf16_variants(), any_variants()}) {
+                            bf16_variants(), integer_variants(), mx_variants(), any_variants()}) {
     for (const DecodeVariant& variant : table) {
       const bool any = variant.key == KeyKernel::kAny;
       if (!any && (variant.key != query.key || variant.value != query.value)) continue;
       if (variant.page_tokens != 0 && variant.page_tokens != query.page_tokens) continue;
-      if (query.pages < variant.least_pages * query.num_multiprocessors) continue;
       if (variant.head_dim == query.head_dim && query.rows <= variant.max_rows) return &variant;
     }
   }

@@ -16,8 +16,8 @@ struct DecodeVariant {
   int teams;        // of a block: workers
   int blocks;       // on a multiprocessor
   int threads;      // of a block
-  int team_bytes;   // shared memory of a team besides its ring
-  int least_pages;  // pages (of a KV head) per multiprocessor from which it is the best
+  int team_bytes;   // dynamic shared memory of a team besides its ring
+  int fixed_bytes;  // static shared memory of a block
   const void* kernel;
 };
 
@@ -26,6 +26,8 @@ std::span<const DecodeVariant> nvfp4_variants();
 std::span<const DecodeVariant> int4_channel_variants();
 std::span<const DecodeVariant> e4m3_variants();
 std::span<const DecodeVariant> bf16_variants();
+std::span<const DecodeVariant> integer_variants();
+std::span<const DecodeVariant> mx_variants();
 std::span<const DecodeVariant> any_variants();
 
 struct VariantQuery {
@@ -33,9 +35,7 @@ struct VariantQuery {
   ValueKernel value;
   int head_dim = 0;
   int page_tokens = 0;
-  int rows = 1;       // query rows of a tile, at most 16
-  int64_t pages = 1;  // of a KV head, read in the step
-  int64_t num_multiprocessors = 1;
+  int rows = 1;  // query rows of a tile, at most 16
 };
 
 // The kernel for these formats, or the one that decides at run time; null for a head_dim that no
