@@ -1,13 +1,17 @@
 // Decode attention on the GPU: microseconds and percent of the read ceiling of the same run.
 //
 // Usage: kvant_cuda_decode_bench [--kv A;B;...] [--heads Q/KV] [--head-dim D] [--shape BxL,...]
-//                                [--json FILE] [--replays N]
+//                                [--shared TOKENS] [--json FILE] [--replays N]
 // Example: kvant_cuda_decode_bench --kv 'nvfp4;4bit' --heads 32/8 --shape 1x131072,8x32768
 //          kvant_cuda_decode_bench --shape 1x131072+31x4096   one batch of both lengths
 //
 // Random data, pages of 64 tokens in random order, cold L2 (copies that exceed it several times are
 // used in turn), graph replays, the median. Bytes counted: what attention must read of the cache,
 // open and sink pages included. The ceiling is a linear read of as many bytes.
+//
+// With --shared all sequences have their first TOKENS in common. Three rows per case: every
+// sequence with pages of its own, common pages that each sequence reads for itself, and common
+// pages read once for all; the last column is the first row's time over this one's.
 #include <cuda_runtime_api.h>
 #include <fmt/format.h>
 #include <CLI/CLI.hpp>
@@ -45,6 +49,7 @@ struct Options {
   int head_dim = 128;
   std::vector<Shape> shapes = {{{1, 32768}}, {{1, 131072}}, {{8, 32768}},  {{32, 8192}},
                                {{64, 4096}}, {{16, 32768}}, {{1, 1048576}}};
+  int64_t shared = 0;  // tokens that all sequences have in common
   std::string json;
   int replays = 13;
 };
@@ -74,8 +79,8 @@ Fill scale_fill(const FormatInfo& info) {
 class Problem {
  public:
   Problem(const Options& options, const formats::CacheFormat& format,
-          const std::vector<int64_t>& lengths, int64_t least_bytes)
-      : options_(options), format_(format) {
+          const std::vector<int64_t>& lengths, int64_t shared, int64_t least_bytes)
+      : options_(options), format_(format), shared_pages_(shared / kPageTokens) {
     for (int kind = 0; kind < 2; ++kind) {
       if (kind == 1) k_[1] = format.k, v_[1] = format.v;
       units_[kind] = formats::unit_sections(k_[kind], v_[kind], kPageTokens, options.head_dim);
@@ -121,14 +126,20 @@ class Problem {
     view.first_position = length - 1;
     view.bf16_first_page = last_page;
     std::vector<PageEntry> stored;
+    int64_t common = 0;
+    if (!stored_.empty()) common = std::min(shared_pages_, last_page);
     for (int64_t page = 0; page < last_page; ++page) {
+      if (page < common) {
+        stored.push_back(stored_[0][page]);
+        continue;
+      }
       const bool bf16 = format_.is_bf16() || (format_.sink && page == 0);
       stored.push_back(
           PageEntry::make(bf16 ? 0 : 1, static_cast<uint32_t>(slots_[bf16 ? 0 : 1]++)));
     }
-    bytes_ += (last_page * units_[stored.empty() || !format_.is_bf16() ? 1 : 0].bytes) *
+    bytes_ += ((last_page - common) * units_[stored.empty() || !format_.is_bf16() ? 1 : 0].bytes) *
               options_.kv_heads;
-    if (format_.sink && last_page > 0)
+    if (format_.sink && last_page > 0 && common == 0)
       bytes_ += (units_[0].bytes - units_[1].bytes) * options_.kv_heads;
     const int64_t open_tiles = (length - last_page * kPageTokens + 15) / 16;
     bytes_ += open_tiles * 16 * options_.head_dim * 4 * options_.kv_heads;
@@ -148,8 +159,11 @@ class Problem {
         if (static_cast<int>(entry.kind) == kind)
           entry = PageEntry::make(entry.kind, order[entry.slot]);
       };
-      for (auto& table : stored_)
-        for (PageEntry& entry : table) move(entry);
+      for (size_t s = 0; s < stored_.size(); ++s) {
+        const size_t common = s == 0 ? 0 : std::min<size_t>(shared_pages_, stored_[s].size());
+        std::copy_n(stored_[0].begin(), common, stored_[s].begin());
+        for (size_t page = common; page < stored_[s].size(); ++page) move(stored_[s][page]);
+      }
       for (PageEntry& entry : open_) move(entry);
     }
     for (size_t i = 0; i < sequences_.size(); ++i) {
@@ -212,6 +226,7 @@ class Problem {
 
   const Options& options_;
   const formats::CacheFormat format_;
+  const int64_t shared_pages_;  // of all sequences together
   formats::SideFormat k_[2], v_[2];
   formats::UnitSections units_[2];
   int64_t layer_offset_ = 0;
@@ -281,6 +296,12 @@ std::string name_of(const Shape& shape) {
   return name;
 }
 
+struct Mode {
+  const char* name;
+  bool common;  // the first pages are the same of all sequences
+  CudaAttention::Sharing sharing;
+};
+
 void run(const Options& options) {
   cudaDeviceProp device;
   check(cudaGetDeviceProperties(&device, 0), "asking for device 0");
@@ -292,6 +313,11 @@ void run(const Options& options) {
   Ceiling ceiling(device.multiProcessorCount);
   auto attention = CudaAttention::create();
   if (!attention) return fmt::print(stderr, "error: {}\n", attention.error().message());
+  std::vector<Mode> modes = {{"apart", false, CudaAttention::Sharing::kNever}};
+  if (options.shared > 0) {
+    modes.push_back({"common, each for itself", true, CudaAttention::Sharing::kNever});
+    modes.push_back({"shared", true, CudaAttention::Sharing::kWherePays});
+  }
   for (const Shape& shape : options.shapes) {
     for (const std::string& kv : options.kv) {
       const auto format = formats::parse_cache_format(kv);
@@ -299,33 +325,43 @@ void run(const Options& options) {
         fmt::print(stderr, "error: {}\n", format.error().message());
         std::exit(64);
       }
-      Problem problem(options, *format, lengths_of(shape), 600000000);
-      const Status prepared = (*attention)->prepare(problem.args(0), nullptr);
-      if (!prepared) {
-        fmt::print(stderr, "error: {}\n", prepared.error().message());
-        std::exit(69);
-      }
-      check(cudaDeviceSynchronize(), "preparing");
-      const Timed timed = time_graph(
-          [&](int copy, cudaStream_t stream) {
-            const Status launched = (*attention)->launch(problem.args(copy), stream);
-            if (!launched) fmt::print(stderr, "error: {}\n", launched.error().message());
-          },
-          problem.copies(), ceiling.stream_of(), 8.0, options.replays);
-      const double read_us = ceiling.microseconds(problem.bytes());
-      fmt::print("{:<28} {:>12} {:>9.2f} {:>9.2f} {:>9.2f} {:>7.1f} {:>9.3f}\n", kv, name_of(shape),
-                 timed.median_us, timed.least_us, read_us, 100.0 * read_us / timed.median_us,
-                 static_cast<double>(problem.bytes()) / timed.median_us * 1e-6);
-      std::fflush(stdout);
-      if (json != nullptr) {
-        fmt::print(
-            json,
-            "{{\"bench\":\"cuda_decode\",\"device\":\"{}\",\"kv\":\"{}\",\"heads\":\"{}/{}\","
-            "\"head_dim\":{},\"shape\":\"{}\",\"bytes\":{},\"us\":{:.3f},"
-            "\"us_least\":{:.3f},\"us_most\":{:.3f},\"ceiling_us\":{:.3f}}}\n",
-            device.name, kv, options.query_heads, options.kv_heads, options.head_dim,
-            name_of(shape), problem.bytes(), timed.median_us, timed.least_us, timed.most_us,
-            read_us);
+      double apart_us = 0.0;
+      for (const Mode& mode : modes) {
+        const int64_t shared = mode.common ? options.shared : 0;
+        Problem problem(options, *format, lengths_of(shape), shared, 600000000);
+        (*attention)->set_sharing(mode.sharing);
+        const Status prepared = (*attention)->prepare(problem.args(0), nullptr);
+        if (!prepared) {
+          fmt::print(stderr, "error: {}\n", prepared.error().message());
+          std::exit(69);
+        }
+        check(cudaDeviceSynchronize(), "preparing");
+        const Timed timed = time_graph(
+            [&](int copy, cudaStream_t stream) {
+              const Status launched = (*attention)->launch(problem.args(copy), stream);
+              if (!launched) fmt::print(stderr, "error: {}\n", launched.error().message());
+            },
+            problem.copies(), ceiling.stream_of(), 8.0, options.replays);
+        if (apart_us == 0.0) apart_us = timed.median_us;
+        const double read_us = ceiling.microseconds(problem.bytes());
+        fmt::print("{:<28} {:>12} {:>9.2f} {:>9.2f} {:>9.2f} {:>7.1f} {:>9.3f}", kv, name_of(shape),
+                   timed.median_us, timed.least_us, read_us, 100.0 * read_us / timed.median_us,
+                   static_cast<double>(problem.bytes()) / timed.median_us * 1e-6);
+        if (options.shared > 0)
+          fmt::print("  {:<22} {:>6.2f}", mode.name, apart_us / timed.median_us);
+        fmt::print("\n");
+        std::fflush(stdout);
+        if (json != nullptr) {
+          fmt::print(
+              json,
+              "{{\"bench\":\"cuda_decode\",\"device\":\"{}\",\"kv\":\"{}\",\"heads\":\"{}/{}\","
+              "\"head_dim\":{},\"shape\":\"{}\",\"shared\":{},\"mode\":\"{}\","
+              "\"sharing_sequences\":{},\"bytes\":{},\"us\":{:.3f},\"us_least\":{:.3f},"
+              "\"us_most\":{:.3f},\"ceiling_us\":{:.3f}}}\n",
+              device.name, kv, options.query_heads, options.kv_heads, options.head_dim,
+              name_of(shape), shared, mode.name, (*attention)->num_sharing_sequences(),
+              problem.bytes(), timed.median_us, timed.least_us, timed.most_us, read_us);
+        }
       }
     }
   }
@@ -355,6 +391,7 @@ int main(int argc, char** argv) {
   app.add_option("--head-dim", options.head_dim, "64, 80, 96, 128, 192 or 256");
   app.add_option("--shape", shapes,
                  "BxL[,BxL...]: sequences x tokens of each; BxL+BxL: in one batch");
+  app.add_option("--shared", options.shared, "tokens that all sequences have in common");
   app.add_option("--json", options.json, "append a line of JSON per row to this file");
   app.add_option("--replays", options.replays, "graph replays, of which the median is taken");
   CLI11_PARSE(app, argc, argv);

@@ -5,7 +5,7 @@
 // depend on its own keys only: splits and pages are those of absolute positions and are merged in
 // order, so chunk sizes, batch neighbours and threads change nothing (ADR 0003). Splits that
 // several sequences have in common come first, once for the rows of all of them
-// (attention_shared.h).
+// (shared_prefixes.h).
 #pragma once
 
 #include "kvant/backend/backend.h"

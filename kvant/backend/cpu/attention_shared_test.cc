@@ -1,4 +1,4 @@
-#include "kvant/backend/cpu/attention_shared.h"
+#include "kvant/backend/shared_prefixes.h"
 
 #include <gtest/gtest.h>
 

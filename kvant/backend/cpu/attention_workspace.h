@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "kvant/backend/backend.h"
-#include "kvant/backend/cpu/attention_shared.h"
+#include "kvant/backend/shared_prefixes.h"
 
 namespace kvant::backend::cpu {
 

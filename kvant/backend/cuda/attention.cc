@@ -5,6 +5,7 @@
 
 #include "kvant/backend/cuda/decode/combine.h"
 #include "kvant/backend/cuda/launch.h"
+#include "kvant/base/check.h"
 #include "kvant/formats/format.h"
 
 namespace kvant::backend::cuda {
@@ -112,6 +113,50 @@ Status CudaAttention::supports(const formats::CacheFormat& format, int head_dim,
   return {};
 }
 
+// What sequences of the step share, if there is a kernel for it.
+Status CudaAttention::prepare_shared(const AttentionArgs& args) {
+  shared_ = {};
+  num_sharing_ = 0;
+  const cache::GroupView& view = *args.view;
+  const SideFormat& k = view.kinds[cache::kKindStored].k_format[args.group_layer];
+  const SideFormat& v = view.kinds[cache::kKindStored].v_format[args.group_layer];
+  // A cache in BF16 stores its pages as it keeps open ones.
+  const bool bf16 = k.base == FormatId::kBf16 && v.base == FormatId::kBf16;
+  shared_kind_ = bf16 ? cache::kKindBf16 : cache::kKindStored;
+  const cache::PageKind& stored = view.kinds[shared_kind_];
+  shared_variant_ = find_shared_variant(key_kernel(k.base), value_kernel(v.base), view.head_dim);
+  if (sharing_ == Sharing::kNever || shared_variant_ == nullptr || k.mean ||
+      view.page_tokens != kSharedPageTokens || args.params.softcap != 0.0f)
+    return {};
+  SharedPlanShape shape;
+  shape.group = args.params.num_query_heads / view.num_kv_heads;
+  shape.num_multiprocessors = num_sms_;
+  shape.stored_bytes = stored.units[args.group_layer].bytes;
+  shape.bf16_bytes = view.kinds[cache::kKindBf16].units[args.group_layer].bytes;
+  shape.kind = shared_kind_;
+  shape.page_factor = shared_variant_->page_factor;
+  shape.always = sharing_ == Sharing::kWherePossible;
+  shared_ = make_shared_plan(view, shape);
+  // The merge takes so many results of a unit, decode's among them.
+  const auto most = std::max_element(shared_.num_parts.begin(), shared_.num_parts.end());
+  if (!shared_.empty() && *most > kMaxCombined / 2) shared_ = {};
+  if (shared_.empty()) return {};
+  for (const ReadElsewhere& sequence : shared_.sequences)
+    num_sharing_ += sequence.first_page > 0 ? 1 : 0;
+  shared_params_ = {};
+  shared_params_.sections = sections_of(stored.units[args.group_layer], k);
+  shared_params_.group = shape.group;
+  shared_params_.page_bytes = static_cast<int32_t>(shape.stored_bytes);
+  const int left = kSharedMemory - kReservedShared - shared_variant_->fixed_bytes;
+  shared_params_.num_slots = std::min(kMaxSharedSlots, left / shared_params_.page_bytes);
+  KVANT_CHECK(shared_params_.num_slots >= 3, "pages of these formats fit");
+  return cuda_status(
+      cudaFuncSetAttribute(
+          shared_variant_->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+          shared_variant_->fixed_bytes + shared_params_.num_slots * shared_params_.page_bytes),
+      "setting the shared memory of attention on shared pages");
+}
+
 // What depends on formats and geometry: the kernel, its ring, where sections lie.
 Status CudaAttention::configure(const AttentionArgs& args, int layer) {
   const cache::GroupView& view = *args.view;
@@ -147,6 +192,7 @@ Status CudaAttention::configure(const AttentionArgs& args, int layer) {
   params_.max_rows = variant_->max_rows;
   params_.window = view.window;
   params_.sink_tokens = args.params.sink_tokens;
+  params_.beside_shared = !shared_.empty();
 
   const int tile_bytes = 16 * view.head_dim * 2;
   params_.slot_bytes = tile_bytes;
@@ -188,21 +234,25 @@ Status CudaAttention::reserve_partials(int64_t num_partials, int max_rows, int h
 Status CudaAttention::prepare(const AttentionArgs& args, cudaStream_t stream) {
   const cache::GroupView& view = *args.view;
   view_ = nullptr;
+  KVANT_TRY(prepare_shared(args));
   KVANT_TRY(configure(args, args.group_layer));
   const cache::PageKind& stored = view.kinds[cache::kKindStored];
   const cache::PageKind& bf16 = view.kinds[cache::kKindBf16];
   PlanShape shape;
   shape.group = params_.group;
   shape.max_rows = variant_->max_rows;
-  const int num_blocks = num_sms_ * variant_->blocks;
-  shape.num_workers = num_blocks * variant_->teams;
+  // Multiprocessors that the shared kernel leaves.
+  num_blocks_ = (num_sms_ - static_cast<int>(shared_.starts.size())) * variant_->blocks;
+  shape.num_workers = num_blocks_ * variant_->teams;
   shape.block_workers = variant_->teams;
   shape.sink_tokens = args.params.sink_tokens;
   shape.stored_bytes = stored.units[args.group_layer].bytes;
   shape.bf16_bytes = bf16.units[args.group_layer].bytes;
+  if (!shared_.empty()) shape.elsewhere = shared_.sequences;
   const DecodePlan plan = make_decode_plan(view, shape);
   // Each block cuts a unit at most twice: 2 partial results of blocks, and one sum per worker.
-  const int num_results = 2 * num_blocks + shape.num_workers;
+  const int num_partials = std::max(2 * num_blocks_, plan.num_partials);
+  const int num_results = num_partials + shape.num_workers;
   KVANT_TRY(reserve_partials(num_results, shape.max_rows, view.head_dim, stream));
 
   factors_.clear();
@@ -217,7 +267,22 @@ Status CudaAttention::prepare(const AttentionArgs& args, cudaStream_t stream) {
   const int64_t split_units = upload_.add(plan.split_units);
   const int64_t entries = upload_.add(plan.entries);
   factors_offset_ = upload_.add(factors_);
+  int64_t starts = 0, items = 0, queries = 0, partial_rows = 0, shared_entries = 0;
+  if (!shared_.empty()) {
+    place_shared_rows(view, shape, plan, args.params.num_query_heads, shared_);
+    starts = upload_.add(shared_.starts);
+    items = upload_.add(shared_.items);
+    queries = upload_.add(shared_.queries);
+    partial_rows = upload_.add(shared_.partial_rows);
+    shared_entries = upload_.add(shared_.entries);
+  }
   KVANT_TRY(upload_.send(stream));
+  shared_params_.starts = upload_.device<SharedStart>(starts);
+  shared_params_.items = upload_.device<SharedItem>(items);
+  shared_params_.queries = upload_.device<int32_t>(queries);
+  shared_params_.partial_rows = upload_.device<int32_t>(partial_rows);
+  shared_params_.entries = upload_.device<uint32_t>(shared_entries);
+  shared_params_.max_rows = shape.max_rows;
   params_.segments = upload_.device<Segment>(segments);
   params_.workers = upload_.device<WorkerStart>(workers);
   params_.split_units = upload_.device<SplitUnit>(split_units);
@@ -225,7 +290,7 @@ Status CudaAttention::prepare(const AttentionArgs& args, cudaStream_t stream) {
   params_.partial_sums = partial_sums_;
   params_.partial_states = partial_states_;
   params_.worker_sums =
-      partial_sums_ + static_cast<int64_t>(2 * num_blocks) * shape.max_rows * view.head_dim;
+      partial_sums_ + static_cast<int64_t>(num_partials) * shape.max_rows * view.head_dim;
   num_split_units_ = static_cast<int>(plan.split_units.size());
   int most_rows = 1;
   int most_partials = 1;
@@ -260,13 +325,31 @@ DecodeParams CudaAttention::params_of(const AttentionArgs& args) const {
   return params;
 }
 
+Status CudaAttention::launch_shared(const AttentionArgs& args, const DecodeParams& decode,
+                                    cudaStream_t stream) {
+  SharedParams params = shared_params_;
+  params.q = static_cast<const float*>(args.q);
+  params.partial_sums = partial_sums_;
+  params.partial_states = partial_states_;
+  params.factors = decode.factors;
+  params.stored = decode.slabs[shared_kind_];
+  params.scale_log2 = decode.scale_log2;
+  void* arguments[] = {&params};
+  const int smem = shared_variant_->fixed_bytes + params.num_slots * params.page_bytes;
+  return launch_overlapped("attention on shared pages", shared_variant_->kernel,
+                           {dim3(static_cast<unsigned>(shared_.starts.size())),
+                            shared_variant_->threads, static_cast<size_t>(smem), stream},
+                           arguments);
+}
+
 Status CudaAttention::launch(const AttentionArgs& args, cudaStream_t stream) {
   if (args.view != view_)
     return Error(ErrorCode::kInternal, "attention was not prepared for this step");
   DecodeParams params = params_of(args);
+  if (!shared_.empty()) KVANT_TRY(launch_shared(args, params, stream));
   void* arguments[] = {&params};
-  const LaunchShape shape = {dim3(static_cast<unsigned>(num_sms_ * variant_->blocks)),
-                             variant_->threads, static_cast<size_t>(smem_bytes_), stream};
+  const LaunchShape shape = {dim3(static_cast<unsigned>(num_blocks_)), variant_->threads,
+                             static_cast<size_t>(smem_bytes_), stream};
   const Status launched = launch_overlapped("decode attention", variant_->kernel, shape, arguments);
   if (!launched) {
     return Error(launched.error().code(), launched.error().message() + ", keys " +

@@ -14,6 +14,7 @@
 #include "kvant/backend/cuda/decode/combine.h"
 #include "kvant/backend/cuda/decode/kernel_params.h"
 #include "kvant/backend/cuda/decode/variants.h"
+#include "kvant/backend/cuda/shared/kernel_params.h"
 #include "kvant/backend/cuda/upload.h"
 
 namespace kvant::backend::cuda {
@@ -34,6 +35,12 @@ class CudaAttention {
   Status launch(const AttentionArgs& args, cudaStream_t stream);
   Status run(const AttentionArgs& args, cudaStream_t stream);
 
+  // Whether pages that sequences share are read once for all of them, from the next prepare() on.
+  enum class Sharing { kWherePays, kWherePossible, kNever };
+  void set_sharing(Sharing sharing) { sharing_ = sharing; }
+  // Sequences of the prepared step whose first pages are read together with others'.
+  int num_sharing_sequences() const { return num_sharing_; }
+
   // Natural logarithms of the softmax denominators of the next launches, device memory
   // [rows][num_query_heads]; null: not written.
   void set_lse(float* lse) { lse_ = lse; }
@@ -41,6 +48,8 @@ class CudaAttention {
  private:
   explicit CudaAttention(int num_sms) : num_sms_(num_sms) {}
   Status configure(const AttentionArgs& args, int group_layer);
+  Status prepare_shared(const AttentionArgs& args);
+  Status launch_shared(const AttentionArgs& args, const DecodeParams& decode, cudaStream_t stream);
   Status reserve_partials(int64_t num_partials, int max_rows, int head_dim, cudaStream_t stream);
   DecodeParams params_of(const AttentionArgs& args) const;
 
@@ -52,12 +61,20 @@ class CudaAttention {
   formats::SideFormat k_format_, v_format_;
   const DecodeVariant* variant_ = nullptr;
   DecodeParams params_ = {};
+  int num_blocks_ = 0;
   int num_split_units_ = 0;
   CombineLaunch combine_;
   int smem_bytes_ = 0;
   std::vector<HeadFactors> factors_;  // [layers][num_kv_heads]
   Upload upload_;
   int64_t factors_offset_ = 0;
+
+  Sharing sharing_ = Sharing::kWherePays;
+  int num_sharing_ = 0;
+  SharedPlan shared_;  // empty: nothing is shared
+  const SharedVariant* shared_variant_ = nullptr;
+  SharedParams shared_params_ = {};
+  uint32_t shared_kind_ = 0;  // of shared pages
 
   float* partial_sums_ = nullptr;
   float2* partial_states_ = nullptr;

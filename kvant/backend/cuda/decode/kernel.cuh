@@ -128,7 +128,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     const WorkerStart& start = params.workers[worker];
     const int num_segments = start.num_segments;
     uint32_t word = reinterpret_cast<const uint32_t*>(&start.segment)[lane % 16];
-    ptx::wait_prerequisites();  // queries, and buffers that the kernels before still read
+    // Queries, and buffers that the kernels before still read.
+    if (!params.beside_shared) ptx::wait_prerequisites();
     for (int i = 0; i < num_segments; ++i) {
       if (i > 0) {
         const Segment* next = params.segments + start.first_segment + i;
@@ -139,6 +140,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     __threadfence_block();
     ptx::named_barrier(kBlockBarrier, Shape::kConsumerWarps * 32);
     merge_block<Shape>(params, &results[0][0], warp, lane);
+    if (params.beside_shared) ptx::wait_prerequisites();  // the merge that follows waits for both
   }
 }
 

@@ -20,6 +20,7 @@ struct Tile {
   Segment all;
   int num_bf16 = 0;  // its last pages, read from the BF16 table
   int64_t cost = 0;  // bytes of one KV head
+  ReadElsewhere elsewhere;
 };
 
 int page_number(const Segment& tile, int index) {
@@ -44,8 +45,12 @@ class Planner {
   }
 
   DecodePlan make() {
-    for (const SequenceView& sequence : view_.sequences)
-      if (sequence.num_new_tokens > 0) add_sequence(sequence);
+    for (size_t i = 0; i < view_.sequences.size(); ++i) {
+      if (view_.sequences[i].num_new_tokens == 0) continue;
+      sequence_ = static_cast<int32_t>(i);
+      elsewhere_ = shape_.elsewhere.empty() ? ReadElsewhere{} : shape_.elsewhere[i];
+      add_sequence(view_.sequences[i]);
+    }
     cut();
     return std::move(plan_);
   }
@@ -91,15 +96,21 @@ class Planner {
       const int sink_pages = (shape_.sink_tokens + view_.page_tokens - 1) / view_.page_tokens;
       if (first_page == 0) tile.num_sink_pages = std::min(sink_pages, tile.first_page);
     }
+    if (elsewhere_.first_page > 0) {
+      tile.first_page = elsewhere_.first_page;
+      tile.num_sink_pages = elsewhere_.num_sink_pages;
+    }
     tile.page_begin = 0;
     tile.page_end = tile.num_sink_pages + own_page + 1 - tile.first_page;
-    Tile entry{tile, own_page + 1 - std::max(tile.first_bf16_page, tile.first_page), 0};
+    Tile entry{tile, own_page + 1 - std::max(tile.first_bf16_page, tile.first_page), 0, elsewhere_};
     // Only the first page (a sink) and those of the BF16 table differ from the rest.
     const int num_stored = tile.page_end - entry.num_bf16;
     entry.cost = entry.num_bf16 * shape_.bf16_bytes + num_stored * shape_.stored_bytes;
     if (num_stored > 0) {
       entry.cost += page_cost(tile, 0, plan_.entries, shape_) - shape_.stored_bytes;
     }
+    plan_.tiles.push_back({sequence_, tile.first_row, tile.num_rows,
+                           static_cast<int32_t>(tiles_.size()) * view_.num_kv_heads});
     tiles_.push_back(entry);
   }
 
@@ -152,19 +163,22 @@ class Planner {
           if (page == tile.all.page_end) break;
         }
         done += tile.cost;
-        number_partials(first_segment);
+        const ReadElsewhere& elsewhere = tile.elsewhere;
+        number_partials(first_segment, elsewhere.first_page > 0 ? elsewhere.num_partials[head] : 0);
       }
     }
     start_workers();
   }
 
-  // One partial result per block of a unit that several blocks share.
-  void number_partials(size_t first) {
+  // One partial result per block of a unit that several blocks share, after those of elsewhere.
+  void number_partials(size_t first, int num_elsewhere) {
     const size_t end = plan_.segments.size();
     const auto block_of = [&](size_t i) { return owners_[i] / shape_.block_workers; };
-    const bool split = block_of(first) != block_of(end - 1);
+    const bool split = num_elsewhere > 0 || block_of(first) != block_of(end - 1);
     const Segment& unit = plan_.segments[first];
     SplitUnit merged{unit.first_row, unit.num_rows, unit.kv_head, plan_.num_partials, 0};
+    plan_.first_partials.push_back(split ? merged.first_partial : -1);
+    plan_.num_partials += num_elsewhere;
     for (size_t i = first; i < end; ++i) {
       Segment& segment = plan_.segments[i];
       const bool follows = i > first && block_of(i) == block_of(i - 1);
@@ -197,6 +211,8 @@ class Planner {
   DecodePlan plan_;
   std::vector<Tile> tiles_;
   std::vector<int> owners_;  // worker of each segment
+  int32_t sequence_ = 0;     // of the tiles that are added
+  ReadElsewhere elsewhere_;
 };
 
 }  // namespace

@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "kvant/cache/view.h"
@@ -57,6 +58,14 @@ struct SplitUnit {
   int32_t num_partials;
 };
 
+// Pages of a sequence that another kernel reads, whose results join those of its units: all before
+// `first_page` but sink pages. Their partial results come first; results [kv_head] in number.
+struct ReadElsewhere {
+  int32_t first_page = 0;  // 0: none
+  int32_t num_sink_pages = 0;
+  const int32_t* num_partials = nullptr;
+};
+
 struct PlanShape {
   int group = 1;             // query heads per KV head
   int max_rows = 8;          // of a tile: 8 or 16, at least `group`
@@ -65,6 +74,15 @@ struct PlanShape {
   int sink_tokens = 0;       // AttentionParams::sink_tokens
   int64_t stored_bytes = 1;  // a page of one KV head, by kind: the cost of reading it
   int64_t bf16_bytes = 1;
+  std::span<const ReadElsewhere> elsewhere = {};  // [sequence], or empty
+};
+
+// Query tiles in the order of their units: the unit of KV head h is first_unit + h.
+struct PlannedTile {
+  int32_t sequence;
+  int32_t first_row;
+  int32_t num_rows;
+  int32_t first_unit;
 };
 
 struct DecodePlan {
@@ -73,6 +91,8 @@ struct DecodePlan {
   std::vector<WorkerStart> workers;  // [num_workers]
   std::vector<SplitUnit> split_units;
   int num_partials = 0;
+  std::vector<PlannedTile> tiles;
+  std::vector<int32_t> first_partials;  // [unit]; -1: it ends in the output
 };
 
 // `view` is one step; its tables must name every page that its queries read.

@@ -83,7 +83,8 @@ class Producer {
     const uint32_t entry_now = next_entry_;
     if (index_ + 1 < segment_->page_end) next_entry_ = entry(index_ + 1);
     const int page = page_number(index_);
-    if (page >= segment_->first_new_page && !waited_) {  // written by the kernels before this one
+    if (page >= segment_->first_new_page && !waited_ &&
+        !params_.beside_shared) {  // written by the kernels before this one
       ptx::wait_prerequisites();
       waited_ = true;
     }

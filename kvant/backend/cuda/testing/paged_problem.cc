@@ -65,8 +65,8 @@ PagedProblem::PagedProblem(const ProblemOptions& options) : options_(options) {
     slab.unit = formats::unit_sections(slab.k, slab.v, options.page_tokens, options.head_dim);
   }
   for (size_t i = 0; i < options.lengths.size(); ++i) {
-    add_sequence(options.lengths[i],
-                 options.new_tokens[std::min(i, options.new_tokens.size() - 1)]);
+    add_sequence(options.lengths[i], options.new_tokens[std::min(i, options.new_tokens.size() - 1)],
+                 i < options.prefixes.size() ? options.prefixes[i] : ProblemOptions::Prefix{});
   }
   fill_rows();
   mirror();
@@ -127,7 +127,8 @@ void PagedProblem::write_page(int64_t first_token, int64_t num_tokens, bool stor
   }
 }
 
-void PagedProblem::add_sequence(int64_t length, int new_tokens) {
+void PagedProblem::add_sequence(int64_t length, int new_tokens,
+                                const ProblemOptions::Prefix& prefix) {
   const int tokens = options_.page_tokens;
   const int64_t first = length - new_tokens;
   const int64_t last_page = (length - 1) / tokens;
@@ -141,6 +142,8 @@ void PagedProblem::add_sequence(int64_t length, int new_tokens) {
     view.first_page = std::max<int64_t>(0, first - options_.window + 1) / tokens;
   view.bf16_first_page = std::max(view.first_page, first / tokens - recent);
   num_rows_ += new_tokens;
+  const int64_t shared_pages = prefix.tokens / tokens;
+  KVANT_CHECK(shared_pages <= view.bf16_first_page, "shared pages are closed");
 
   const auto slot = [&](bool stored) {
     const Slab& slab = *slabs_[stored ? cache::kKindStored : cache::kKindBf16];
@@ -152,6 +155,10 @@ void PagedProblem::add_sequence(int64_t length, int new_tokens) {
     const int64_t num_tokens = std::min<int64_t>(tokens, length - page * tokens);
     if (page < view.first_page) {
       stored_table.push_back(PageEntry::none());
+      continue;
+    }
+    if (page < shared_pages) {
+      stored_table.push_back(tables_[2 * static_cast<size_t>(prefix.parent)][page]);
       continue;
     }
     if (page < last_page) {

@@ -20,9 +20,15 @@ struct ProblemOptions {
   int window = 0;
   std::vector<int64_t> lengths = {300};  // tokens of each sequence after the step
   std::vector<int> new_tokens = {1};     // of each sequence in the step; the last one repeats
-  float score_deviation = 1.0f;          // of q . k * scale
-  bool rising = false;                   // scores grow along the sequence
-  attention::AttentionParams params;     // heads and scale are filled in
+  // Sequence i has its first `tokens` (whole pages) in common with an earlier sequence.
+  struct Prefix {
+    int parent = 0;
+    int64_t tokens = 0;
+  };
+  std::vector<Prefix> prefixes = {};  // of each sequence; missing ones share nothing
+  float score_deviation = 1.0f;       // of q . k * scale
+  bool rising = false;                // scores grow along the sequence
+  attention::AttentionParams params;  // heads and scale are filled in
   uint32_t seed = 1;
 };
 
@@ -45,7 +51,7 @@ class PagedProblem {
 
  private:
   struct Slab;
-  void add_sequence(int64_t length, int new_tokens);
+  void add_sequence(int64_t length, int new_tokens, const ProblemOptions::Prefix& prefix);
   void write_page(int64_t first_token, int64_t num_tokens, bool stored, cache::PageEntry entry);
   void fill_rows();
   void mirror();

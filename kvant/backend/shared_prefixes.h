@@ -1,7 +1,7 @@
 // Which sequences of a batch have their first pages in common, so that attention reads such pages
 // once for all of them.
 //
-// Works in splits of kSplitTokens positions. Sequences that name the same pages in a split, and in
+// Works in splits of some number of pages. Sequences that name the same pages in a split, and in
 // all splits before it, are read together; where they part, each part that is still a group goes
 // on as a run of the next level.
 #pragma once
@@ -9,9 +9,10 @@
 #include <cstdint>
 #include <vector>
 
+#include "kvant/attention/problem.h"
 #include "kvant/cache/view.h"
 
-namespace kvant::backend::cpu {
+namespace kvant::backend {
 
 // Splits [first_split, end_split) of all members. The members' results of the splits before come
 // from runs of the levels before.
@@ -27,6 +28,7 @@ struct ShareLimits {
   int group = 1;              // query rows of a new token and KV head (G)
   int max_rows = 0;           // of the members of a run together, per KV head
   int min_runs_of_group = 1;  // a group is cut into at least so many runs, one for each thread
+  int split_tokens = attention::kSplitTokens;  // a multiple of the page
 };
 
 // Vectors keep their capacity from call to call.
@@ -55,4 +57,4 @@ struct SharedPrefixes {
 void find_shared_prefixes(const cache::GroupView& view, const ShareLimits& limits,
                           SharedPrefixes& result);
 
-}  // namespace kvant::backend::cpu
+}  // namespace kvant::backend

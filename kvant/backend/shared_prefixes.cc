@@ -1,10 +1,8 @@
-#include "kvant/backend/cpu/attention_shared.h"
+#include "kvant/backend/shared_prefixes.h"
 
 #include <algorithm>
 
-#include "kvant/attention/problem.h"
-
-namespace kvant::backend::cpu {
+namespace kvant::backend {
 
 using cache::GroupView;
 using cache::PageEntry;
@@ -18,7 +16,7 @@ class Finder {
       : view_(view),
         limits_(limits),
         result_(result),
-        split_pages_(attention::kSplitTokens / view.page_tokens) {}
+        split_pages_(limits.split_tokens / view.page_tokens) {}
 
   void run() {
     const auto num_sequences = static_cast<int32_t>(view_.sequences.size());
@@ -145,4 +143,4 @@ void find_shared_prefixes(const GroupView& view, const ShareLimits& limits,
   Finder(view, limits, result).run();
 }
 
-}  // namespace kvant::backend::cpu
+}  // namespace kvant::backend
