@@ -63,6 +63,11 @@ void add_model_options(CLI::App& app, ModelOptions& options) {
   app.add_option("--memory-limit", options.memory_limit,
                  "Refuse to take more memory than this for pages, workspace and repacked weights")
       ->type_name("SIZE");
+  app.add_option(
+         "--prefill-workspace", options.prefill_workspace,
+         "GPUs: memory for 16-bit copies of pages while prompts are read (default: 512M, or "
+         "what the context needs)")
+      ->type_name("SIZE");
 }
 
 void add_kv_option(CLI::App& app, std::vector<std::string>& kv, KvOption option) {
@@ -102,9 +107,14 @@ Result<std::unique_ptr<backend::Backend>> open_backend(const ModelOptions& optio
   if (!options.memory_limit.empty()) {
     KVANT_ASSIGN(limit, parse_bytes(options.memory_limit));
   }
+  int64_t prefill_workspace = 0;
+  if (!options.prefill_workspace.empty()) {
+    KVANT_ASSIGN(prefill_workspace, parse_bytes(options.prefill_workspace));
+  }
   return backend::create_backend({.name = options.device,
                                   .num_threads = options.threads,
                                   .memory_limit = limit,
+                                  .prefill_workspace = prefill_workspace,
                                   .deterministic = options.deterministic});
 }
 

@@ -29,11 +29,12 @@ class App;
 namespace kvant::tools {
 
 struct ModelOptions {
-  std::string model;             // a GGUF file; a configuration with random weights
-  std::string weights = "file";  // "file", "dummy", "dummy:TYPE"
-  std::string plan;              // file name, may be empty
-  std::string device = "cpu";    // backend
-  std::string memory_limit;      // size, may be empty
+  std::string model;              // a GGUF file; a configuration with random weights
+  std::string weights = "file";   // "file", "dummy", "dummy:TYPE"
+  std::string plan;               // file name, may be empty
+  std::string device = "cpu";     // backend
+  std::string memory_limit;       // size, may be empty
+  std::string prefill_workspace;  // the same
   int page_tokens = 64;
   int64_t context = 0;  // 0: not given
   int threads = 0;      // 0: one per processor
@@ -41,7 +42,8 @@ struct ModelOptions {
   bool beyond_training = false;  // longer contexts than trained for: where only speed counts
 };
 
-// Adds MODEL, --plan, --page-tokens, -c, -t, --deterministic, --weights, --device, --memory-limit.
+// Adds MODEL, --plan, --page-tokens, -c, -t, --deterministic, --weights, --device, --memory-limit,
+// --prefill-workspace.
 void add_model_options(CLI::App& app, ModelOptions& options);
 
 // One cache format as asked for.

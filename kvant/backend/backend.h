@@ -211,6 +211,9 @@ struct BackendOptions {
   std::string name = "cpu";
   int num_threads = 0;       // CPU: 0 = one per processor
   int64_t memory_limit = 0;  // bytes; 0: none
+  // GPUs: bytes for 16-bit copies of the pages that a long step attends to. More of them are copied
+  // piece by piece. 0: 512 MiB, or what the context needs if that is less.
+  int64_t prefill_workspace = 0;
   bool deterministic = false;
 };
 

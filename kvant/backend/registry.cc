@@ -53,6 +53,11 @@ Result<std::unique_ptr<Backend>> create_backend(const BackendOptions& options) {
     return Error(ErrorCode::kInvalidArgument, "memory limit: expected 0 (none) or more, found " +
                                                   std::to_string(options.memory_limit));
   }
+  if (options.prefill_workspace < 0) {
+    return Error(ErrorCode::kInvalidArgument,
+                 "prefill workspace: expected 0 (the default) or more, found " +
+                     std::to_string(options.prefill_workspace));
+  }
   std::string names;
   for (const BackendEntry& entry : kBackends) {
     if (entry.name == options.name) return entry.create(options);

@@ -72,6 +72,31 @@ TEST_P(OnCuda, LogitsAreTheCpus) {
   }
 }
 
+// A workspace that holds the pages of one KV head only: prompts are read head by head, and the plan
+// is smaller by what is saved.
+TEST_P(OnCuda, SmallPrefillWorkspacesGiveTheSameLogits) {
+  backend::BackendOptions options{.name = "cuda", .deterministic = true};
+  Engine large(model_bytes(arch()), options);
+  options.prefill_workspace = 96 << 10;
+  Engine small(model_bytes(arch()), options);
+  const RuntimeOptions runtime = small_runtime(kv());
+  const std::vector<int32_t> tokens = random_tokens(250, kVocab, 1);
+  const auto large_cache = large.cache(runtime);
+  const auto small_cache = small.cache(runtime);
+  EXPECT_LT(small.backend().memory().stats().total_now, large.backend().memory().stats().total_now);
+  const auto want = large.logits(*large_cache, must(large_cache->add_sequence()), tokens, 250);
+  const auto got = small.logits(*small_cache, must(small_cache->add_sequence()), tokens, 250);
+  EXPECT_LT(mean_error(got, want), 1e-3);
+}
+
+TEST_P(OnCuda, WorkspacesBelowAStepAreRefused) {
+  Engine engine(model_bytes(arch()),
+                backend::BackendOptions{.name = "cuda", .prefill_workspace = 4096});
+  const Status reserved = engine.model().reserve(small_runtime(kv()));
+  ASSERT_FALSE(reserved);
+  EXPECT_NE(reserved.error().message().find("--prefill-workspace"), std::string::npos);
+}
+
 TEST_P(OnCuda, RaggedBatchesGiveTheCpusLogits) {
   const std::vector<std::vector<int32_t>> prompts = {
       random_tokens(37, kVocab, 4), random_tokens(1, kVocab, 5), random_tokens(52, kVocab, 6)};

@@ -41,6 +41,7 @@ TEST_F(ModelCommands, RunRejectsImpossibleContexts) {
   expect_error({"run", model_, "-p", "x", "-c", "100000000"}, 64, {"8192"});
   expect_error({"run", model_, "-p", "x", "-n", "1", "--memory-limit", "1MiB"}, 75);
   expect_error({"run", model_, "-p", "x", "--page-tokens", "7"}, 64);
+  expect_error({"run", model_, "-p", "x", "--prefill-workspace", "much"}, 64, {"much"});
 }
 
 // Without a GPU, or in a build without CUDA, the error says what to do.

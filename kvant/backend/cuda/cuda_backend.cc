@@ -26,8 +26,8 @@ int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// Nothing to attend to without heads: max_rows is 0 then.
-PrefillLimits prefill_limits(const WorkspaceNeeds& needs) {
+// Nothing to attend to without heads: max_rows is 0 then. `image_bytes_asked`: 0 for the default.
+PrefillLimits prefill_limits(const WorkspaceNeeds& needs, int64_t image_bytes_asked) {
   PrefillLimits limits;
   if (needs.num_kv_heads == 0) return limits;
   limits.max_rows = needs.max_rows;
@@ -39,11 +39,19 @@ PrefillLimits prefill_limits(const WorkspaceNeeds& needs) {
   const int64_t pages = ceil_div(needs.max_context, needs.page_tokens) * needs.max_sequences;
   const int64_t new_pages = ceil_div(needs.max_rows, needs.page_tokens) + 2 * needs.max_sequences;
   limits.max_pages = pages + 2 * new_pages;
-  // Short contexts need less than the default.
+  if (image_bytes_asked > 0) limits.image_bytes = image_bytes_asked;
+  // Short contexts need less.
   limits.image_bytes =
       std::min(limits.image_bytes, limits.max_pages * limits.num_kv_heads * 2 *
                                        image_bytes(needs.head_dim, needs.page_tokens));
   return limits;
+}
+
+// The new tokens of a step, of one sequence and KV head, and a few pages beside them.
+int64_t least_image_bytes(const WorkspaceNeeds& needs) {
+  if (needs.num_kv_heads == 0) return 0;
+  return (ceil_div(needs.max_rows, needs.page_tokens) + 4) * 2 *
+         image_bytes(needs.head_dim, needs.page_tokens);
 }
 
 struct WorkspaceParts {
@@ -55,12 +63,14 @@ struct WorkspaceParts {
   int64_t total() const { return linear + rope + moe + rows + prefill; }
 };
 
-WorkspaceParts workspace_parts(const WorkspaceNeeds& needs) {
+WorkspaceParts workspace_parts(const WorkspaceNeeds& needs, int64_t image_bytes_asked) {
   return {round_up(CudaLinear::workspace_bytes(needs.max_rows, needs.max_cols)),
           RopeTables::workspace_bytes(needs.max_rows, needs.head_dim),
           round_up(CudaMoe::workspace_bytes(needs)),
           round_up(needs.max_rows * int64_t{sizeof(int64_t)}),
-          needs.num_kv_heads > 0 ? PrefillAttention::workspace_bytes(prefill_limits(needs)) : 0};
+          needs.num_kv_heads > 0
+              ? PrefillAttention::workspace_bytes(prefill_limits(needs, image_bytes_asked))
+              : 0};
 }
 
 Error no_device(const std::string& found) {
@@ -109,6 +119,7 @@ Status CudaBackend::start(const BackendOptions& options) {
   num_sms_ = properties.multiProcessorCount;
   KVANT_TRY(
       cuda_status(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream"));
+  prefill_workspace_ = options.prefill_workspace;
   memory_ = std::make_unique<DeviceMemory>(stream_, options.memory_limit);
   own_memory_ = std::make_unique<DeviceMemory>(stream_, 0);
   KVANT_TRY(ring_.create(kRingBytes));
@@ -155,11 +166,18 @@ Status CudaBackend::supports(const formats::CacheFormat&, int head_dim,
 // ---- memory ----
 
 int64_t CudaBackend::workspace_bytes(const WorkspaceNeeds& needs) const {
-  return workspace_parts(needs).total();
+  return workspace_parts(needs, prefill_workspace_).total();
 }
 
 Status CudaBackend::reserve_workspace(const WorkspaceNeeds& needs) {
-  const WorkspaceParts parts = workspace_parts(needs);
+  const int64_t least = least_image_bytes(needs);
+  if (prefill_workspace_ > 0 && prefill_workspace_ < least) {
+    return Error(ErrorCode::kInvalidArgument,
+                 "prefill workspace: expected at least " + std::to_string(least) +
+                     " bytes for steps of " + std::to_string(needs.max_rows) + " tokens, found " +
+                     std::to_string(prefill_workspace_) + "; raise --prefill-workspace");
+  }
+  const WorkspaceParts parts = workspace_parts(needs, prefill_workspace_);
   prefill_ = nullptr;
   workspace_ = Buffer();  // given back first, so that the peak is the larger of the two
   max_rows_ = 0;
@@ -171,8 +189,8 @@ Status CudaBackend::reserve_workspace(const WorkspaceNeeds& needs) {
   moe_.set_workspace(at += parts.rope, needs);
   row_indices_ = reinterpret_cast<int64_t*>(at += parts.moe);
   if (parts.prefill > 0) {
-    KVANT_ASSIGN(prefill_,
-                 PrefillAttention::create(prefill_limits(needs), at + parts.rows, parts.prefill));
+    KVANT_ASSIGN(prefill_, PrefillAttention::create(prefill_limits(needs, prefill_workspace_),
+                                                    at + parts.rows, parts.prefill));
   }
   max_rows_ = needs.max_rows;
   return {};

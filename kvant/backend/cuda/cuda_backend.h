@@ -67,6 +67,7 @@ class CudaBackend final : public Backend {
   cudaStream_t stream_ = nullptr;
   int num_sms_ = 0;
   int64_t free_at_start_ = 0;
+  int64_t prefill_workspace_ = 0;  // BackendOptions
   // Before what lies in them.
   std::unique_ptr<DeviceMemory> memory_;
   std::unique_ptr<DeviceMemory> own_memory_;  // of a size that no model changes

@@ -43,9 +43,12 @@ inline RuntimeOptions small_runtime(std::string_view kv) {
 class Engine {
  public:
   Engine(std::vector<std::byte> file, const std::string& backend_name, int num_threads = 1)
+      : Engine(std::move(file),
+               backend::BackendOptions{
+                   .name = backend_name, .num_threads = num_threads, .deterministic = true}) {}
+  Engine(std::vector<std::byte> file, const backend::BackendOptions& options)
       : file_(std::move(file)),
-        backend_(must(backend::create_backend(
-            {.name = backend_name, .num_threads = num_threads, .deterministic = true}))),
+        backend_(must(backend::create_backend(options))),
         model_(must(Model::load(must(ModelSource::parse(file_, "test")), *backend_, {}))) {}
 
   Model& model() { return *model_; }
