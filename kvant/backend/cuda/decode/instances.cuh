@@ -6,8 +6,12 @@
 
 namespace kvant::backend::cuda {
 
-template <typename Shape>
-DecodeVariant variant_of() {
+// A row: formats, head_dim, n-tiles of 8 query rows, warps of a team, teams of a block, blocks of a
+// multiprocessor.
+template <KeyKernel kKey, ValueKernel kValue, int kHeadDim, int kNTiles, int kTeam, int kTeams,
+          int kBlocks>
+DecodeVariant row() {
+  using Shape = DecodeShape<kKey, kValue, kHeadDim, kNTiles, kTeam, kTeams, kBlocks>;
   DecodeVariant variant;
   variant.key = Shape::kKey;
   variant.value = Shape::kValue;

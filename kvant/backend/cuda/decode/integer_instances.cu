@@ -1,24 +1,15 @@
 #include "kvant/backend/cuda/decode/instances.cuh"
 
 namespace kvant::backend::cuda {
-namespace {
-// int8 and the preset `8bit`; int4; the preset `3bit`.
-template <int kHeadDim, int kNTiles, int kTeam, int kTeams, int kBlocks>
-using Int8 =
-    DecodeShape<KeyKernel::kInt8, ValueKernel::kInt8, kHeadDim, kNTiles, kTeam, kTeams, kBlocks>;
-template <int kHeadDim, int kNTiles, int kTeam, int kTeams, int kBlocks>
-using Int4 =
-    DecodeShape<KeyKernel::kInt4, ValueKernel::kInt4, kHeadDim, kNTiles, kTeam, kTeams, kBlocks>;
-template <int kHeadDim, int kNTiles, int kTeam, int kTeams, int kBlocks>
-using Preset3 = DecodeShape<KeyKernel::kInt3Channel, ValueKernel::kInt4, kHeadDim, kNTiles, kTeam,
-                            kTeams, kBlocks>;
-}  // namespace
 
+// `int8` and the preset `8bit`, `int4`, and the preset `3bit`.
 std::span<const DecodeVariant> integer_variants() {
+  using K = KeyKernel;
+  using V = ValueKernel;
   static const DecodeVariant kVariants[] = {
-      variant_of<Int8<128, 1, 2, 8, 1>>(),
-      variant_of<Int4<128, 1, 1, 12, 1>>(),
-      variant_of<Preset3<128, 1, 1, 12, 1>>(),
+      row<K::kInt8, V::kInt8, 128, 1, 2, 8, 1>(),
+      row<K::kInt4, V::kInt4, 128, 1, 1, 12, 1>(),
+      row<K::kInt3Channel, V::kInt4, 128, 1, 1, 12, 1>(),
   };
   return kVariants;
 }
