@@ -180,10 +180,7 @@ void set_batch(const Options& options, int batch, model::RuntimeOptions& runtime
 // The largest batch that memory holds, by the plan.
 Result<int> largest_batch(const Options& options, const OpenModel& open,
                           const model::RuntimeOptions& runtime) {
-  int64_t limit = 0;
-  if (!options.model.memory_limit.empty()) {
-    KVANT_ASSIGN(limit, parse_bytes(options.model.memory_limit));
-  }
+  KVANT_ASSIGN(const int64_t limit, parse_optional_bytes(options.model.memory_limit));
   const auto fits = [&](int batch) -> Status {
     model::RuntimeOptions sized = runtime;
     set_batch(options, batch, sized);
@@ -194,7 +191,7 @@ Result<int> largest_batch(const Options& options, const OpenModel& open,
                    fmt::format("one sequence at this depth takes {}, the limit is {}",
                                format_bytes(plan.total()), format_bytes(limit)));
     }
-    return check_fits(open, sized, kBatchMemoryShare);
+    return check_fits(open, plan, sized.context_tokens, kBatchMemoryShare);
   };
   KVANT_TRY(fits(1));
   int low = 1;

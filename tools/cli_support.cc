@@ -265,6 +265,11 @@ Result<int64_t> parse_bytes(std::string_view text) {
   return static_cast<int64_t>(std::llround(bytes));
 }
 
+Result<int64_t> parse_optional_bytes(std::string_view text) {
+  if (text.empty()) return int64_t{0};
+  return parse_bytes(text);
+}
+
 // ---- Files ----
 
 namespace {

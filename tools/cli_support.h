@@ -125,6 +125,8 @@ std::string format_bytes(int64_t bytes);
 // "8GiB", "512M", "1.5g", "4096": K, M, G, T alone and KiB ... are powers of 1024, KB ... powers of
 // 1000. kInvalidArgument says what is accepted.
 Result<int64_t> parse_bytes(std::string_view text);
+// The same for an option that need not be given: 0 for an empty text.
+Result<int64_t> parse_optional_bytes(std::string_view text);
 
 // Whole of stdin, to its end. kIoError, kCancelled.
 Result<std::string> read_stdin();

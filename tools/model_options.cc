@@ -103,14 +103,8 @@ Result<std::unique_ptr<model::ModelSource>> open_source(const ModelOptions& opti
 }
 
 Result<std::unique_ptr<backend::Backend>> open_backend(const ModelOptions& options) {
-  int64_t limit = 0;
-  if (!options.memory_limit.empty()) {
-    KVANT_ASSIGN(limit, parse_bytes(options.memory_limit));
-  }
-  int64_t prefill_workspace = 0;
-  if (!options.prefill_workspace.empty()) {
-    KVANT_ASSIGN(prefill_workspace, parse_bytes(options.prefill_workspace));
-  }
+  KVANT_ASSIGN(const int64_t limit, parse_optional_bytes(options.memory_limit));
+  KVANT_ASSIGN(const int64_t prefill_workspace, parse_optional_bytes(options.prefill_workspace));
   return backend::create_backend({.name = options.device,
                                   .num_threads = options.threads,
                                   .memory_limit = limit,
@@ -176,11 +170,10 @@ Result<const model::Tokenizer*> need_tokenizer(const OpenModel& open) {
                "random weights have no tokenizer; use `kvant bench` with them");
 }
 
-Status check_fits(const OpenModel& open, const model::RuntimeOptions& runtime, double share) {
+Status check_fits(const OpenModel& open, const model::MemoryPlan& plan, int64_t context,
+                  double share) {
   const auto free =
       static_cast<int64_t>(static_cast<double>(open.backend->info().memory_free) * share);
-  KVANT_ASSIGN(const model::MemoryPlan plan,
-               model::plan_memory(open.model->source(), *open.backend, runtime));
   if (free == 0) return {};
   const int64_t needed = plan.cache.stored_pages_reserved + plan.cache.bf16_pages_reserved +
                          plan.cache.staging + plan.cache.tables + plan.activations +
@@ -190,7 +183,7 @@ Status check_fits(const OpenModel& open, const model::RuntimeOptions& runtime, d
       ErrorCode::kResourceExhausted,
       fmt::format("a context of {} tokens needs {} beside the weights, {} are free; ask for "
                   "less with -c, or for a smaller cache format with --kv",
-                  runtime.context_tokens, format_bytes(needed), format_bytes(free)));
+                  context, format_bytes(needed), format_bytes(free)));
 }
 
 Result<model::RuntimeOptions> runtime_options(const ModelOptions& options, const OpenModel& open,
@@ -217,12 +210,11 @@ Result<model::RuntimeOptions> runtime_options(const ModelOptions& options, const
                              runtime.context_tokens, trained));
   }
   for (;;) {
-    const Status fits = check_fits(open, runtime, chosen ? 1 : kMemoryShare);
+    KVANT_ASSIGN(const model::MemoryPlan plan,
+                 model::plan_memory(model.source(), *open.backend, runtime));
+    const Status fits = check_fits(open, plan, runtime.context_tokens, chosen ? 1 : kMemoryShare);
     if (fits) return runtime;
-    if (chosen || fits.error().code() != ErrorCode::kResourceExhausted ||
-        runtime.context_tokens <= kSmallestDefaultContext) {
-      return fits.error();
-    }
+    if (chosen || runtime.context_tokens <= kSmallestDefaultContext) return fits.error();
     runtime.context_tokens /= 2;
   }
 }

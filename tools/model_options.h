@@ -84,9 +84,10 @@ Result<OpenModel> open_model(Console& console, const ModelOptions& options);
 // kUnsupported with random weights.
 Result<const model::Tokenizer*> need_tokenizer(const OpenModel& open);
 
-// kResourceExhausted if what these sizes take beside the weights is more than `share` of the memory
-// that is free now.
-Status check_fits(const OpenModel& open, const model::RuntimeOptions& runtime, double share);
+// kResourceExhausted if what the plan of a context of so many tokens takes beside the weights is
+// more than `share` of the memory that is free now.
+Status check_fits(const OpenModel& open, const model::MemoryPlan& plan, int64_t context,
+                  double share);
 
 // Sizes for one sequence: -c if given, else `wanted_context` (0: as much as the model was trained
 // for, at most 32,768), reduced until it fits into free memory. kInvalidArgument or

@@ -150,10 +150,11 @@ Status CudaAttention::prepare_shared(const AttentionArgs& args) {
   const int left = kSharedMemory - kReservedShared - shared_variant_->fixed_bytes;
   shared_params_.num_slots = std::min(kMaxSharedSlots, left / shared_params_.page_bytes);
   KVANT_CHECK(shared_params_.num_slots >= 3, "pages of these formats fit");
+  shared_smem_bytes_ =
+      shared_variant_->fixed_bytes + shared_params_.num_slots * shared_params_.page_bytes;
   return cuda_status(
-      cudaFuncSetAttribute(
-          shared_variant_->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-          shared_variant_->fixed_bytes + shared_params_.num_slots * shared_params_.page_bytes),
+      cudaFuncSetAttribute(shared_variant_->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           shared_smem_bytes_),
       "setting the shared memory of attention on shared pages");
 }
 
@@ -335,11 +336,11 @@ Status CudaAttention::launch_shared(const AttentionArgs& args, const DecodeParam
   params.stored = decode.slabs[shared_kind_];
   params.scale_log2 = decode.scale_log2;
   void* arguments[] = {&params};
-  const int smem = shared_variant_->fixed_bytes + params.num_slots * params.page_bytes;
-  return launch_overlapped("attention on shared pages", shared_variant_->kernel,
-                           {dim3(static_cast<unsigned>(shared_.starts.size())),
-                            shared_variant_->threads, static_cast<size_t>(smem), stream},
-                           arguments);
+  return launch_overlapped(
+      "attention on shared pages", shared_variant_->kernel,
+      {dim3(static_cast<unsigned>(shared_.starts.size())), shared_variant_->threads,
+       static_cast<size_t>(shared_smem_bytes_), stream},
+      arguments);
 }
 
 Status CudaAttention::launch(const AttentionArgs& args, cudaStream_t stream) {

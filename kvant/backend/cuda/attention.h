@@ -74,6 +74,7 @@ class CudaAttention {
   SharedPlan shared_;  // empty: nothing is shared
   const SharedVariant* shared_variant_ = nullptr;
   SharedParams shared_params_ = {};
+  int shared_smem_bytes_ = 0;
   uint32_t shared_kind_ = 0;  // of shared pages
 
   float* partial_sums_ = nullptr;

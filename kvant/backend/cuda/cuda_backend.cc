@@ -99,6 +99,10 @@ Result<cudaDeviceProp> find_device() {
   return properties;
 }
 
+bool rotates_nothing(const RopeArgs& args) {
+  return args.num_rows == 0 || args.num_query_heads + args.num_kv_heads == 0;
+}
+
 const float* floats(const void* p) {
   return static_cast<const float*>(p);
 }
@@ -258,10 +262,14 @@ Status CudaBackend::norm_gated(const GatedArgs& args) {
   return linear_.run_gated(args, stream_);
 }
 
-Status CudaBackend::rope(const RopeArgs& args) {
-  if (args.num_rows == 0 || args.num_query_heads + args.num_kv_heads == 0) return {};
+Result<const float*> CudaBackend::rope_table_for(const RopeArgs& args) {
   const std::span positions(args.positions, static_cast<size_t>(args.num_rows));
-  KVANT_ASSIGN(const float* const table, rope_tables_.get(args.rope, positions, ring_, stream_));
+  return rope_tables_.get(args.rope, positions, ring_, stream_);
+}
+
+Status CudaBackend::rope(const RopeArgs& args) {
+  if (rotates_nothing(args)) return {};
+  KVANT_ASSIGN(const float* const table, rope_table_for(args));
   return cuda::rope(args, table, stream_);
 }
 
@@ -292,12 +300,8 @@ Status CudaBackend::append(const AppendArgs& args) {
 }
 
 Status CudaBackend::rope_append(const RopeArgs& rope_args, const AppendArgs& args) {
-  if (rope_args.num_rows == 0 || rope_args.num_query_heads + rope_args.num_kv_heads == 0) {
-    return append_->run(args, stream_);
-  }
-  const std::span positions(rope_args.positions, static_cast<size_t>(rope_args.num_rows));
-  KVANT_ASSIGN(const float* const table,
-               rope_tables_.get(rope_args.rope, positions, ring_, stream_));
+  if (rotates_nothing(rope_args)) return append(args);
+  KVANT_ASSIGN(const float* const table, rope_table_for(rope_args));
   const AppendRotation rotation = {.q = floats(rope_args.q),
                                    .k = floats(rope_args.k),
                                    .table = table,
@@ -306,9 +310,7 @@ Status CudaBackend::rope_append(const RopeArgs& rope_args, const AppendArgs& arg
                                    .rotate_keys = rope_args.num_kv_heads > 0,
                                    .rotary_dim = rope_args.rope.rotary_dim};
   KVANT_ASSIGN(const bool done, append_->run_rotated(args, rotation, stream_));
-  if (done) return {};
-  KVANT_TRY(cuda::rope(rope_args, table, stream_));
-  return append_->run(args, stream_);
+  return done ? Status() : Backend::rope_append(rope_args, args);
 }
 
 Result<formats::EncodeStats> CudaBackend::take_encode_stats() {

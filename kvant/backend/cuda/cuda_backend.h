@@ -63,6 +63,7 @@ class CudaBackend final : public Backend {
   CudaBackend() = default;
   Status start(const BackendOptions& options);
   void update_free_memory();
+  Result<const float*> rope_table_for(const RopeArgs& args);  // of the step, made once
 
   cudaStream_t stream_ = nullptr;
   int num_sms_ = 0;

@@ -122,7 +122,7 @@ class Consumer {
   // The rows of the tile become B fragments in shared memory: fp16 for stored pages, BF16 and rest
   // for others. A warp reads a whole row at a time: all teams of a unit read the same rows at once,
   // and what they ask of the L2 cache adds up. Rows beyond num_rows keep what they hold (zeros, or
-  // an earlier segment's): their results are not used.
+  // what an earlier segment left, its exchange too): their columns touch no other's.
   __device__ __forceinline__ void stage_queries(const Segment& segment) {
     constexpr int kBatch = kTeam == 1 ? 4 : Shape::kRows / kTeam;  // loads on their way
     const bool same = params_.stored_q == params_.q;

@@ -4,6 +4,7 @@
 
 #include "kvant/backend/cuda/dense/file_blocks.cuh"
 #include "kvant/backend/cuda/dense/gate.cuh"
+#include "kvant/backend/cuda/dense/rotate.cuh"
 #include "kvant/backend/cuda/dense/row_norm.cuh"
 #include "kvant/backend/cuda/launch.h"
 #include "kvant/backend/cuda/ptx.cuh"
@@ -107,12 +108,7 @@ __global__ void rope_kernel(RopeArgs args, const float* table) {
             ? static_cast<float*>(args.q) + (row * args.num_query_heads + head) * args.head_dim
             : static_cast<float*>(args.k) +
                   (row * args.num_kv_heads + head - args.num_query_heads) * args.head_dim;
-    const float c = table[row * 2 * half + i];
-    const float s = table[row * 2 * half + half + i];
-    const float a = x[i];
-    const float b = x[i + half];
-    x[i] = fmaf(-b, s, a * c);
-    x[i + half] = fmaf(a, s, b * c);
+    rotate_pair(x, table + row * 2 * half, half, i);
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kvant/backend/cuda/append.h"
+#include "kvant/backend/cuda/dense/rotate.cuh"
 #include "kvant/backend/cuda/quant/close_general.cuh"
 #include "kvant/backend/cuda/quant/numbers.cuh"
 
@@ -147,18 +148,11 @@ __global__ void __launch_bounds__(kAppendThreads)
   }
 }
 
-// Rotates one head's vector in place; a warp. As rope_kernel() does.
+// Rotates one head's vector in place; a warp.
 __device__ __forceinline__ void rotate_head(float* x, const float* table, int rotary_dim,
                                             int lane) {
   const int half = rotary_dim / 2;
-  for (int i = lane; i < half; i += kLanes) {
-    const float c = table[i];
-    const float s = table[half + i];
-    const float a = x[i];
-    const float b = x[i + half];
-    x[i] = fmaf(-b, s, a * c);
-    x[i + half] = fmaf(a, s, b * c);
-  }
+  for (int i = lane; i < half; i += kLanes) rotate_pair(x, table, half, i);
 }
 
 // The warps of append_rows_kernel, keys rotated first, and a warp for each query head.
