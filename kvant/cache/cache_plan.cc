@@ -109,6 +109,10 @@ Status check_config(const CacheConfig& config) {
   }
   if (config.max_sequences < 1 || config.max_step_tokens < 1)
     return invalid("max_sequences and max_step_tokens must be at least 1");
+  if (config.max_sequence_tokens < 0 || config.held_sink_pages < 0 || config.held_windows < 0)
+    return invalid("max_sequence_tokens, held_sink_pages and held_windows must not be negative");
+  if (config.held_sink_pages > PagePool::kMaxSlots || config.held_windows > PagePool::kMaxSlots)
+    return invalid("at most " + std::to_string(PagePool::kMaxSlots) + " pages can be held");
   if (config.format.recent_tokens < 0) return invalid("+recentN needs N >= 1");
   for (int layer = 0; layer < static_cast<int>(config.layers.size()); ++layer)
     KVANT_TRY(check_layer(config, layer));
@@ -165,17 +169,20 @@ void count_slots(GroupPlan& plan, const CacheConfig& config) {
     plan.bf16_slots = all_pages;
     if (window > 0) {
       const int64_t extra = extra_open_pages(step, s, step, t);
-      plan.bf16_slots = std::min(all_pages, s * (window_pages(window, t) + 1) + extra);
+      const int64_t pages = window_pages(window, t);
+      plan.bf16_slots = std::min(all_pages, (s + config.held_windows) * pages + s + extra);
     }
     return;
   }
   const int64_t r = plan.recent_pages;
   const int64_t sink = plan.sink ? 1 : 0;
   plan.bf16_slots = std::min(all_pages, s * (r + 1 + sink) + extra_open_pages(step, s, r, t));
+  if (plan.sink) plan.bf16_slots += config.held_sink_pages;
   plan.stored_slots = std::max<int64_t>(0, full_pages - r - sink);
   if (window > 0) {
     plan.stored_slots =
-        std::min(plan.stored_slots, s * window_pages(window, t) + filled_pages(step, s, t));
+        std::min(plan.stored_slots,
+                 (s + config.held_windows) * window_pages(window, t) + filled_pages(step, s, t));
   }
   plan.staging_slots = step / t;
 }
@@ -263,7 +270,11 @@ std::vector<LayerGroup> make_layer_groups(std::span<const LayerGeometry> layers)
 Result<CachePlan> make_cache_plan(const CacheConfig& config) {
   KVANT_TRY(check_config(config));
   CachePlan plan;
-  plan.pages_per_sequence = (config.max_tokens + config.page_tokens - 1) / config.page_tokens;
+  plan.max_sequence_tokens = config.max_sequence_tokens == 0
+                                 ? config.max_tokens
+                                 : std::min(config.max_sequence_tokens, config.max_tokens);
+  plan.pages_per_sequence =
+      (plan.max_sequence_tokens + config.page_tokens - 1) / config.page_tokens;
   plan.places.resize(config.layers.size());
   for (LayerGroup& group : make_layer_groups(config.layers)) {
     const int index = static_cast<int>(plan.groups.size());
@@ -279,38 +290,6 @@ Result<CachePlan> make_cache_plan(const CacheConfig& config) {
   }
   sum_bytes(plan, config);
   return plan;
-}
-
-Result<CacheBytes> plan_cache_bytes(const CacheConfig& config) {
-  KVANT_ASSIGN(const CachePlan plan, make_cache_plan(config));
-  return plan.bytes;
-}
-
-Result<std::vector<GroupBytes>> plan_group_bytes(const CacheConfig& config) {
-  KVANT_ASSIGN(const CachePlan plan, make_cache_plan(config));
-  std::vector<GroupBytes> groups;
-  for (const GroupPlan& planned : plan.groups) {
-    GroupBytes bytes;
-    bytes.group = planned.group;
-    bytes.bf16_pages = planned.bf16_slots;
-    bytes.bf16_page_bytes = planned.bf16_page_bytes;
-    if (!planned.plain) {
-      const LayerGeometry& geometry = planned.group.geometry;
-      bytes.stored_pages = planned.stored_slots;
-      bytes.stored_page_bytes = planned.stored_page_bytes;
-      for (size_t i = 0; i < planned.group.layers.size(); ++i) {
-        for (const SideFormat& side : {planned.k[i], planned.v[i]}) {
-          const formats::SideBytes one =
-              formats::side_bytes(side, config.page_tokens, geometry.head_dim);
-          bytes.code_bytes += one.codes * geometry.num_kv_heads;
-          bytes.scale_bytes += one.scales * geometry.num_kv_heads;
-          bytes.mean_bytes += one.mean * geometry.num_kv_heads;
-        }
-      }
-    }
-    groups.push_back(std::move(bytes));
-  }
-  return groups;
 }
 
 }  // namespace kvant::cache

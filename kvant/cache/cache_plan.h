@@ -39,6 +39,7 @@ struct CachePlan {
   std::vector<GroupPlan> groups;
   std::vector<KvCache::LayerPlace> places;  // [layers]
   std::vector<PagePool::ClassSpec> classes;
+  int64_t max_sequence_tokens = 0;
   int64_t pages_per_sequence = 0;  // entries of one page table
   int64_t staging_bytes = 0;
   int64_t pool_bytes = 0;   // of the tables: counts and lists of the pool

@@ -293,9 +293,23 @@ const GroupView& KvCache::view(int group) const {
   return state_->groups[group].view;
 }
 
+int KvCache::num_page_classes() const {
+  return state_->pool[0].num_classes();
+}
+KvCache::PageClass KvCache::page_class(int index) const {
+  return {.page_bytes = state_->plan.classes[index].page_bytes,
+          .num_pages = state_->pool[0].num_slots(index),
+          .free_pages = state_->pool[0].free_slots(index)};
+}
+int KvCache::closed_page_class(int group, int64_t page) const {
+  return state_->slab_class(group, state_->closed_kind(group, page));
+}
+
 CacheBytes KvCache::bytes() const {
   const State& s = *state_;
   CacheBytes bytes = s.plan.bytes;
+  bytes.held_pages_now = static_cast<int64_t>(s.held_pages.size() - s.held_free.size());
+  bytes.held_bytes_now = s.held_bytes;
   for (const SequenceState& sequence : s.sequences) bytes.tokens_now += sequence.length;
   for (size_t g = 0; g < s.groups.size(); ++g) {
     const GroupPlan& plan = s.plan.groups[g];

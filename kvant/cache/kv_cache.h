@@ -10,6 +10,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kvant/base/memory.h"
@@ -46,9 +47,14 @@ struct CacheConfig {
   const formats::QuantPlan* plan = nullptr;         // copied from; may be null
   int page_tokens = 64;                             // 16, 32, 64 or 128
   Layout layout = Layout::kCpu;
-  int64_t max_tokens = 0;  // tokens of context that all sequences together may hold
+  int64_t max_tokens = 0;           // that all sequences and held pages together may hold
+  int64_t max_sequence_tokens = 0;  // of the longest sequence; 0: max_tokens
   int max_sequences = 1;
   int max_step_tokens = 512;  // new tokens of one step, all sequences together
+  // Room for pages held outside sequences (HeldPage) where sequences alone bound the number: with
+  // +sink, BF16 first pages; in each window group, runs of pages that cover a whole window.
+  int64_t held_sink_pages = 0;
+  int64_t held_windows = 0;
   uint8_t fingerprint_model[32] =
       {};  // weights_id and what else of the model enters the fingerprint
 };
@@ -68,9 +74,11 @@ struct CacheBytes {
   int64_t staging = 0;
   int64_t tables = 0;      // page tables, counts and lists of the pool, vectors of the plan
   int64_t tokens_now = 0;  // sum of sequence lengths
+  int64_t held_pages_now = 0, held_bytes_now = 0;  // of HeldPage, shared with sequences or not
   // Values stored: every K and V element of every token that is still held, per sequence.
   int64_t values_now = 0;
   // Pages in use now over values_now: closed, open and sink pages with their side data and padding.
+  // Pages that are only held outside sequences count as bytes without values.
   double bits_per_value() const;
   // Of MemoryUse::kPages and of all uses.
   int64_t pages_reserved() const { return stored_pages_reserved + bf16_pages_reserved + staging; }
@@ -92,6 +100,53 @@ struct GroupBytes {
   }
 };
 Result<std::vector<GroupBytes>> plan_group_bytes(const CacheConfig& config);
+
+// How much room for held pages a cache of some size gets: one sink page and one window for each so
+// many of its tokens.
+struct HeldShares {
+  int64_t tokens_per_sink_page = 2048;
+  int64_t tokens_per_window = 4096;
+};
+// `config` with the largest max_tokens, a multiple of page_tokens, and its shares of held pages
+// whose plan_cache_bytes().total_reserved() is at most `budget_bytes`. kResourceExhausted says how
+// much the smallest cache of one longest sequence needs.
+Result<CacheConfig> fit_cache_bytes(const CacheConfig& config, int64_t budget_bytes,
+                                    const HeldShares& shares = {});
+
+class KvCache;
+
+// One closed page of every layer group, held outside sequences with references of its own: what the
+// prefix tree owns. Gives them back when destroyed; must not outlive its cache.
+class HeldPage {
+ public:
+  HeldPage() = default;
+  HeldPage(HeldPage&& other) noexcept { swap(other); }
+  HeldPage& operator=(HeldPage&& other) noexcept {
+    HeldPage(std::move(other)).swap(*this);
+    return *this;
+  }
+  ~HeldPage();
+
+  explicit operator bool() const { return cache_ != nullptr; }
+  int64_t page() const;       // its first position is page() * page_tokens
+  bool has(int group) const;  // false where it had left the group's window
+  // True if neither a sequence nor another HeldPage shares the group's page.
+  bool sole_holder(int group) const;
+  // The slab class of the group's page (KvCache::page_class).
+  int page_class(int group) const;
+  // Gives a window group's page back alone.
+  void drop(int group);
+
+ private:
+  friend class KvCache;
+  HeldPage(KvCache* cache, int32_t index) : cache_(cache), index_(index) {}
+  void swap(HeldPage& other) noexcept {
+    std::swap(cache_, other.cache_);
+    std::swap(index_, other.index_);
+  }
+  KvCache* cache_ = nullptr;
+  int32_t index_ = 0;
+};
 
 class KvCache {
  public:
@@ -126,6 +181,20 @@ class KvCache {
   void commit_step();
   void abort_step();
 
+  // ---- slab classes: pages of one size in bytes, shared by all that have it ----
+  struct PageClass {
+    int64_t page_bytes = 0;
+    int64_t num_pages = 0;
+    int64_t free_pages = 0;
+  };
+  int num_page_classes() const;
+  PageClass page_class(int index) const;
+  // The class of a group's closed page number `page` (with +sink the first one is BF16).
+  int closed_page_class(int group, int64_t page) const;
+  // Pages of each class [num_page_classes] that begin_step would take for these sequences; its
+  // errors other than too few free pages.
+  Result<std::vector<int64_t>> needed_pages(std::span<const StepSequence> sequences) const;
+
   CacheBytes bytes() const;
   const CacheConfig& config() const;
   // Every page is referenced as often as tables say, free lists are disjoint, lengths fit:
@@ -150,7 +219,26 @@ class KvCache {
   // kUnsupported with +recentN, kResourceExhausted without free pages; the cache is unchanged then.
   Status import_page(SequenceId id, std::span<const std::span<const std::byte>> objects);
 
+  // ---- pages held outside sequences ----
+
+  // Closed page number `page` of a sequence; the sequence goes on sharing it. kInvalidArgument if a
+  // full-attention group does not hold it closed, kUnsupported with +recentN.
+  Result<HeldPage> hold_page(SequenceId id, int64_t page);
+  // Adds the window groups' pages that `held` lacks and the sequence still has.
+  Status complete_page(HeldPage& held, SequenceId id);
+  // Appends pages to a sequence whose length is at the first one's position, by sharing: nothing is
+  // copied or allocated. They must be consecutive. Where a window group lacks a page that a later
+  // query reads, begin_step fails, as after import_page. The cache is unchanged on errors.
+  Status attach_pages(SequenceId id, std::span<const HeldPage* const> pages);
+  // The first page of a group that a query right behind `num_pages` full pages reads.
+  int64_t first_needed_page(int group, int64_t num_pages) const;
+  // As export_page and import_page, without a sequence. The objects say which page it is.
+  Result<std::vector<std::byte>> export_held(const HeldPage& held, int group,
+                                             const PageIdentity& identity) const;
+  Result<HeldPage> import_held(std::span<const std::span<const std::byte>> objects);
+
  private:
+  friend class HeldPage;
   KvCache() = default;
   struct State;
   std::unique_ptr<State> state_;

@@ -70,26 +70,32 @@ Result<std::vector<std::byte>> KvCache::export_page(SequenceId id, int group, in
         ErrorCode::kInvalidArgument,
         "page " + std::to_string(page) + " is still BF16 (+recent), only closed pages are kept");
   }
-  if (static_cast<int64_t>(identity.token_ids.size()) != s.page_tokens()) {
+  return s.export_entry(group, page, entry, identity);
+}
+
+Result<std::vector<std::byte>> KvCache::State::export_entry(int group, int64_t page,
+                                                            PageEntry entry,
+                                                            const PageIdentity& identity) const {
+  if (static_cast<int64_t>(identity.token_ids.size()) != page_tokens()) {
     return Error(ErrorCode::kInvalidArgument, std::to_string(identity.token_ids.size()) +
                                                   " token ids for a page of " +
-                                                  std::to_string(s.page_tokens()) + " tokens");
+                                                  std::to_string(page_tokens()) + " tokens");
   }
-  const GroupPlan& plan = s.plan.groups[group];
-  const PageKind& kind = s.groups[group].kinds[entry.kind];
+  const GroupPlan& planned = plan.groups[group];
+  const PageKind& kind = groups[group].kinds[entry.kind];
   std::vector<std::byte> payload(kind.page_bytes);
   std::vector<std::byte> bytes(kind.page_bytes);
-  s.memory->read(bytes.data(), kind.base + entry.slot * kind.page_bytes, kind.page_bytes);
-  convert_page(plan, on_host(kind, bytes), s.page_tokens(), kFirstSlot, payload.data(), true);
+  memory->read(bytes.data(), kind.base + entry.slot * kind.page_bytes, kind.page_bytes);
+  convert_page(planned, on_host(kind, bytes), page_tokens(), kFirstSlot, payload.data(), true);
 
   PageObjectHeader header;
-  header.fingerprint = s.fingerprint;
+  header.fingerprint = fingerprint;
   std::memcpy(header.key.data(), identity.key, sizeof(identity.key));
   std::memcpy(header.parent_key.data(), identity.parent_key, sizeof(identity.parent_key));
-  header.page_tokens = header.num_tokens = static_cast<uint32_t>(s.page_tokens());
+  header.page_tokens = header.num_tokens = static_cast<uint32_t>(page_tokens());
   header.layer_group = static_cast<uint32_t>(group);
-  header.num_kv_heads = static_cast<uint32_t>(plan.group.geometry.num_kv_heads);
-  header.first_position = static_cast<uint64_t>(page * s.page_tokens());
+  header.num_kv_heads = static_cast<uint32_t>(planned.group.geometry.num_kv_heads);
+  header.first_position = static_cast<uint64_t>(page * page_tokens());
   header.token_ids.assign(identity.token_ids.begin(), identity.token_ids.end());
   return build_page_object(header, payload);
 }
@@ -122,8 +128,7 @@ Result<PageObject> KvCache::State::check_object(int group, int64_t page,
                     expected_found("first_position", position, header.first_position));
   if (header.layout != Layout::kPlanar)
     return mismatch(ErrorCode::kInvalidArgument, g, "objects are exchanged in planar layout");
-  const uint32_t kind = stays_bf16(group, page) ? kKindBf16 : kKindStored;
-  const int64_t expected = groups[group].kinds[kind].page_bytes;
+  const int64_t expected = groups[group].kinds[closed_kind(group, page)].page_bytes;
   if (static_cast<int64_t>(parsed->payload.size()) != expected)
     return mismatch(ErrorCode::kCorruptData, g,
                     expected_found("payload size", expected, parsed->payload.size()));
@@ -136,37 +141,44 @@ Status KvCache::import_page(SequenceId id, std::span<const std::span<const std::
   KVANT_TRY(s.check_no_step());
   const int64_t length = s.sequences[id].length;
   const int64_t page = length / s.page_tokens();
-  if (length % s.page_tokens() != 0 || length + s.page_tokens() > s.config.max_tokens) {
+  if (length % s.page_tokens() != 0 || length + s.page_tokens() > s.plan.max_sequence_tokens) {
     return Error(ErrorCode::kInvalidArgument,
                  "a page is imported at a page boundary with room for it; the sequence has " +
-                     std::to_string(length) + " tokens of " + std::to_string(s.config.max_tokens));
+                     std::to_string(length) + " tokens of " +
+                     std::to_string(s.plan.max_sequence_tokens));
   }
-  if (static_cast<int>(objects.size()) != num_groups()) {
-    return Error(ErrorCode::kInvalidArgument, std::to_string(objects.size()) +
-                                                  " page objects for " +
-                                                  std::to_string(num_groups()) + " layer groups");
-  }
-  std::vector<PageObject> parsed(objects.size());
-  std::vector<int64_t> needed(s.plan.classes.size(), 0);
-  for (int g = 0; g < num_groups(); ++g) {
-    if (s.plan.groups[g].recent_pages > 0) {
-      return Error(ErrorCode::kUnsupported,
-                   "with +recentN the last pages are BF16 and are not exchanged; recompute them");
-    }
-    if (objects[g].empty() && s.plan.groups[g].group.geometry.window > 0) continue;
-    KVANT_ASSIGN(parsed[g], s.check_object(g, page, objects[g]));
-    ++needed[s.slab_class(g, s.stays_bf16(g, page) ? kKindBf16 : kKindStored)];
-  }
-  for (int c = 0; c < static_cast<int>(needed.size()); ++c) {
-    if (needed[c] > s.pool[0].free_slots(c))
-      return Error(ErrorCode::kResourceExhausted, "the cache is full: no free page of " +
-                                                      std::to_string(s.plan.classes[c].page_bytes) +
-                                                      " bytes; end a sequence");
-  }
+  KVANT_ASSIGN(const std::vector<PageObject> parsed, s.check_objects(page, objects));
   for (int g = 0; g < num_groups(); ++g) s.place_object(g, id, page, parsed[g].payload);
   s.sequences[id].length = length + s.page_tokens();
   for (int g = 0; g < num_groups(); ++g) s.retire_window(g, id);
   return {};
+}
+
+Result<std::vector<PageObject>> KvCache::State::check_objects(
+    int64_t page, std::span<const std::span<const std::byte>> objects) const {
+  if (objects.size() != groups.size()) {
+    return Error(ErrorCode::kInvalidArgument, std::to_string(objects.size()) +
+                                                  " page objects for " +
+                                                  std::to_string(groups.size()) + " layer groups");
+  }
+  std::vector<PageObject> parsed(objects.size());
+  std::vector<int64_t> needed(plan.classes.size(), 0);
+  for (int g = 0; g < static_cast<int>(groups.size()); ++g) {
+    if (plan.groups[g].recent_pages > 0) {
+      return Error(ErrorCode::kUnsupported,
+                   "with +recentN the last pages are BF16 and are not exchanged; recompute them");
+    }
+    if (objects[g].empty() && plan.groups[g].group.geometry.window > 0) continue;
+    KVANT_ASSIGN(parsed[g], check_object(g, page, objects[g]));
+    ++needed[slab_class(g, closed_kind(g, page))];
+  }
+  for (int c = 0; c < static_cast<int>(needed.size()); ++c) {
+    if (needed[c] > pool[0].free_slots(c))
+      return Error(ErrorCode::kResourceExhausted, "the cache is full: no free page of " +
+                                                      std::to_string(plan.classes[c].page_bytes) +
+                                                      " bytes; end a sequence");
+  }
+  return parsed;
 }
 
 void KvCache::State::place_object(int group, SequenceId id, int64_t page,
@@ -181,15 +193,21 @@ void KvCache::State::place_object(int group, SequenceId id, int64_t page,
     first = page + 1;
     return;
   }
-  const uint32_t kind = stays_bf16(group, page) ? kKindBf16 : kKindStored;
-  stored_entry = take(group, kind);
-  if (kind == kKindBf16) bf16_entry = stored_entry;
+  stored_entry = load_payload(group, page, payload);
+  if (stored_entry.kind == kKindBf16) bf16_entry = stored_entry;
+}
+
+PageEntry KvCache::State::load_payload(int group, int64_t page,
+                                       std::span<const std::byte> payload) {
+  const uint32_t kind = closed_kind(group, page);
+  const PageEntry entry = take(group, kind);
   // convert_page only reads the payload in this direction.
   const PageKind& pages = groups[group].kinds[kind];
   std::vector<std::byte> bytes(pages.page_bytes);
   convert_page(plan.groups[group], on_host(pages, bytes), page_tokens(), kFirstSlot,
                const_cast<std::byte*>(payload.data()), false);
-  memory->copy(pages.base + stored_entry.slot * pages.page_bytes, bytes.data(), pages.page_bytes);
+  memory->copy(pages.base + entry.slot * pages.page_bytes, bytes.data(), pages.page_bytes);
+  return entry;
 }
 
 // ---- integrity ----
@@ -243,7 +261,7 @@ Status KvCache::check_integrity() const {
     for (SequenceId id = 0; id < static_cast<SequenceId>(s.sequences.size()); ++id) {
       if (!s.sequences[id].used) continue;
       const int64_t length = s.sequences[id].length;
-      if (length < 0 || length > s.config.max_tokens)
+      if (length < 0 || length > s.plan.max_sequence_tokens)
         return violation("sequence " + std::to_string(id) + " has an impossible length");
       const int64_t first = s.groups[g].first_page[id];
       if (first < 0 || first > s.num_pages(id))
@@ -254,6 +272,7 @@ Status KvCache::check_integrity() const {
       KVANT_TRY(s.check_tables(g, id, references));
     }
   }
+  KVANT_TRY(s.check_held(references));
   KVANT_TRY(s.pool[0].check(references));
   std::vector<int64_t> in_use(s.plan.classes.size(), 0);
   for (int g = 0; g < num_groups(); ++g) {

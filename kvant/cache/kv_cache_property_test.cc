@@ -28,7 +28,11 @@ struct Scenario {
   int64_t max_tokens;
   int max_sequences;
   int max_step_tokens;
+  int64_t max_sequence_tokens = 0;
 };
+
+// Pages held outside sequences at a time; the caches have room for so many.
+constexpr int64_t kMaxHeld = 6;
 
 constexpr Scenario kScenarios[] = {
     {"four_bit", "4bit", 0, 16, 260, 4, 90},
@@ -38,6 +42,7 @@ constexpr Scenario kScenarios[] = {
     {"recent_sink_window", "k=nvfp4+mean,v=nvfp4+sink+recent40", 33, 16, 300, 3, 100},
     {"plain", "bf16", 0, 16, 200, 4, 60},
     {"plain_window", "bf16", 24, 16, 200, 4, 60},
+    {"short_sequences", "4bit", 40, 16, 400, 4, 90, 130},
     {"strict", "k=fp8:token,v=mxfp4+strict", 40, 16, 260, 3, 90},
     {"one_sequence", "k=int3:channel,v=nvfp4+sink", 17, 16, 250, 1, 200},
     {"tiny_steps", "4bit", 40, 16, 120, 6, 5},
@@ -63,6 +68,9 @@ class KvCacheProperty : public ::testing::TestWithParam<Scenario> {
     config.format = *format;
     config.page_tokens = setup.page_tokens;
     config.max_tokens = setup.max_tokens;
+    config.max_sequence_tokens = setup.max_sequence_tokens;
+    config.held_sink_pages = kMaxHeld;
+    config.held_windows = kMaxHeld;
     config.max_sequences = setup.max_sequences;
     config.max_step_tokens = setup.max_step_tokens;
     auto harness = CacheHarness::create(config);
@@ -83,11 +91,32 @@ class KvCacheProperty : public ::testing::TestWithParam<Scenario> {
   void do_step();
   void do_truncate();
   void do_import();
+  void do_hold();
+  void do_release();
+  void do_attach();
+  void do_move();
+  // Held pages next to each other that begin at page `first`, as many as random says.
+  std::vector<size_t> held_run(int64_t first);
+
+  int64_t longest() const {
+    const Scenario& setup = GetParam();
+    return setup.max_sequence_tokens > 0 ? setup.max_sequence_tokens : setup.max_tokens;
+  }
+  // Tokens in the pool, counted as if nothing were shared.
+  int64_t tokens_held() const {
+    return total_tokens() + static_cast<int64_t>(held_.size()) * GetParam().page_tokens;
+  }
+  bool recent() const { return harness_->config().format.recent_tokens > 0; }
 
   formats::QuantPlan plan_;
+  struct Held {
+    HeldPage page;
+    std::vector<uint32_t> tokens;
+  };
   std::unique_ptr<CacheHarness> harness_;
+  std::vector<Held> held_;  // dies before the harness
   uint64_t seed_ = 20;
-  int committed_ = 0, refused_ = 0, imported_ = 0;
+  int committed_ = 0, refused_ = 0, imported_ = 0, attached_ = 0, moved_ = 0;
 };
 
 void KvCacheProperty::do_step() {
@@ -103,19 +132,29 @@ void KvCacheProperty::do_step() {
     n = std::min(n, room);
     room -= n;
     new_tokens += n;
-    if (static_cast<int64_t>(tokens.size()) + n > GetParam().max_tokens) fits = false;
+    if (static_cast<int64_t>(tokens.size()) + n > longest()) fits = false;
     batch.push_back({id, random_tokens(seed_, n)});
   }
   if (batch.empty()) return;
   const CacheBytes before = harness_->cache().bytes();
+  const int64_t tokens_before = tokens_held();
+  std::vector<StepSequence> items;
+  for (const NewTokens& item : batch)
+    items.push_back({item.id, static_cast<int32_t>(item.tokens.size())});
+  const auto needed = harness_->cache().needed_pages(items);
+  EXPECT_EQ(needed.has_value(), fits);
+  bool enough = fits;
+  for (int c = 0; needed && c < harness_->cache().num_page_classes(); ++c)
+    enough = enough && (*needed)[c] <= harness_->cache().page_class(c).free_pages;
   const Status status = harness_->step(batch, below(5) == 0 ? StepEnd::kAbort : StepEnd::kCommit);
+  EXPECT_EQ(status.has_value(), enough) << "needed_pages says what begin_step does";
   if (status) {
     EXPECT_TRUE(fits);
     ++committed_;
     return;
   }
   ASSERT_EQ(status.error().code(), ErrorCode::kResourceExhausted) << status.error().message();
-  EXPECT_TRUE(!fits || before.tokens_now + new_tokens > GetParam().max_tokens)
+  EXPECT_TRUE(!fits || tokens_before + new_tokens > GetParam().max_tokens)
       << "a step within the limits failed: " << status.error().message();
   const CacheBytes after = harness_->cache().bytes();
   EXPECT_EQ(before.stored_pages_now, after.stored_pages_now);
@@ -168,6 +207,109 @@ void KvCacheProperty::do_import() {
   if (static_cast<int64_t>(harness_->tokens(*copy).size()) < pages * t) harness_->remove(*copy);
 }
 
+void KvCacheProperty::do_hold() {
+  const SequenceId source = any_sequence();
+  const std::vector<uint32_t>& tokens = harness_->tokens(source);
+  const int64_t t = GetParam().page_tokens;
+  const int64_t pages = static_cast<int64_t>(tokens.size()) / t;
+  EXPECT_FALSE(harness_->cache().hold_page(source, pages).has_value()) << "not full";
+  if (pages == 0 || static_cast<int64_t>(held_.size()) == kMaxHeld) return;
+  const int64_t page = static_cast<int64_t>(below(pages));
+  auto held = harness_->cache().hold_page(source, page);
+  if (recent() && !held) {
+    EXPECT_EQ(held.error().code(), ErrorCode::kUnsupported);
+    return;
+  }
+  ASSERT_TRUE(held.has_value()) << held.error().message();
+  EXPECT_EQ(held->page(), page);
+  held_.push_back({std::move(*held), {tokens.begin() + page * t, tokens.begin() + (page + 1) * t}});
+}
+
+void KvCacheProperty::do_release() {
+  if (held_.empty()) return;
+  const size_t i = below(held_.size());
+  std::swap(held_[i], held_.back());
+  if (below(4) == 0) {
+    for (int g = 0; g < harness_->cache().num_groups(); ++g) {
+      if (harness_->cache().group(g).geometry.window > 0) held_.back().page.drop(g);
+    }
+    return;
+  }
+  held_.pop_back();
+}
+
+std::vector<size_t> KvCacheProperty::held_run(int64_t first) {
+  std::vector<size_t> run;
+  while (run.empty() || below(6) != 0) {
+    std::vector<size_t> fitting;
+    for (size_t i = 0; i < held_.size(); ++i) {
+      if (held_[i].page.page() == first + static_cast<int64_t>(run.size())) fitting.push_back(i);
+    }
+    if (fitting.empty()) break;
+    run.push_back(fitting[below(fitting.size())]);
+  }
+  return run;
+}
+
+// Appends held pages to a sequence that is cut to a page boundary, or to a new one.
+void KvCacheProperty::do_attach() {
+  const int64_t t = GetParam().page_tokens;
+  SequenceId id = any_sequence();
+  if (below(2) == 0) {
+    const auto fresh = harness_->add();
+    if (!fresh) return;
+    id = *fresh;
+  }
+  const int64_t cut = static_cast<int64_t>(harness_->tokens(id).size()) / t * t;
+  ASSERT_TRUE(harness_->truncate(id, cut).has_value());
+  const int64_t length = static_cast<int64_t>(harness_->tokens(id).size());
+  if (length % t != 0) return;
+  const std::vector<size_t> run = held_run(length / t);
+  std::vector<const HeldPage*> pages;
+  std::vector<uint32_t> tokens;
+  for (const size_t i : run) {
+    pages.push_back(&held_[i].page);
+    tokens.insert(tokens.end(), held_[i].tokens.begin(), held_[i].tokens.end());
+  }
+  const CacheBytes before = harness_->cache().bytes();
+  const Status status = harness_->attach(id, pages, tokens);
+  const bool room = length + static_cast<int64_t>(tokens.size()) <= longest();
+  ASSERT_EQ(status.has_value(), room) << (status ? "" : status.error().message());
+  if (!room) return;
+  EXPECT_LE(harness_->cache().bytes().stored_pages_now, before.stored_pages_now);
+  EXPECT_LE(harness_->cache().bytes().bf16_pages_now, before.bf16_pages_now);
+  attached_ += static_cast<int>(run.size());
+  // As after an import, a sequence that lacks pages of its window is given up.
+  const StepSequence item{id, 1};
+  const auto needed = harness_->cache().needed_pages(std::span(&item, 1));
+  if (!needed && needed.error().code() == ErrorCode::kInvalidArgument) harness_->remove(id);
+}
+
+// A held page leaves as page objects and comes back.
+void KvCacheProperty::do_move() {
+  if (held_.empty()) return;
+  Held& held = held_[below(held_.size())];
+  const auto objects = harness_->export_held(held.page, held.tokens);
+  ASSERT_TRUE(objects.has_value()) << objects.error().message();
+  const int64_t page = held.page.page();
+  std::vector<bool> had;
+  for (int g = 0; g < harness_->cache().num_groups(); ++g) had.push_back(held.page.has(g));
+  held.page = {};
+  const std::vector<std::span<const std::byte>> spans(objects->begin(), objects->end());
+  auto back = harness_->cache().import_held(spans);
+  if (!back) {
+    // Its slot was shared, so that giving it up freed nothing.
+    ASSERT_EQ(back.error().code(), ErrorCode::kResourceExhausted) << back.error().message();
+    std::swap(held, held_.back());
+    held_.pop_back();
+    return;
+  }
+  EXPECT_EQ(back->page(), page);
+  for (int g = 0; g < harness_->cache().num_groups(); ++g) EXPECT_EQ(back->has(g), had[g]);
+  held.page = std::move(*back);
+  ++moved_;
+}
+
 TEST_P(KvCacheProperty, RandomOperationsKeepContentAndIntegrity) {
   constexpr int kOperations = 2000;
   for (int i = 0; i < kOperations; ++i) {
@@ -175,9 +317,17 @@ TEST_P(KvCacheProperty, RandomOperationsKeepContentAndIntegrity) {
     const uint64_t choice = below(100);
     if (harness_->sequences().empty() || choice < 10) {
       (void)harness_->add();
-    } else if (choice < 70) {
+    } else if (choice < 60) {
       do_step();
-    } else if (choice < 80) {
+    } else if (choice < 65) {
+      do_hold();
+    } else if (choice < 67) {
+      do_release();
+    } else if (choice < 71) {
+      do_attach();
+    } else if (choice < 73) {
+      do_move();
+    } else if (choice < 81) {
       do_truncate();
     } else if (choice < 88) {
       (void)harness_->fork(any_sequence());
@@ -194,7 +344,15 @@ TEST_P(KvCacheProperty, RandomOperationsKeepContentAndIntegrity) {
   if (GetParam().max_sequences > 1 && harness_->config().format.recent_tokens == 0) {
     EXPECT_GT(imported_, 0);
   }
+  if (!recent()) {
+    EXPECT_GT(attached_, 10);
+    EXPECT_GT(moved_, 10);
+  }
   while (!harness_->sequences().empty()) harness_->remove(any_sequence());
+  EXPECT_EQ(harness_->cache().bytes().held_pages_now, static_cast<int64_t>(held_.size()));
+  EXPECT_EQ(harness_->check(), "");
+  held_.clear();
+  EXPECT_EQ(harness_->cache().bytes().held_bytes_now, 0);
   EXPECT_EQ(harness_->cache().bytes().stored_pages_now, 0);
   EXPECT_EQ(harness_->cache().bytes().bf16_pages_now, 0);
   EXPECT_EQ(harness_->check(), "");

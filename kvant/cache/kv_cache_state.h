@@ -65,6 +65,11 @@ struct KvCache::State {
   std::vector<GroupState> groups;
   std::vector<StepSequence> step;  // empty: no step is running
   std::array<uint8_t, 16> fingerprint{};
+  // Pages held outside sequences, by HeldPage::index_; entries own a reference each.
+  std::vector<int64_t> held_pages;      // [held]: page number, -1 if the index is free
+  std::vector<PageEntry> held_entries;  // [held][groups]
+  std::vector<int32_t> held_free;       // free indices
+  int64_t held_bytes = 0;
 
   int page_tokens() const { return config.page_tokens; }
   bool in_step() const { return !step.empty(); }
@@ -99,15 +104,37 @@ struct KvCache::State {
   void retire_window(int group, SequenceId id);
 
   Status check_step(std::span<const StepSequence> sequences) const;
-  Status check_free_pages(std::span<const StepSequence> sequences) const;
+  std::vector<int64_t> needed_pages(std::span<const StepSequence> sequences) const;  // [classes]
+  Status check_free_pages(std::span<const int64_t> needed) const;
   void unshare_open_page(int group, SequenceId id);
   void open_pages(int group, const StepSequence& item, uint32_t& next_staging);
   void build_view(int group);
   bool can_have_length(SequenceId id, int64_t length) const;
 
+  // Held pages.
+  PageEntry* held(int32_t index) { return held_entries.data() + index * groups.size(); }
+  const PageEntry* held(int32_t index) const { return held_entries.data() + index * groups.size(); }
+  // An index with no entries yet.
+  int32_t new_held(int64_t page);
+  void set_held(int32_t index, int group, PageEntry entry);  // takes over one reference
+  void drop_held(int32_t index, int group);
+  void free_held(int32_t index);
+  void attach_group(int group, SequenceId id, std::span<const HeldPage* const> pages);
+  Status check_held(std::vector<std::vector<uint32_t>>& references) const;
+
   // Export, import, integrity.
+  uint32_t closed_kind(int group, int64_t page) const {
+    return stays_bf16(group, page) ? kKindBf16 : kKindStored;
+  }
+  Result<std::vector<std::byte>> export_entry(int group, int64_t page, PageEntry entry,
+                                              const PageIdentity& identity) const;
+  // All groups' objects of page `page`, parsed and checked, with a free slot for each.
+  Result<std::vector<PageObject>> check_objects(
+      int64_t page, std::span<const std::span<const std::byte>> objects) const;
   Result<PageObject> check_object(int group, int64_t page, std::span<const std::byte> bytes) const;
   void place_object(int group, SequenceId id, int64_t page, std::span<const std::byte> payload);
+  // A new slot with the payload's content.
+  PageEntry load_payload(int group, int64_t page, std::span<const std::byte> payload);
   Status check_tables(int group, SequenceId id,
                       std::vector<std::vector<uint32_t>>& references) const;
 };

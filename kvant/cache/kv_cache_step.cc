@@ -38,11 +38,11 @@ Status KvCache::State::check_step(std::span<const StepSequence> items) const {
       return Error(ErrorCode::kInvalidArgument, name + " has no new tokens in the step");
     new_tokens += item.num_new_tokens;
     const int64_t length = sequences[item.id].length;
-    if (length + item.num_new_tokens > config.max_tokens) {
+    if (length + item.num_new_tokens > plan.max_sequence_tokens) {
       return Error(ErrorCode::kResourceExhausted,
                    name + ": the context is full: " + std::to_string(length) + " tokens held, " +
                        std::to_string(item.num_new_tokens) + " new, room for " +
-                       std::to_string(config.max_tokens) + "; raise the context");
+                       std::to_string(plan.max_sequence_tokens) + "; raise the context");
     }
     for (size_t g = 0; g < groups.size(); ++g) {
       const int64_t kept = plan.groups[g].kept_from(length / page_tokens(), page_tokens());
@@ -60,7 +60,7 @@ Status KvCache::State::check_step(std::span<const StepSequence> items) const {
   return {};
 }
 
-Status KvCache::State::check_free_pages(std::span<const StepSequence> items) const {
+std::vector<int64_t> KvCache::State::needed_pages(std::span<const StepSequence> items) const {
   std::vector<int64_t> needed(plan.classes.size(), 0);
   std::vector<uint32_t> shared;  // open pages to copy before they are written, one per writer
   for (size_t g = 0; g < groups.size(); ++g) {
@@ -88,6 +88,10 @@ Status KvCache::State::check_free_pages(std::span<const StepSequence> items) con
       i = end;
     }
   }
+  return needed;
+}
+
+Status KvCache::State::check_free_pages(std::span<const int64_t> needed) const {
   for (size_t c = 0; c < needed.size(); ++c) {
     const int slab = static_cast<int>(c);
     if (needed[c] <= pool[0].free_slots(slab)) continue;
@@ -170,10 +174,15 @@ void KvCache::State::build_view(int group) {
                 .layers = state.layer_params};
 }
 
+Result<std::vector<int64_t>> KvCache::needed_pages(std::span<const StepSequence> items) const {
+  KVANT_TRY(state_->check_step(items));
+  return state_->needed_pages(items);
+}
+
 Status KvCache::begin_step(std::span<const StepSequence> items) {
   State& s = *state_;
   KVANT_TRY(s.check_step(items));
-  KVANT_TRY(s.check_free_pages(items));
+  KVANT_TRY(s.check_free_pages(s.needed_pages(items)));
   s.step.assign(items.begin(), items.end());
   for (int g = 0; g < num_groups(); ++g) s.build_view(g);
   return {};

@@ -96,9 +96,28 @@ cache::CacheConfig cache_config(const ModelConfig& config, const backend::Backen
   cache.layout = backend.info().page_layout;
   cache.max_tokens = runtime.total_tokens > 0 ? runtime.total_tokens
                                               : runtime.context_tokens * runtime.max_sequences;
+  cache.max_sequence_tokens = runtime.context_tokens;
+  cache.held_sink_pages = runtime.held_sink_pages;
+  cache.held_windows = runtime.held_windows;
   cache.max_sequences = runtime.max_sequences;
   cache.max_step_tokens = step_tokens(runtime);
   return cache;
+}
+
+Result<RuntimeOptions> fit_cache_memory(const ModelSource& source, const backend::Backend& backend,
+                                        const RuntimeOptions& runtime, int64_t cache_bytes,
+                                        const cache::HeldShares& shares) {
+  KVANT_TRY(check_runtime(runtime));
+  KVANT_TRY(check_formats(backend, source.config(), runtime));
+  KVANT_ASSIGN(const auto quant_plan, fitted_plan(source.config(), runtime));
+  KVANT_ASSIGN(const cache::CacheConfig fitted,
+               cache::fit_cache_bytes(cache_config(source.config(), backend, runtime, quant_plan),
+                                      cache_bytes, shares));
+  RuntimeOptions result = runtime;
+  result.total_tokens = fitted.max_tokens;
+  result.held_sink_pages = fitted.held_sink_pages;
+  result.held_windows = fitted.held_windows;
+  return result;
 }
 
 Status check_plan_geometry(const formats::QuantPlan& plan, const ModelConfig& config) {

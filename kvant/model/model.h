@@ -43,7 +43,11 @@ struct RuntimeOptions {
   int page_tokens = 64;
   int64_t context_tokens = 4096;  // longest sequence
   int max_sequences = 1;
-  int64_t total_tokens = 0;   // of all sequences; 0: context_tokens * max_sequences
+  // Of all sequences and held pages together; 0: context_tokens * max_sequences.
+  int64_t total_tokens = 0;
+  // Room for pages held outside sequences, as in cache::CacheConfig.
+  int64_t held_sink_pages = 0;
+  int64_t held_windows = 0;
   int max_step_tokens = 512;  // new tokens of one step, all sequences together
   int max_logit_rows = 16;    // rows of logits computed at once; more rows take several turns
 };
@@ -67,6 +71,13 @@ struct MemoryPlan {
 // For the model of `source`, without loading it.
 Result<MemoryPlan> plan_memory(const ModelSource& source, const backend::Backend& backend,
                                const RuntimeOptions& runtime);
+
+// `runtime` with total_tokens and the room for held pages that make the cache as large as
+// `cache_bytes` allow, by plan_memory's count of pages, staging and tables; at least one sequence
+// of context_tokens. kResourceExhausted says how much that takes.
+Result<RuntimeOptions> fit_cache_memory(const ModelSource& source, const backend::Backend& backend,
+                                        const RuntimeOptions& runtime, int64_t cache_bytes,
+                                        const cache::HeldShares& shares = {});
 
 // One sequence's part of a step.
 struct ForwardSequence {

@@ -396,5 +396,21 @@ TEST(Model, RandomWeightsRunAtAnyGeometry) {
   }
 }
 
+TEST_P(AnyModel, ACacheIsAsLargeAsItsBudgetAllows) {
+  Engine engine = this->engine("cpu", 1);
+  const ModelSource& source = engine.model().source();
+  const RuntimeOptions runtime = small_runtime(kv());
+  const int64_t budget = 16 << 20;
+  const RuntimeOptions fitted = must(fit_cache_memory(source, engine.backend(), runtime, budget));
+  EXPECT_GT(fitted.total_tokens, runtime.context_tokens * runtime.max_sequences);
+  const MemoryPlan plan = must(plan_memory(source, engine.backend(), fitted));
+  EXPECT_LE(plan.cache.total_reserved(), budget);
+  EXPECT_GT(plan.cache.total_reserved(), budget - (256 << 10));
+  const int64_t before = engine.backend().memory().stats().total_now;
+  const auto cache = must(engine.model().create_cache(fitted));
+  EXPECT_EQ(engine.backend().memory().stats().total_now - before, plan.cache.total_reserved());
+  EXPECT_FALSE(fit_cache_memory(source, engine.backend(), runtime, 1000).has_value());
+}
+
 }  // namespace
 }  // namespace kvant::model

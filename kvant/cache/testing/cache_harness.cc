@@ -361,6 +361,28 @@ Status CacheHarness::import_page(SequenceId id, const std::vector<std::vector<st
   return {};
 }
 
+Status CacheHarness::attach(SequenceId id, std::span<const HeldPage* const> pages,
+                            std::span<const uint32_t> tokens) {
+  KVANT_TRY(cache_->attach_pages(id, pages));
+  std::vector<uint32_t>& held = sequences_.at(id);
+  held.insert(held.end(), tokens.begin(), tokens.end());
+  return {};
+}
+
+Result<std::vector<std::vector<std::byte>>> CacheHarness::export_held(
+    const HeldPage& held, std::span<const uint32_t> tokens) const {
+  std::vector<std::vector<std::byte>> objects(cache_->num_groups());
+  KvCache::PageIdentity identity{};
+  const PageKey key = page_key({}, cache_->fingerprint(), "", tokens);
+  std::memcpy(identity.key, key.data(), key.size());
+  identity.token_ids = tokens;
+  for (int g = 0; g < cache_->num_groups(); ++g) {
+    if (!held.has(g)) continue;
+    KVANT_ASSIGN(objects[g], cache_->export_held(held, g, identity));
+  }
+  return objects;
+}
+
 std::string CacheHarness::check() const {
   const Status status = cache_->check_integrity();
   if (!status) return status.error().message();

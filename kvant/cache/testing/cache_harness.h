@@ -53,6 +53,13 @@ class CacheHarness {
   Status import_page(SequenceId id, const std::vector<std::vector<std::byte>>& objects,
                      std::span<const uint32_t> tokens);
 
+  // Appends held pages, whose tokens are given.
+  Status attach(SequenceId id, std::span<const HeldPage* const> pages,
+                std::span<const uint32_t> tokens);
+  // All groups' objects of a held page of these tokens; empty where it lacks the group's page.
+  Result<std::vector<std::vector<std::byte>>> export_held(const HeldPage& held,
+                                                          std::span<const uint32_t> tokens) const;
+
   // Payload of a page object of these tokens, computed without the cache.
   const std::vector<std::byte>& expected_page(int group, int64_t page,
                                               std::span<const uint32_t> tokens);
