@@ -117,4 +117,10 @@ PageKey page_key(const PageKey& parent, std::span<const uint8_t, 16> fingerprint
   return hash.finish();
 }
 
+uint64_t event_id(const PageKey& key) {
+  uint64_t id = 0;
+  for (int i = 0; i < 8; ++i) id |= static_cast<uint64_t>(key[i]) << (8 * i);
+  return id == 0 ? 1 : id;
+}
+
 }  // namespace kvant::cache

@@ -26,4 +26,8 @@ std::array<uint8_t, 16> cache_fingerprint(const CacheConfig& config);
 PageKey page_key(const PageKey& parent, std::span<const uint8_t, 16> fingerprint,
                  std::string_view salt, std::span<const uint32_t> token_ids);
 
+// What events call a page: the first 8 bytes of its key as a little-endian number, 1 instead of 0
+// (0 means "none" to some of their readers).
+uint64_t event_id(const PageKey& key);
+
 }  // namespace kvant::cache

@@ -136,6 +136,8 @@ class HeldPage {
   int page_class(int group) const;
   // Gives a window group's page back alone.
   void drop(int group);
+  // Takes over window groups' pages that it lacks and `other`, the same page, has.
+  void take_missing(HeldPage& other);
 
  private:
   friend class KvCache;

@@ -38,6 +38,18 @@ void HeldPage::drop(int group) {
   cache_->state_->drop_held(index_, group);
 }
 
+void HeldPage::take_missing(HeldPage& other) {
+  KVANT_CHECK(cache_ == other.cache_ && page() == other.page(), "copies of one page are joined");
+  KvCache::State& s = *cache_->state_;
+  for (int g = 0; g < cache_->num_groups(); ++g) {
+    if (has(g) || !other.has(g)) continue;
+    const PageEntry entry = s.held(other.index_)[g];
+    s.share(g, entry);
+    s.set_held(index_, g, entry);
+    s.drop_held(other.index_, g);
+  }
+}
+
 // ---- the table of held pages ----
 
 int32_t KvCache::State::new_held(int64_t page) {

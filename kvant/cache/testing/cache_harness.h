@@ -56,6 +56,10 @@ class CacheHarness {
   // Appends held pages, whose tokens are given.
   Status attach(SequenceId id, std::span<const HeldPage* const> pages,
                 std::span<const uint32_t> tokens);
+  // Tokens that came to a sequence in another way than through this harness.
+  void note(SequenceId id, std::span<const uint32_t> tokens) {
+    sequences_.at(id).insert(sequences_.at(id).end(), tokens.begin(), tokens.end());
+  }
   // All groups' objects of a held page of these tokens; empty where it lacks the group's page.
   Result<std::vector<std::vector<std::byte>>> export_held(const HeldPage& held,
                                                           std::span<const uint32_t> tokens) const;
