@@ -1,0 +1,64 @@
+// A request inside the engine. Internal to kvant/serve/engine*.cc; engine thread only.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "kvant/cache/kv_cache.h"
+#include "kvant/cache/prefix_tree.h"
+#include "kvant/model/random.h"
+#include "kvant/serve/request.h"
+
+namespace kvant::serve {
+
+struct Sequence {
+  RequestNumber number = 0;
+  Request request;
+  Clock::time_point submitted;
+
+  std::vector<int32_t> tokens;  // prompt, then what was generated
+  int64_t prompt_tokens = 0;
+  std::unique_ptr<TokenConstraint> constraint;  // may be null
+  model::SplitMix64 random{0};
+
+  // While it runs:
+  std::optional<cache::SequenceId> id;
+  cache::PrefixLease lease;  // the part of the tree that it shares
+  int64_t computed = 0;      // tokens whose keys and values are in the cache
+  int64_t admission = 0;     // the engine's how-manieth
+
+  // What one step does to it; also what undoes it.
+  struct Step {
+    int64_t new_tokens = 0;             // known tokens that are computed
+    std::vector<int32_t> draft;         // that follow them
+    std::vector<int32_t> input;         // both
+    std::vector<SampledToken> sampled;  // already at the end of `tokens`, not yet handed over
+    int64_t known = 0;                  // at its beginning
+    model::SplitMix64 random{0};        // the same
+    size_t prompt_logprobs = 0;         // the same
+  };
+  Step step;
+
+  PromptRecord prompt_record;
+  bool prompt_told = false;
+  std::optional<Clock::time_point> last_token;
+  FinishRecord record;
+
+  int64_t known() const { return static_cast<int64_t>(tokens.size()); }
+  int64_t missing() const { return known() - computed; }
+  // Logits of the whole prompt are wanted, and not yet had.
+  bool scores_prompt() const {
+    return request.sampling.prompt_logprobs.has_value() && !prompt_told;
+  }
+  void undo_step() {
+    tokens.resize(static_cast<size_t>(step.known));
+    random = step.random;
+    prompt_record.logprobs.resize(step.prompt_logprobs);
+    step.sampled.clear();
+  }
+};
+
+}  // namespace kvant::serve

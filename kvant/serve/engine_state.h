@@ -1,0 +1,106 @@
+// The inside of Engine. Internal to kvant/serve/engine*.cc.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <thread>
+#include <vector>
+
+#include "kvant/serve/engine.h"
+#include "kvant/serve/engine_sequence.h"
+#include "kvant/serve/scheduler.h"
+
+namespace kvant::serve {
+
+struct Engine::State {
+  using SequencePtr = std::unique_ptr<Sequence>;
+  using BetweenSteps = std::function<void()>;
+
+  EngineOptions options;
+  model::Model* model = nullptr;
+  EngineObserver* observer = nullptr;  // never null: a silent one stands in
+  std::unique_ptr<cache::KvCache> cache;
+  std::unique_ptr<cache::PrefixTree> tree;  // null: no prefix caching
+  SamplingLimits limits;
+  std::thread thread;
+  const Clock::time_point started = Clock::now();
+
+  // ---- between threads, under `mutex` ----
+  mutable std::mutex mutex;
+  std::condition_variable wake;  // the engine thread: something came
+  std::condition_variable idle;  // drain(): all is done
+  std::vector<SequencePtr> submitted;
+  std::vector<RequestNumber> cancelled;
+  std::vector<BetweenSteps> between_steps;
+  bool stopping = false;
+  bool draining = false;
+  bool ending_all = false;  // a drain ran out of time
+  int64_t in_engine = 0;    // submitted and not finished
+  RequestNumber last_number = 0;
+  EngineStats stats;
+
+  // ---- engine thread ----
+  std::vector<SequencePtr> waiting;  // in order of arrival
+  std::vector<SequencePtr> running;  // in order of admission
+  int64_t admissions = 0;
+  FairShare fair_share;
+  std::unique_ptr<RowSampler> sampler;
+  std::vector<uint32_t> bitmask;  // [vocab bits], while a constrained row is sampled
+  std::vector<bool> ends;         // [vocab]: the model's end-of-generation tokens
+  EngineStats totals;             // counters; copied into `stats` after each step
+
+  // engine.cc
+  struct Inbox {
+    std::vector<SequencePtr> submitted;
+    std::vector<RequestNumber> cancelled;
+    std::vector<BetweenSteps> between_steps;
+    bool stopping = false;
+    bool ending_all = false;
+  };
+  void loop();
+  Inbox wait_for_work();
+  void take(Inbox inbox);
+  void end_expired();
+  void end_all(FinishReason reason);
+  void publish_stats();
+
+  // engine_admission.cc
+  void admit();
+  int64_t cacheable_tokens(const Sequence& sequence) const;
+  bool shares_running_prefix(const Sequence& sequence, int64_t cached_tokens) const;
+  WaitingView waiting_view(const Sequence& sequence, Clock::time_point now);
+  bool has_room(const Sequence& sequence, int64_t cached_tokens) const;
+  Status start(Sequence& sequence);
+  bool make_room(std::span<const cache::StepSequence> step);
+  void preempt(size_t index);
+  void release(Sequence& sequence);
+  void finish(SequencePtr sequence, FinishReason reason, std::optional<Error> error = {});
+
+  // engine_step.cc
+  struct Ending {
+    FinishReason reason;
+    std::optional<Error> error;
+  };
+  void step();
+  std::vector<Sequence*> choose_batch();
+  std::vector<Sequence*> choose_rows();
+  void propose_draft(Sequence& sequence);
+  int64_t max_known(const Sequence& sequence) const;
+  Status run(std::span<Sequence* const> batch);
+  void run_alone(std::span<Sequence* const> batch, const Error& error);
+  Status sample(Sequence& sequence, int64_t position, std::span<const float> logits);
+  void settle(Sequence& sequence);
+  Status publish_pages(Sequence& sequence);
+  std::optional<Ending> hand_over(Sequence& sequence);
+  void note_time(Sequence& sequence);
+  bool ends_answer(const Sequence& sequence, int32_t id) const;
+  SequencePtr take_running(const Sequence& sequence);
+};
+
+}  // namespace kvant::serve
