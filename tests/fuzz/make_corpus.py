@@ -99,6 +99,9 @@ def main() -> None:
         "gguf/q8_0": gguf([("blk.0.attn_q.weight", 8, (32, 2), 68)]),
         "gguf/q4_k": gguf([("blk.0.ffn_up.weight", 12, (256, 1), 144)]),
         "gguf/version2": gguf([("norm.weight", 0, (8,), 32)], version=2),
+        "kv_events_config/all": b'{"enable_kv_cache_events":true,"publisher":"zmq","endpoint":"tcp://*:5557","hwm":9,'
+                                b'"replay_endpoint":"tcp://*:5558","buffer_steps":1,"topic":"kv@{address}@{model}"}',
+        "kv_events_config/endpoint": b"tcp://*:5557",
         "logits_file/even": logits(8, 6, 2),
         "logits_file/odd": logits(5, 7, 1),
         "plan/empty": plan({}),
