@@ -6,8 +6,6 @@
 #include <boost/asio/post.hpp>
 #include <boost/asio/write.hpp>
 
-#include <ctime>
-
 namespace kvant::serve::http {
 namespace {
 
@@ -27,156 +25,7 @@ bool is_token_text(std::string_view text) {
   return true;
 }
 
-std::string date_text() {
-  const std::time_t now = std::time(nullptr);
-  std::tm parts{};
-  gmtime_r(&now, &parts);
-  char text[64];
-  const size_t size = std::strftime(text, sizeof text, "%a, %d %b %Y %H:%M:%S GMT", &parts);
-  return {text, size};
-}
-
-std::string_view error_type(int status) {
-  return status < 500 ? "invalid_request_error" : "server_error";
-}
-
-std::string error_body(int status, std::string_view message) {
-  return fmt::format(R"({{"error":{{"message":"{}","type":"{}","param":null,"code":{}}}}})",
-                     message, error_type(status), status);
-}
-
-// The writer that a handler gets: one of it exists per request, and dropping it unanswered is
-// answered by 500.
-class Writer : public ResponseWriter {
- public:
-  Writer(std::shared_ptr<Connection> connection, std::shared_ptr<Exchange> exchange,
-         bool keep_alive)
-      : connection_(std::move(connection)),
-        exchange_(std::move(exchange)),
-        keep_alive_(keep_alive) {}
-
-  ~Writer() override {
-    bool unfinished = false;
-    {
-      const std::lock_guard lock(exchange_->mutex);
-      unfinished = exchange_->begun && !exchange_->ended && !exchange_->closed;
-      if (!exchange_->begun && !exchange_->closed) {
-        send_locked({.status = 500,
-                     .content_type = "application/json",
-                     .body = error_body(500, "the request was dropped; this is a bug")});
-      }
-    }
-    if (unfinished) cut("unfinished response");
-  }
-
-  void send(HttpResponse response) override {
-    std::function<void()> unneeded;  // may hold the last reference to what holds this writer
-    const std::lock_guard lock(exchange_->mutex);
-    if (exchange_->begun || exchange_->closed) return;
-    unneeded = std::move(exchange_->on_closed);
-    send_locked(response);
-  }
-
-  void begin(HttpResponse head) override {
-    const std::lock_guard lock(exchange_->mutex);
-    Exchange& exchange = *exchange_;
-    if (exchange.begun || exchange.closed) return;
-    exchange.begun = true;
-    exchange.status = head.status;
-    connection_->queue(
-        response_head(head, exchange.request.get(), -1, !exchange.http_1_0, keep_alive_), 0);
-  }
-
-  bool write(std::string piece) override {
-    bool fits = true;
-    {
-      const std::lock_guard lock(exchange_->mutex);
-      Exchange& exchange = *exchange_;
-      if (exchange.closed || !exchange.begun || exchange.ended) return false;
-      if (piece.empty() || exchange.head_only) return true;
-      exchange.body_bytes += static_cast<int64_t>(piece.size());
-      if (!exchange.http_1_0) piece = fmt::format("{:x}\r\n{}\r\n", piece.size(), piece);
-      fits = connection_->queue(piece, limit());
-    }
-    if (!fits) cut("slow reader");
-    return fits;
-  }
-
-  void end() override {
-    std::function<void()> unneeded;
-    const std::lock_guard lock(exchange_->mutex);
-    Exchange& exchange = *exchange_;
-    if (exchange.closed || !exchange.begun || exchange.ended) return;
-    exchange.ended = true;
-    unneeded = std::move(exchange.on_closed);
-    connection_->queue(exchange.http_1_0 || exchange.head_only ? "" : "0\r\n\r\n", 0);
-  }
-
-  bool closed() const override {
-    const std::lock_guard lock(exchange_->mutex);
-    return exchange_->closed;
-  }
-
-  void on_closed(std::function<void()> action) override {
-    {
-      const std::lock_guard lock(exchange_->mutex);
-      if (exchange_->ended) return;
-      if (!exchange_->closed) {
-        std::swap(exchange_->on_closed, action);
-        return;
-      }
-    }
-    if (action) action();
-  }
-
- private:
-  void send_locked(const HttpResponse& response) {
-    Exchange& exchange = *exchange_;
-    exchange.begun = exchange.ended = true;
-    exchange.status = response.status;
-    const auto length = static_cast<int64_t>(response.body.size());
-    std::string bytes = response_head(response, exchange.request.get(), length, false, keep_alive_);
-    if (!exchange.head_only) {
-      exchange.body_bytes = length;
-      bytes += response.body;
-    }
-    connection_->queue(bytes, 0);
-  }
-
-  void cut(std::string_view why) {
-    asio::post(connection_->executor(), [connection = connection_, why] { connection->cut(why); });
-  }
-
-  size_t limit() const;
-
-  std::shared_ptr<Connection> connection_;
-  std::shared_ptr<Exchange> exchange_;
-  bool keep_alive_;
-};
-
-size_t Writer::limit() const {
-  return connection_->max_unsent_bytes();
-}
-
 }  // namespace
-
-std::string response_head(const HttpResponse& response, const HttpRequest* request, int64_t length,
-                          bool chunked, bool keep_alive) {
-  std::string head =
-      fmt::format("HTTP/1.1 {} {}\r\nDate: {}\r\nContent-Type: {}\r\n", response.status,
-                  status_text(response.status), date_text(), response.content_type);
-  if (length >= 0) {
-    head += fmt::format("Content-Length: {}\r\n", length);
-  } else if (chunked) {
-    head += "Transfer-Encoding: chunked\r\n";
-  }
-  if (request != nullptr) head += fmt::format("X-Request-Id: {}\r\n", request->id);
-  for (const Header& header : response.headers) {
-    head += fmt::format("{}: {}\r\n", header.name, header.value);
-  }
-  head += keep_alive ? "Connection: keep-alive\r\n\r\n" : "Connection: close\r\n\r\n";
-  return head;
-}
 
 Connection::Connection(std::shared_ptr<ServerState> server, Tcp::socket socket)
     : server_(std::move(server)),
@@ -343,6 +192,10 @@ bool Connection::parse_body() {
     refuse(400, fmt::format("the body is not HTTP: {}", error.message()));
     return false;
   }
+  if (!hold_body(parser_->get().body().size())) {
+    refuse(503, "too many large requests at once; try again later");
+    return false;
+  }
   if (parser_->is_done()) {
     dispatch();
     return true;
@@ -350,12 +203,25 @@ bool Connection::parse_body() {
   return used > 0 && !error;
 }
 
+// Counts what bodies hold, all connections together.
+bool Connection::hold_body(size_t bytes) {
+  const auto more = static_cast<int64_t>(bytes) - held_body_bytes_;
+  held_body_bytes_ += more;
+  const int64_t all = server_->body_bytes.fetch_add(more) + more;
+  return more <= 0 || all <= server_->options.max_bodies_bytes;
+}
+
 void Connection::dispatch() {
   deadline_.cancel();
   phase_ = Phase::kAnswering;
   bhttp::request<bhttp::string_body> message = parser_->release();
   parser_.reset();
-  auto request = std::make_shared<HttpRequest>();
+  const std::shared_ptr<HttpRequest> request(
+      new HttpRequest,
+      [server = server_, bytes = std::exchange(held_body_bytes_, 0)](const HttpRequest* finished) {
+        delete finished;
+        server->body_bytes -= bytes;
+      });
   request->method = std::string(message.method_string());
   const std::string target(message.target());
   const size_t question = target.find('?');
@@ -378,9 +244,9 @@ void Connection::dispatch() {
   exchange_->head_only = request->method == "HEAD";
   exchange_->http_1_0 = message.version() < 11;
   if (exchange_->http_1_0) close_after_ = true;
-  auto writer = std::make_shared<Writer>(shared_from_this(), exchange_, !close_after_);
+  auto writer = make_writer(shared_from_this(), exchange_, !close_after_);
   try {
-    server_->handler(std::move(request), writer);
+    server_->handler(request, writer);
   } catch (const std::exception& exception) {
     writer->send({.status = 500,
                   .content_type = "application/json",
@@ -391,6 +257,8 @@ void Connection::dispatch() {
 void Connection::refuse(int status, std::string_view message) {
   if (server_->observer != nullptr) server_->observer->on_refused(status, peer_);
   deadline_.cancel();
+  parser_.reset();
+  hold_body(0);
   phase_ = Phase::kAnswering;
   close_after_ = true;
   exchange_ = std::make_shared<Exchange>();
@@ -490,14 +358,7 @@ void Connection::on_flushed(beast::error_code error) {
 
 // All of it is with the operating system.
 void Connection::finish_response() {
-  if (server_->observer != nullptr && exchange_->request) {
-    server_->observer->on_response(
-        {.request = exchange_->request,
-         .status = exchange_->status,
-         .bytes = exchange_->body_bytes,
-         .seconds =
-             std::chrono::duration<double>(Clock::now() - exchange_->request->received).count()});
-  }
+  report(false, {});
   exchange_.reset();
   if (close_after_ || server_->draining) {
     linger();
@@ -507,6 +368,19 @@ void Connection::finish_response() {
   arm(server_->options.idle_timeout);
   parse();
   read_on();
+}
+
+void Connection::report(bool client_left, std::string_view cut_by) {
+  if (server_->observer == nullptr || !exchange_->request) return;
+  AccessRecord record{.request = exchange_->request, .client_left = client_left, .cut_by = cut_by};
+  {
+    const std::lock_guard lock(exchange_->mutex);
+    record.status = exchange_->status;
+    record.note = exchange_->note;
+    record.bytes = exchange_->body_bytes;
+  }
+  record.seconds = std::chrono::duration<double>(Clock::now() - record.request->received).count();
+  server_->observer->on_response(record);
 }
 
 void Connection::linger() {
@@ -528,6 +402,7 @@ void Connection::close(bool client_left, std::string_view cut_by) {
   write_deadline_.cancel();
   beast::error_code error;
   socket_.close(error);
+  hold_body(0);
   if (exchange_) {
     std::function<void()> action;
     {
@@ -535,16 +410,7 @@ void Connection::close(bool client_left, std::string_view cut_by) {
       exchange_->closed = true;
       action = std::exchange(exchange_->on_closed, nullptr);
     }
-    if (server_->observer != nullptr && exchange_->request) {
-      server_->observer->on_response(
-          {.request = exchange_->request,
-           .status = exchange_->status,
-           .bytes = exchange_->body_bytes,
-           .seconds =
-               std::chrono::duration<double>(Clock::now() - exchange_->request->received).count(),
-           .client_left = client_left,
-           .cut_by = cut_by});
-    }
+    report(client_left, cut_by);
     if (action) action();
     exchange_.reset();
   }

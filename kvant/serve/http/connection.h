@@ -45,6 +45,7 @@ struct ServerState {
   std::atomic<bool> draining{false};
   std::atomic<uint64_t> next_id{1};
   uint64_t id_prefix = 0;
+  std::atomic<int64_t> body_bytes{0};  // of requests that are being read or answered
 
   mutable std::mutex mutex;
   std::condition_variable gone;  // `open` has become smaller
@@ -62,6 +63,7 @@ struct Exchange {
   bool closed = false;
   int status = 0;
   int64_t body_bytes = 0;
+  std::string note;
   std::function<void()> on_closed;
 };
 
@@ -99,6 +101,8 @@ class Connection : public std::enable_shared_from_this<Connection> {
   void flush();
   void on_flushed(beast::error_code error);
   void finish_response();
+  void report(bool client_left, std::string_view cut_by);
+  bool hold_body(size_t bytes);
   void linger();
   void close(bool client_left, std::string_view cut_by);
 
@@ -113,6 +117,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   bool reading_ = false;
   bool close_after_ = false;  // the response that is being sent is the last
   size_t lingered_bytes_ = 0;
+  int64_t held_body_bytes_ = 0;
   Clock::time_point received_{};
   std::shared_ptr<Exchange> exchange_;
 
@@ -126,9 +131,15 @@ class Connection : public std::enable_shared_from_this<Connection> {
   std::vector<Clock::time_point> in_flight_times_;
 };
 
+std::shared_ptr<ResponseWriter> make_writer(std::shared_ptr<Connection> connection,
+                                            std::shared_ptr<Exchange> exchange, bool keep_alive);
+
 // The head of a response, with an empty line behind it. `length` below 0: chunks, or the end of the
 // connection.
 std::string response_head(const HttpResponse& response, const HttpRequest* request, int64_t length,
                           bool chunked, bool keep_alive);
+
+// The error object of OpenAI's API.
+std::string error_body(int status, std::string_view message);
 
 }  // namespace kvant::serve::http

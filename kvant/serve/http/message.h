@@ -56,6 +56,9 @@ class ResponseWriter {
   virtual bool write(std::string piece) = 0;
   virtual void end() = 0;
 
+  // Words for the access log, shown behind the request's.
+  virtual void note(std::string text) = 0;
+
   virtual bool closed() const = 0;
   // `action` is called once, on an I/O thread, if the connection ends before the response has; at
   // once if it already has. Replaces an earlier one. An empty function withdraws it.

@@ -29,6 +29,7 @@ struct ServerOptions {
   int64_t max_connections = 1024;  // more are told 503
   size_t max_header_bytes = 16 << 10;
   size_t max_body_bytes = 8 << 20;
+  int64_t max_bodies_bytes = 256 << 20;  // of all requests being read or answered
   size_t max_unsent_bytes = 1 << 20;  // of one stream; a reader that falls behind so far is cut off
   std::chrono::milliseconds header_timeout{10'000};  // first byte to the end of the headers
   std::chrono::milliseconds body_timeout{60'000};    // end of the headers to the end of the body
@@ -40,6 +41,7 @@ struct ServerOptions {
 struct AccessRecord {
   std::shared_ptr<const HttpRequest> request;
   int status = 0;
+  std::string note = {};      // of ResponseWriter::note
   int64_t bytes = 0;          // of the response's body
   double seconds = 0;         // from its first byte read to its last byte written
   bool client_left = false;   // before the end of the response

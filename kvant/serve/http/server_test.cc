@@ -31,6 +31,10 @@ class Watcher : public ServerObserver {
     const std::lock_guard lock(mutex);
     return records.size();
   }
+  void forget() {
+    const std::lock_guard lock(mutex);
+    records.clear();
+  }
   AccessRecord last() {
     const std::lock_guard lock(mutex);
     return records.empty() ? AccessRecord{} : records.back();
@@ -183,6 +187,23 @@ TEST_F(HttpServer, ALargeBodyThatIsRefusedStillGetsItsAnswer) {
   // Far more than socket buffers hold: the server must read on for send() to return.
   client.request("POST", "/", std::string(20 << 20, 'a'));
   EXPECT_EQ(client.reply().status, 413);
+}
+
+TEST_F(HttpServer, BodiesTogetherHoldLimitedMemory) {
+  start({.max_bodies_bytes = 3000});
+  Client first = connect();
+  first.send("POST / HTTP/1.1\r\nContent-Length: 2500\r\n\r\n" + std::string(2000, 'a'));
+  std::this_thread::sleep_for(100ms);
+  Client second = connect();
+  second.request("POST", "/", std::string(2000, 'b'));
+  EXPECT_EQ(second.reply().status, 503);
+  first.send(std::string(500, 'a'));
+  EXPECT_EQ(first.reply().status, 200);
+  EXPECT_TRUE(wait_for([&] { return watcher_.num_records() == 1; }));
+  watcher_.forget();  // records hold requests
+  Client third = connect();
+  third.request("POST", "/", std::string(2000, 'b'));
+  EXPECT_EQ(third.reply().status, 200);
 }
 
 TEST_F(HttpServer, SlowRequestsTimeOut) {
