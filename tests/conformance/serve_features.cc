@@ -1,0 +1,129 @@
+// Features of serving: for every format, greedy answers are the same whether the prompt came from
+// the prefix cache, what ran beside it, whether it was preempted and what was drafted.
+#include <gtest/gtest.h>
+
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kvant/cache/testing/cache_harness.h"
+#include "kvant/model/testing/engine.h"
+#include "kvant/model/testing/tiny_models.h"
+#include "kvant/serve/engine.h"
+#include "kvant/serve/testing/collector.h"
+#include "tests/conformance/conformance.h"
+
+namespace kvant::conformance {
+namespace {
+
+using model::testing::must;
+using serve::testing::Collector;
+
+constexpr int kPage = 16;
+constexpr int kVocab = 64;
+
+// A small model with full-attention and window layers, behind an engine.
+class Served {
+ public:
+  struct Sizes {
+    int64_t total_tokens = 1024;
+    int64_t held_pages = 8;  // sink pages and windows
+    int max_draft_tokens = 0;
+  };
+  Served(const std::string& spec, const Sizes& sizes)
+      : model_(model::testing::tiny_model("gemma3"), "cpu") {
+    const model::ModelConfig& config = model_.model().config();
+    std::vector<cache::LayerGeometry> layers;
+    for (int i = 0; i < config.num_layers; ++i) {
+      layers.push_back({config.num_kv_heads, config.head_dim, config.layer_window[i]});
+    }
+    plan_ = cache::testing::make_test_plan(layers);
+    plan_.geometry_id = config.geometry_id();
+    plan_.kv = spec;
+    serve::EngineOptions options;
+    options.runtime = model::testing::small_runtime(spec);
+    options.runtime.plan = &plan_;
+    options.runtime.context_tokens = 128;
+    options.runtime.max_sequences = 6;
+    options.runtime.max_step_tokens = 40;
+    options.runtime.total_tokens = sizes.total_tokens;
+    options.runtime.held_sink_pages = options.runtime.held_windows = sizes.held_pages;
+    // Pages of the last N tokens never enter the tree (codecs.md section 3).
+    options.prefix_caching = shares_pages_ = options.runtime.format.recent_tokens == 0;
+    options.speculation.max_draft_tokens = sizes.max_draft_tokens;
+    options.speculation.lookup.min_ngram = 1;
+    engine_ = must(serve::Engine::create(model_.model(), options));
+  }
+
+  std::shared_ptr<Collector> submit(std::vector<int32_t> prompt, int max_tokens) {
+    serve::Request request;
+    request.prompt = std::move(prompt);
+    request.sampling.temperature = 0;
+    request.sampling.max_tokens = max_tokens;
+    const auto collector = std::make_shared<Collector>();
+    request.listener = collector;
+    must(engine_->submit(std::move(request)));
+    return collector;
+  }
+  bool shares_pages() const { return shares_pages_; }
+  serve::Engine& engine() { return *engine_; }
+
+ private:
+  model::testing::Engine model_;
+  formats::QuantPlan plan_;
+  bool shares_pages_ = true;
+  std::unique_ptr<serve::Engine> engine_;
+};
+
+std::vector<int32_t> prompt(size_t length, uint32_t seed) {
+  return model::testing::random_tokens(length, kVocab, seed);
+}
+
+void serve_from_prefix_cache(const std::string& spec) {
+  Served served(spec, {});
+  const auto cold = served.submit(prompt(75, 1), 24);
+  cold->wait();
+  const auto warm = served.submit(prompt(75, 1), 24);
+  EXPECT_EQ(warm->wait().cached_tokens, served.shares_pages() ? 4 * kPage : 0);
+  EXPECT_EQ(warm->ids(), cold->ids());
+}
+
+void serve_batch_with_preemption(const std::string& spec) {
+  Served served(spec, {.total_tokens = 128, .held_pages = 1});
+  Served alone(spec, {});
+  std::vector<std::shared_ptr<Collector>> answers;
+  for (uint32_t i = 0; i < 6; ++i) answers.push_back(served.submit(prompt(9 + 7 * i, i), 50));
+  for (uint32_t i = 0; i < 6; ++i) {
+    EXPECT_EQ(answers[i]->wait().reason, serve::FinishReason::kLength);
+    if (i % 3 != 0) continue;
+    const auto expected = alone.submit(prompt(9 + 7 * i, i), 50);
+    expected->wait();
+    EXPECT_EQ(answers[i]->ids(), expected->ids()) << "request " << i;
+  }
+  EXPECT_GT(served.engine().stats().preemptions, 0);
+}
+
+void serve_drafts(const std::string& spec) {
+  Served plain(spec, {});
+  Served drafting(spec, {.max_draft_tokens = 5});
+  const auto expected = plain.submit(prompt(20, 3), 60);
+  const auto drafted = drafting.submit(prompt(20, 3), 60);
+  expected->wait();
+  EXPECT_GT(drafted->wait().drafted_tokens, 0);
+  EXPECT_EQ(drafted->ids(), expected->ids());
+}
+
+constexpr Feature kServeFeatures[] = {
+    {"serve_from_prefix_cache", serve_from_prefix_cache},
+    {"serve_batch_with_preemption", serve_batch_with_preemption},
+    {"serve_drafts", serve_drafts},
+};
+
+}  // namespace
+
+std::span<const Feature> serve_features() {
+  return kServeFeatures;
+}
+
+}  // namespace kvant::conformance
