@@ -91,9 +91,14 @@ class OpenAiService : public ::testing::Test {
     http.port = 0;
     server_ = must(http::Server::start(http, service_->handler()));
   }
+  // Answers of 30,000 tokens take seconds.
+  static void long_answers(EngineOptions& options) {
+    options.runtime.context_tokens = 32768;
+    options.runtime.total_tokens = 40000;
+  }
   // As `kvant serve` ends.
   void stop() {
-    if (engine_) engine_->drain(10s);
+    if (engine_) engine_->drain(0s);
     server_.reset();
     service_.reset();
     engine_.reset();
@@ -393,10 +398,7 @@ TEST_F(OpenAiService, CacheSaltSeparatesRequests) {
 }
 
 TEST_F(OpenAiService, AClientThatLeavesFreesItsPages) {
-  start({}, {}, [](EngineOptions& options) {  // an answer that takes seconds
-    options.runtime.context_tokens = 32768;
-    options.runtime.total_tokens = 40000;
-  });
+  start({}, {}, long_answers);
   for (const bool stream : {true, false}) {
     const int64_t before = engine_->stats().generation_tokens;
     Client client(server_->port());
@@ -419,6 +421,7 @@ TEST_F(OpenAiService, AClientThatLeavesFreesItsPages) {
 
 TEST_F(OpenAiService, AFullQueueIs429) {
   start({}, {}, [](EngineOptions& options) {
+    long_answers(options);
     options.runtime.max_sequences = 1;
     options.max_waiting = 1;
   });
@@ -426,7 +429,7 @@ TEST_F(OpenAiService, AFullQueueIs429) {
   for (int i = 0; i < 2; ++i) {
     clients.push_back(std::make_unique<Client>(server_->port()));
     clients.back()->request("POST", "/v1/completions",
-                            R"({"prompt": "abc", "max_tokens": 500, "ignore_eos": true})");
+                            R"({"prompt": "abc", "max_tokens": 30000, "ignore_eos": true})");
     EXPECT_TRUE(wait_for([&] {
       const EngineStats stats = engine_->stats();
       return stats.running == 1 && stats.waiting == i;
@@ -458,9 +461,9 @@ TEST_F(OpenAiService, ADrainFinishesStreamsAndRefusesNewRequests) {
 }
 
 TEST_F(OpenAiService, ADrainThatRunsOutOfTimeSaysSo) {
-  start();
+  start({}, {}, long_answers);
   Client stream(server_->port());
-  const std::string body = R"({"prompt": "abc", "max_tokens": 500, "ignore_eos": true)";
+  const std::string body = R"({"prompt": "abc", "max_tokens": 15000, "ignore_eos": true)";
   stream.request("POST", "/v1/completions", body + R"(, "stream": true})");
   Client whole(server_->port());
   whole.request("POST", "/v1/completions", body + "}");
