@@ -234,10 +234,15 @@ class KvCache {
   Status attach_pages(SequenceId id, std::span<const HeldPage* const> pages);
   // The first page of a group that a query right behind `num_pages` full pages reads.
   int64_t first_needed_page(int group, int64_t num_pages) const;
-  // As export_page and import_page, without a sequence. The objects say which page it is.
+  // As export_page and import_page, without a sequence. The objects say which page it is. `layout`
+  // is planar, which any reader takes, or the cache's own, which costs no conversion.
   Result<std::vector<std::byte>> export_held(const HeldPage& held, int group,
-                                             const PageIdentity& identity) const;
+                                             const PageIdentity& identity,
+                                             Layout layout = Layout::kPlanar) const;
   Result<HeldPage> import_held(std::span<const std::span<const std::byte>> objects);
+  // A page object of this cache in the other of these two layouts. Thread-safe.
+  Result<std::vector<std::byte>> convert_object(std::span<const std::byte> object,
+                                                Layout layout) const;
 
  private:
   friend class HeldPage;

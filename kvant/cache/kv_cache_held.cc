@@ -209,13 +209,18 @@ Status KvCache::attach_pages(SequenceId id, std::span<const HeldPage* const> pag
 // ---- page objects ----
 
 Result<std::vector<std::byte>> KvCache::export_held(const HeldPage& held, int group,
-                                                    const PageIdentity& identity) const {
+                                                    const PageIdentity& identity,
+                                                    Layout layout) const {
   const State& s = *state_;
+  if (layout != Layout::kPlanar && layout != s.config.layout)
+    return Error(ErrorCode::kInvalidArgument, "objects are in planar or the cache's own layout");
   if (group < 0 || group >= num_groups() || !held || !held.has(group)) {
     return Error(ErrorCode::kInvalidArgument,
                  "the page holds nothing of layer group " + std::to_string(group));
   }
-  return s.export_entry(group, held.page(), s.held(held.index_)[group], identity);
+  return s.export_entry(
+      {.group = group, .page = held.page(), .entry = s.held(held.index_)[group], .layout = layout},
+      identity);
 }
 
 Result<HeldPage> KvCache::import_held(std::span<const std::span<const std::byte>> objects) {
@@ -238,7 +243,7 @@ Result<HeldPage> KvCache::import_held(std::span<const std::span<const std::byte>
   HeldPage held(this, s.new_held(page));
   for (int g = 0; g < num_groups(); ++g) {
     if (parsed[g].payload.empty()) continue;
-    s.set_held(held.index_, g, s.load_payload(g, page, parsed[g].payload));
+    s.set_held(held.index_, g, s.load_payload(g, page, parsed[g]));
   }
   return held;
 }

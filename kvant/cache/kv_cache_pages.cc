@@ -70,32 +70,35 @@ Result<std::vector<std::byte>> KvCache::export_page(SequenceId id, int group, in
         ErrorCode::kInvalidArgument,
         "page " + std::to_string(page) + " is still BF16 (+recent), only closed pages are kept");
   }
-  return s.export_entry(group, page, entry, identity);
+  return s.export_entry({.group = group, .page = page, .entry = entry}, identity);
 }
 
-Result<std::vector<std::byte>> KvCache::State::export_entry(int group, int64_t page,
-                                                            PageEntry entry,
+Result<std::vector<std::byte>> KvCache::State::export_entry(const Exported& what,
                                                             const PageIdentity& identity) const {
   if (static_cast<int64_t>(identity.token_ids.size()) != page_tokens()) {
     return Error(ErrorCode::kInvalidArgument, std::to_string(identity.token_ids.size()) +
                                                   " token ids for a page of " +
                                                   std::to_string(page_tokens()) + " tokens");
   }
-  const GroupPlan& planned = plan.groups[group];
-  const PageKind& kind = groups[group].kinds[entry.kind];
+  const GroupPlan& planned = plan.groups[what.group];
+  const PageKind& kind = groups[what.group].kinds[what.entry.kind];
   std::vector<std::byte> payload(kind.page_bytes);
-  std::vector<std::byte> bytes(kind.page_bytes);
-  memory->read(bytes.data(), kind.base + entry.slot * kind.page_bytes, kind.page_bytes);
-  convert_page(planned, on_host(kind, bytes), page_tokens(), kFirstSlot, payload.data(), true);
+  memory->read(payload.data(), kind.base + what.entry.slot * kind.page_bytes, kind.page_bytes);
+  if (what.layout != kind.layout) {
+    std::vector<std::byte> bytes = std::move(payload);
+    payload.assign(kind.page_bytes, std::byte{0});
+    convert_page(planned, on_host(kind, bytes), page_tokens(), kFirstSlot, payload.data(), true);
+  }
 
   PageObjectHeader header;
   header.fingerprint = fingerprint;
   std::memcpy(header.key.data(), identity.key, sizeof(identity.key));
   std::memcpy(header.parent_key.data(), identity.parent_key, sizeof(identity.parent_key));
   header.page_tokens = header.num_tokens = static_cast<uint32_t>(page_tokens());
-  header.layer_group = static_cast<uint32_t>(group);
+  header.layer_group = static_cast<uint32_t>(what.group);
+  header.layout = what.layout;
   header.num_kv_heads = static_cast<uint32_t>(planned.group.geometry.num_kv_heads);
-  header.first_position = static_cast<uint64_t>(page * page_tokens());
+  header.first_position = static_cast<uint64_t>(what.page * page_tokens());
   header.token_ids.assign(identity.token_ids.begin(), identity.token_ids.end());
   return build_page_object(header, payload);
 }
@@ -126,8 +129,10 @@ Result<PageObject> KvCache::State::check_object(int group, int64_t page,
   if (header.first_position != position)
     return mismatch(ErrorCode::kInvalidArgument, g,
                     expected_found("first_position", position, header.first_position));
-  if (header.layout != Layout::kPlanar)
-    return mismatch(ErrorCode::kInvalidArgument, g, "objects are exchanged in planar layout");
+  if (header.layout != Layout::kPlanar && header.layout != config.layout) {
+    return mismatch(ErrorCode::kInvalidArgument, g,
+                    "its layout is another backend's; objects are exchanged in planar layout");
+  }
   const int64_t expected = groups[group].kinds[closed_kind(group, page)].page_bytes;
   if (static_cast<int64_t>(parsed->payload.size()) != expected)
     return mismatch(ErrorCode::kCorruptData, g,
@@ -148,7 +153,7 @@ Status KvCache::import_page(SequenceId id, std::span<const std::span<const std::
                      std::to_string(s.plan.max_sequence_tokens));
   }
   KVANT_ASSIGN(const std::vector<PageObject> parsed, s.check_objects(page, objects));
-  for (int g = 0; g < num_groups(); ++g) s.place_object(g, id, page, parsed[g].payload);
+  for (int g = 0; g < num_groups(); ++g) s.place_object(g, id, page, parsed[g]);
   s.sequences[id].length = length + s.page_tokens();
   for (int g = 0; g < num_groups(); ++g) s.retire_window(g, id);
   return {};
@@ -182,32 +187,60 @@ Result<std::vector<PageObject>> KvCache::State::check_objects(
 }
 
 void KvCache::State::place_object(int group, SequenceId id, int64_t page,
-                                  std::span<const std::byte> payload) {
+                                  const PageObject& object) {
   PageEntry& stored_entry = stored(group, id)[page];
   PageEntry& bf16_entry = bf16(group, id)[page];
   stored_entry = bf16_entry = PageEntry::none();
-  if (payload.empty()) {
+  if (object.payload.empty()) {
     // A window group's page that no later query reads: everything before the next page is gone.
     int64_t& first = groups[group].first_page[id];
     for (; first < page; ++first) drop_page(group, id, first);
     first = page + 1;
     return;
   }
-  stored_entry = load_payload(group, page, payload);
+  stored_entry = load_payload(group, page, object);
   if (stored_entry.kind == kKindBf16) bf16_entry = stored_entry;
 }
 
-PageEntry KvCache::State::load_payload(int group, int64_t page,
-                                       std::span<const std::byte> payload) {
+PageEntry KvCache::State::load_payload(int group, int64_t page, const PageObject& object) {
   const uint32_t kind = closed_kind(group, page);
   const PageEntry entry = take(group, kind);
-  // convert_page only reads the payload in this direction.
   const PageKind& pages = groups[group].kinds[kind];
-  std::vector<std::byte> bytes(pages.page_bytes);
-  convert_page(plan.groups[group], on_host(pages, bytes), page_tokens(), kFirstSlot,
-               const_cast<std::byte*>(payload.data()), false);
-  memory->copy(pages.base + entry.slot * pages.page_bytes, bytes.data(), pages.page_bytes);
+  const std::byte* source = object.payload.data();
+  std::vector<std::byte> bytes;
+  if (object.header.layout != pages.layout) {
+    bytes.resize(pages.page_bytes);
+    // convert_page only reads the payload in this direction.
+    convert_page(plan.groups[group], on_host(pages, bytes), page_tokens(), kFirstSlot,
+                 const_cast<std::byte*>(source), false);
+    source = bytes.data();
+  }
+  memory->copy(pages.base + entry.slot * pages.page_bytes, source, pages.page_bytes);
   return entry;
+}
+
+Result<std::vector<std::byte>> KvCache::convert_object(std::span<const std::byte> object,
+                                                       Layout layout) const {
+  // Reads only what never changes after creation.
+  const State& s = *state_;
+  KVANT_ASSIGN(const PageObject parsed, parse_page_object(object));
+  const int group = static_cast<int>(parsed.header.layer_group);
+  const int64_t page = static_cast<int64_t>(parsed.header.first_position) / s.page_tokens();
+  if (parsed.header.layer_group >= s.groups.size())
+    return mismatch(ErrorCode::kInvalidArgument, parsed.header.layer_group, "there is none");
+  KVANT_TRY(s.check_object(group, page, object));
+  if (layout != Layout::kPlanar && layout != s.config.layout)
+    return Error(ErrorCode::kInvalidArgument, "objects are in planar or the cache's own layout");
+  if (layout == parsed.header.layout) return std::vector(object.begin(), object.end());
+  const PageKind& kind = s.groups[group].kinds[s.closed_kind(group, page)];
+  std::vector<std::byte> from(parsed.payload.begin(), parsed.payload.end());
+  std::vector<std::byte> to(from.size());
+  const bool to_planar = layout == Layout::kPlanar;
+  convert_page(s.plan.groups[group], on_host(kind, to_planar ? from : to), s.page_tokens(),
+               kFirstSlot, (to_planar ? to : from).data(), to_planar);
+  PageObjectHeader header = parsed.header;
+  header.layout = layout;
+  return build_page_object(header, to);
 }
 
 // ---- integrity ----

@@ -289,12 +289,20 @@ void KvCacheProperty::do_attach() {
 void KvCacheProperty::do_move() {
   if (held_.empty()) return;
   Held& held = held_[below(held_.size())];
-  const auto objects = harness_->export_held(held.page, held.tokens);
+  auto objects = harness_->export_held(held.page, held.tokens);
   ASSERT_TRUE(objects.has_value()) << objects.error().message();
   const int64_t page = held.page.page();
   std::vector<bool> had;
   for (int g = 0; g < harness_->cache().num_groups(); ++g) had.push_back(held.page.has(g));
   held.page = {};
+  const bool own_layout = below(2) == 0;
+  for (auto& object : *objects) {
+    if (object.empty() || !own_layout) continue;
+    auto converted = harness_->cache().convert_object(object, harness_->config().layout);
+    ASSERT_TRUE(converted.has_value()) << converted.error().message();
+    EXPECT_EQ(*harness_->cache().convert_object(*converted, Layout::kPlanar), object);
+    object = std::move(*converted);
+  }
   const std::vector<std::span<const std::byte>> spans(objects->begin(), objects->end());
   auto back = harness_->cache().import_held(spans);
   if (!back) {

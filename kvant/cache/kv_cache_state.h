@@ -126,15 +126,21 @@ struct KvCache::State {
   uint32_t closed_kind(int group, int64_t page) const {
     return stays_bf16(group, page) ? kKindBf16 : kKindStored;
   }
-  Result<std::vector<std::byte>> export_entry(int group, int64_t page, PageEntry entry,
+  struct Exported {
+    int group = 0;
+    int64_t page = 0;
+    PageEntry entry;
+    Layout layout = Layout::kPlanar;
+  };
+  Result<std::vector<std::byte>> export_entry(const Exported& what,
                                               const PageIdentity& identity) const;
   // All groups' objects of page `page`, parsed and checked, with a free slot for each.
   Result<std::vector<PageObject>> check_objects(
       int64_t page, std::span<const std::span<const std::byte>> objects) const;
   Result<PageObject> check_object(int group, int64_t page, std::span<const std::byte> bytes) const;
-  void place_object(int group, SequenceId id, int64_t page, std::span<const std::byte> payload);
+  void place_object(int group, SequenceId id, int64_t page, const PageObject& object);
   // A new slot with the payload's content.
-  PageEntry load_payload(int group, int64_t page, std::span<const std::byte> payload);
+  PageEntry load_payload(int group, int64_t page, const PageObject& object);
   Status check_tables(int group, SequenceId id,
                       std::vector<std::vector<uint32_t>>& references) const;
 };

@@ -140,7 +140,10 @@ std::vector<std::byte> build_page_object(const PageObjectHeader& header,
   return object;
 }
 
-Result<PageObject> parse_page_object(std::span<const std::byte> bytes) {
+namespace {
+
+// Everything but the payload.
+Result<RawHeader> read_header(std::span<const std::byte> bytes) {
   RawHeader raw;
   if (bytes.size() < sizeof(raw)) {
     return corrupt("it has " + std::to_string(bytes.size()) + " bytes, the header alone has " +
@@ -158,17 +161,12 @@ Result<PageObject> parse_page_object(std::span<const std::byte> bytes) {
     return corrupt("header_bytes is " + std::to_string(raw.header_bytes));
   if (raw.header_xxh3_64 != header_hash(raw))
     return corrupt("the header's checksum does not match");
-  const std::span<const std::byte> payload = bytes.subspan(sizeof(raw));
-  if (raw.payload_bytes != payload.size()) {
-    return corrupt("the payload should have " + std::to_string(raw.payload_bytes) +
-                   " bytes and has " + std::to_string(payload.size()));
-  }
   KVANT_TRY(check_fields(raw));
-  if (raw.payload_xxh3_64 != XXH3_64bits(payload.data(), payload.size()))
-    return corrupt("the payload's checksum does not match");
+  return raw;
+}
 
-  PageObject object;
-  PageObjectHeader& header = object.header;
+PageObjectHeader header_of(const RawHeader& raw) {
+  PageObjectHeader header;
   std::memcpy(header.fingerprint.data(), raw.fingerprint, sizeof(raw.fingerprint));
   std::memcpy(header.key.data(), raw.key, sizeof(raw.key));
   std::memcpy(header.parent_key.data(), raw.parent_key, sizeof(raw.parent_key));
@@ -180,8 +178,26 @@ Result<PageObject> parse_page_object(std::span<const std::byte> bytes) {
   header.layout = static_cast<Layout>(raw.layout);
   header.first_position = raw.first_position;
   header.token_ids.assign(raw.token_ids, raw.token_ids + raw.num_tokens);
-  object.payload = payload;
-  return object;
+  return header;
+}
+
+}  // namespace
+
+Result<PageObjectInfo> parse_page_object_header(std::span<const std::byte> bytes) {
+  KVANT_ASSIGN(const RawHeader raw, read_header(bytes));
+  return PageObjectInfo{header_of(raw), raw.payload_bytes};
+}
+
+Result<PageObject> parse_page_object(std::span<const std::byte> bytes) {
+  KVANT_ASSIGN(const RawHeader raw, read_header(bytes));
+  const std::span<const std::byte> payload = bytes.subspan(sizeof(raw));
+  if (raw.payload_bytes != payload.size()) {
+    return corrupt("the payload should have " + std::to_string(raw.payload_bytes) +
+                   " bytes and has " + std::to_string(payload.size()));
+  }
+  if (raw.payload_xxh3_64 != XXH3_64bits(payload.data(), payload.size()))
+    return corrupt("the payload's checksum does not match");
+  return PageObject{header_of(raw), payload};
 }
 
 Status save_page_file(const std::string& path, std::span<const std::byte> object) {

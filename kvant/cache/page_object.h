@@ -47,6 +47,14 @@ std::vector<std::byte> build_page_object(const PageObjectHeader& header,
 // for another version) says which of them is wrong. The bytes must outlive the result.
 Result<PageObject> parse_page_object(std::span<const std::byte> bytes);
 
+// The header alone, from the first kPageObjectHeaderBytes bytes: what parse_page_object checks,
+// except for the payload.
+struct PageObjectInfo {
+  PageObjectHeader header;
+  uint64_t payload_bytes = 0;
+};
+Result<PageObjectInfo> parse_page_object_header(std::span<const std::byte> bytes);
+
 // ---- files ----
 
 // Written beside `path` and renamed, so that a reader sees the whole object or none; kIoError for a
