@@ -29,8 +29,7 @@ class TreeMirror final : public PageObserver {
     if (stored.keys.empty()) fail("an empty run");
     for (size_t i = 0; i < stored.keys.size(); ++i) {
       // A page of any group names the parent: window groups may have dropped theirs.
-      if (stored.window == 0 && parent != PageKey{} &&
-          !pages_.contains({stored.medium, stored.group, parent}))
+      if (stored.window == 0 && parent != PageKey{} && !knows(stored.group, parent))
         fail("a page before its parent");
       const auto tokens = stored.token_ids.subspan(i * t, t);
       const bool fresh =
@@ -59,6 +58,13 @@ class TreeMirror final : public PageObserver {
   const std::string& error() const { return error_; }
 
  private:
+  // At any medium.
+  bool knows(int group, const PageKey& key) const {
+    for (int medium = 0; medium < kNumMedia; ++medium) {
+      if (pages_.contains({static_cast<Medium>(medium), group, key})) return true;
+    }
+    return false;
+  }
   void fail(const std::string& what) {
     if (error_.empty()) error_ = what;
   }
