@@ -53,7 +53,9 @@ PageTiers::~PageTiers() = default;
 
 void PageTiers::set_observer(cache::PageObserver* observer) {
   observer_ = observer;
-  for (const auto& [tier, header] : std::exchange(kept_, {})) {
+  for (const auto& kept : std::exchange(kept_, {})) {
+    const size_t tier = kept.first;
+    const cache::PageObjectHeader& header = kept.second;
     // Nobody finds a page without its parent.
     const bool found =
         header.first_position == 0 || std::ranges::any_of(held_, [&](const auto& names) {
