@@ -2,8 +2,8 @@
 // choice, tool calls).
 //
 // A ConstraintSource is made once per request (or shared by requests with the same schema) by the
-// HTTP layer; the engine creates one TokenConstraint per choice from it. grammar/grammar.h makes
-// them.
+// HTTP layer; the engine creates one TokenConstraint per choice from it. grammar/constraint.h
+// makes them.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,8 @@ class TokenConstraint {
   virtual ~TokenConstraint() = default;
 
   // Overwrites `bitmask` [(vocab_size + 31) / 32]: bit id % 32 of word id / 32 is set if the token
-  // may come next. At least one bit is set as long as no end-of-generation token was accepted.
+  // may come next. Where the vocabulary cannot spell what must come, only the end-of-generation
+  // tokens are set.
   virtual void allowed(std::span<uint32_t> bitmask) = 0;
 
   // Takes the token that was chosen. False, and nothing changes, if it was not allowed.
@@ -37,7 +38,7 @@ class ConstraintSource {
  public:
   virtual ~ConstraintSource() = default;
 
-  // At the start of the text. The source must outlive what it creates.
+  // At the start of the text. What is created keeps alive what it needs.
   virtual std::unique_ptr<TokenConstraint> create() const = 0;
 };
 

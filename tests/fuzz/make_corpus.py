@@ -87,6 +87,19 @@ def eval_state() -> bytes:
     return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
 
+SCHEMAS = [
+    {"type": "object", "properties": {"a": {"type": "string", "maxLength": 9}, "b": {"type": ["integer", "null"]}},
+     "required": ["b"], "additionalProperties": {"type": "number", "minimum": -0.5, "exclusiveMaximum": 12.25}},
+    {"$defs": {"t": {"type": "array", "items": {"$ref": "#/$defs/t"}, "minItems": 1, "maxItems": 20}},
+     "anyOf": [{"$ref": "#/$defs/t"}, {"enum": ["a", 1, None, {"b": [2]}]}]},
+    {"allOf": [{"type": "object", "properties": {"a": {}}}, {"required": ["a"]}], "oneOf": [
+        {"properties": {"a": {"const": 1}}, "required": ["a"], "type": "object"},
+        {"properties": {"a": {"const": 2}}, "required": ["a"], "type": "object"}]},
+    {"type": "array", "prefixItems": [{"type": "string", "format": "date-time"}, {"pattern": "^[a-c]+$"}],
+     "items": {"type": "object", "maxProperties": 2, "minProperties": 1}},
+]
+
+
 def main() -> None:
     root = pathlib.Path(sys.argv[1])
     files = {
@@ -116,6 +129,10 @@ def main() -> None:
             files[f"tokenizer/{i}-{choice}"] = bytes([choice]) + text
     for i, template in enumerate(TEMPLATES):
         files[f"jinja/{i}"] = template.encode()
+    for i, schema in enumerate(SCHEMAS):
+        files[f"grammar/schema-{i}"] = b"\1" + json.dumps(schema).encode() + b"\0" + bytes(range(40))
+    for i, regex in enumerate([r"(a|b{2,9})*[^c-e]?\d+", r"^\w{3}(?:x|\u00e9)$|.*", r"(a?){3}\x41"]):
+        files[f"grammar/regex-{i}"] = b"\0" + regex.encode() + b"\0" + bytes(range(40))
     for name, data in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
