@@ -11,6 +11,7 @@ find_package(Boost 1.74 REQUIRED)  # headers: Beast and Asio
 pkg_check_modules(utf8proc REQUIRED IMPORTED_TARGET GLOBAL libutf8proc)
 pkg_check_modules(xxhash REQUIRED IMPORTED_TARGET GLOBAL libxxhash)
 pkg_check_modules(hiredis REQUIRED IMPORTED_TARGET GLOBAL hiredis)
+pkg_check_modules(prometheus-cpp-core REQUIRED IMPORTED_TARGET GLOBAL prometheus-cpp-core)
 pkg_check_modules(libzmq REQUIRED IMPORTED_TARGET GLOBAL libzmq)
 find_path(KVANT_CPPZMQ_INCLUDE zmq.hpp REQUIRED)
 find_path(KVANT_MSGPACK_INCLUDE msgpack.hpp REQUIRED)
