@@ -200,6 +200,23 @@ TEST_F(PrefixTreeTest, AWindowPageGoesAloneAndComesBack) {
   EXPECT_EQ(mirror_.error(), "");
 }
 
+TEST_F(PrefixTreeTest, WindowPagesThatAreReadStayLongest) {
+  build("k=fp8,v=nvfp4", 40);
+  serve(tokens_of({1, 2, 3}, 1));
+  const PrefixLease lease = tree_->acquire(tree_->match(tokens_of({1, 2, 3}), "", 100));
+  const SequenceId reader = *h_->add();
+  ASSERT_OK(tree_->attach(lease, reader));
+  serve(tokens_of({4, 5, 6}, 1));  // used later, but read by nobody
+  const int window = h_->cache().closed_page_class(1, 1);
+  EXPECT_TRUE(tree_->evict(window, h_->cache().page_class(window).free_pages + 3));
+  EXPECT_EQ(hit(tokens_of({1, 2, 3})), 3);
+  EXPECT_EQ(hit(tokens_of({4, 5, 6})), 0);
+  EXPECT_FALSE(tree_->evict(window, h_->cache().page_class(window).free_pages + 1))
+      << "what is left would not be freed";
+  EXPECT_EQ(hit(tokens_of({1, 2, 3})), 3);
+  h_->remove(reader);
+}
+
 TEST_F(PrefixTreeTest, PriorityHoldsUntilItExpires) {
   PrefixTreeOptions options;
   options.policy = EvictionPolicy::kPriority;

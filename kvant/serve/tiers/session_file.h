@@ -1,6 +1,5 @@
 // One session's cache in a file: the page objects of a sequence, one after the other, planar, in
-// the order of pages and, in a page, of layer groups. Nothing else: `kvant inspect` understands
-// every part of it. Engine thread only.
+// the order of pages and, in a page, of layer groups; nothing else. Engine thread only.
 #pragma once
 
 #include <cstdint>
