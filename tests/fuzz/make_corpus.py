@@ -129,6 +129,9 @@ def main() -> None:
             files[f"tokenizer/{i}-{choice}"] = bytes([choice]) + text
     for i, template in enumerate(TEMPLATES):
         files[f"jinja/{i}"] = template.encode()
+    call = '{"name": "f", "%s": {"a": "}\\\\\\"", "b": [1, {}]}}'
+    files["tool_calls/hermes"] = f"\0\3Well. <tool_call>\n{call % 'arguments'}\n</tool_call>\n".encode()
+    files["tool_calls/json"] = f"\1\2{call % 'parameters'}; {call % 'arguments'}".encode()
     for i, schema in enumerate(SCHEMAS):
         files[f"grammar/schema-{i}"] = b"\1" + json.dumps(schema).encode() + b"\0" + bytes(range(40))
     for i, regex in enumerate([r"(a|b{2,9})*[^c-e]?\d+", r"^\w{3}(?:x|\u00e9)$|.*", r"(a?){3}\x41"]):
