@@ -19,9 +19,9 @@ constexpr int kWarps = 8;  // of a team, which shares the inputs of a strip
 constexpr int kTeamThreads = 32 * kWarps;
 constexpr int kTeams = 2;  // of a block
 constexpr int kThreads = kTeams * kTeamThreads;
-constexpr int kRowTile = 4;         // rows of x in one instruction: two columns each, high and low
-constexpr int kGroupRows = 16;      // rows of x that a block multiplies at once
-constexpr int kMostGatedTiles = 2;  // of rows: sums of two strips take shared memory
+constexpr int kRowTile = 4;     // rows of x in one instruction: two columns each, high and low
+constexpr int kGroupRows = 16;  // rows of x that a block multiplies at once
+constexpr int kMostNormed = 8;  // rows of x that a product may norm
 // A multiprocessor has one block, so that all have equal work; its shared memory is filled with
 // weights while it waits for its inputs.
 constexpr int kSharedMemory = 226 << 10;
@@ -49,7 +49,7 @@ struct ProductArgs {
 };
 
 // What a block multiplies at a time: a strip and up to kGroupRows rows, or one row and its expert.
-// With a gate, that strip of both matrices, one after the other.
+// With a gate, that strip of both matrices: the teams of a block have one each.
 struct Item {
   int target = 0;
   int64_t strip = 0;
@@ -76,7 +76,16 @@ struct Item {
       x_row = static_cast<int>(first_row);
     }
   }
-  __device__ const uint8_t* data(const ProductArgs& args, int half) const {
+  // Of the first a team takes, and of those that follow.
+  __device__ static int first(const ProductArgs& args) {
+    const int team = args.gated ? 0 : static_cast<int>(threadIdx.x) / kTeamThreads;
+    return static_cast<int>(blockIdx.x + team * gridDim.x);
+  }
+  __device__ static int next(const ProductArgs& args, int index) {
+    return index + (args.gated ? 1 : kTeams) * static_cast<int>(gridDim.x);
+  }
+  __device__ const uint8_t* data(const ProductArgs& args) const {
+    const int half = args.gated ? static_cast<int>(threadIdx.x) / kTeamThreads : 0;
     return args.choice.experts != nullptr ? args.choice.matrices[args.choice.experts[first_row]]
                                           : args.targets[target + half].weights.data;
   }
@@ -86,18 +95,13 @@ struct Item {
 template <WeightType kType>
 class StageStream {
  public:
-  __device__ static int first_item() {
-    return static_cast<int>(blockIdx.x + threadIdx.x / kTeamThreads * gridDim.x);
-  }
-  __device__ static int next_item(int item) { return item + kTeams * static_cast<int>(gridDim.x); }
-
   // `warp` of a team.
   __device__ StageStream(const ProductArgs& args, int num_tiles, int warp, int lane)
       : args_(args),
         num_tiles_(num_tiles),
         first_(warp * kUnitTiles<kType>),
         lane_(lane),
-        item_(first_ < num_tiles ? first_item() : args.num_items) {
+        item_(first_ < num_tiles ? Item::first(args) : args.num_items) {
     start_item();
   }
 
@@ -115,16 +119,15 @@ class StageStream {
     tile_ = first_;
     if (item_ >= args_.num_items) return;
     const Item item(args_, item_);
-    source_.locate(args_.targets[item.target].weights, item.data(args_, half_), args_.stride,
-                   item.strip, lane_);
+    source_.locate(args_.targets[item.target].weights, item.data(args_), args_.stride, item.strip,
+                   lane_);
   }
   __device__ void advance() {
     tile_ += Stage<kType>::kTiles;
     if (Stage<kType>::kTiles < kUnitTiles<kType> && tile_ % kUnitTiles<kType> != 0) return;
     tile_ += (kWarps - 1) * kUnitTiles<kType>;
     if (tile_ < num_tiles_) return;
-    half_ ^= static_cast<int>(args_.gated);
-    if (half_ == 0) item_ = next_item(item_);
+    item_ = Item::next(args_, item_);
     start_item();
   }
 
@@ -133,7 +136,6 @@ class StageStream {
   const int first_;
   const int lane_;
   int item_;
-  int half_ = 0;
   int tile_ = 0;
   typename Stage<kType>::Source source_;
 };
@@ -294,25 +296,24 @@ __device__ Sums<kTiles> finished(const FloatSums<kTiles>& total) {
 // The sums of a team's warps for an item; two take turns, so that one barrier an item is enough.
 template <int kTiles>
 struct Parts {
-  static constexpr int kHalves = kTiles <= kMostGatedTiles ? 2 : 1;
-  float v[2][kHalves][kWarps][kTiles * kRowTile][kStripRows + 1];
+  float v[2][kWarps][kTiles * kRowTile][kStripRows + 1];
 
-  __device__ void put(const Sums<kTiles>& sums, int turn, int half) {
+  __device__ void put(const Sums<kTiles>& sums, int turn) {
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32 % kWarps;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        v[turn][half][warp][n * kRowTile + lane % 4][lane / 4 + 8 * r] = sums.v[n][r];
+        v[turn][warp][n * kRowTile + lane % 4][lane / 4 + 8 * r] = sums.v[n][r];
       }
     }
   }
   // In the order of the warps.
-  __device__ float sum(int turn, int half, int row, int output) const {
+  __device__ float sum(int turn, int row, int output) const {
     float sum = 0.0f;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += v[turn][half][w][row][output];
+    for (int w = 0; w < kWarps; ++w) sum += v[turn][w][row][output];
     return sum;
   }
 };
@@ -331,21 +332,19 @@ struct Output {
     const ProductTarget& target = args.targets[item.target];
     const int64_t output = item.strip * kStripRows + in_strip;
     if (row >= item.rows || output >= target.weights.rows) return;
+    if (args.gated && threadIdx.x >= kTeamThreads) return;  // the first team writes for both
     out = target.out + (item.first_row + row) * target.weights.rows + output;
     if (target.accumulate) before = *out;
     if (target.bias != nullptr) before += target.bias[output];
   }
 
-  // Once all warps have put their sums.
+  // Once all warps have put their sums; `parts` of the teams, `own` the thread's.
   template <int kTiles>
-  __device__ void write(const ProductArgs& args, const Parts<kTiles>& parts, int turn) const {
+  __device__ void write(const ProductArgs& args, const Parts<kTiles> (&parts)[kTeams], int own,
+                        int turn) const {
     if (out == nullptr) return;
-    const float sum = parts.sum(turn, 0, row, in_strip);
-    if (Parts<kTiles>::kHalves == 2 && args.gated) {
-      *out = activate(args.gate, sum) * parts.sum(turn, Parts<kTiles>::kHalves - 1, row, in_strip);
-    } else {
-      *out = before + sum;
-    }
+    const float sum = parts[own].sum(turn, row, in_strip);
+    *out = args.gated ? activate(args.gate, sum) * parts[1].sum(turn, row, in_strip) : before + sum;
   }
 };
 
@@ -367,7 +366,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int kRingSize = Ring<kType, kTiles>::kBytes;
   constexpr int kStageBytes = Stage<kType>::kBytes;
   extern __shared__ __align__(128) uint8_t memory[];  // rings of the warps, prepared rows
-  __shared__ Parts<kTiles> team_parts[kTeams];
+  __shared__ Parts<kTiles> parts[kTeams];
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32 % kWarps;
   const int team = threadIdx.x / kTeamThreads;
@@ -409,32 +408,29 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint8_t* stage = ring;
   uint32_t free_stage = ring_address + (kSlots - 1) * kStageBytes;
   int turn = 0;
-  Parts<kTiles>& parts = team_parts[team];
-  for (int index = StageStream<kType>::first_item(); index < args.num_items;
-       index = StageStream<kType>::next_item(index), turn ^= 1) {
+  for (int index = Item::first(args); index < args.num_items;
+       index = Item::next(args, index), turn ^= 1) {
     const Item item(args, index);
     const LaneRows<kType, kTiles> rows(prepared, item.x_row, item.rows, lane);
     const Output output(args, item);
-    for (int half = 0; half <= static_cast<int>(args.gated); ++half) {
-      Total total = {};
-      for (int unit = warp * kUnitTiles<kType>; unit < num_tiles;
-           unit += kWarps * kUnitTiles<kType>) {
+    Total total = {};
+    for (int unit = warp * kUnitTiles<kType>; unit < num_tiles;
+         unit += kWarps * kUnitTiles<kType>) {
 #pragma unroll
-        for (int part = 0; part < kUnitTiles<kType>; part += Stage<kType>::kTiles) {
-          ptx::copies_wait<kSlots - 2>();
-          __syncwarp();  // all lanes' copies are there, and all have read the slot before
-          stream.copy_next(free_stage);
-          free_stage = free_stage == ring_address + (kSlots - 1) * kStageBytes
-                           ? ring_address
-                           : free_stage + kStageBytes;
-          add_stage<kType>(stage, rows, unit + part, num_tiles, total);
-          stage = stage == ring + (kSlots - 1) * kStageBytes ? ring : stage + kStageBytes;
-        }
+      for (int part = 0; part < kUnitTiles<kType>; part += Stage<kType>::kTiles) {
+        ptx::copies_wait<kSlots - 2>();
+        __syncwarp();  // all lanes' copies are there, and all have read the slot before
+        stream.copy_next(free_stage);
+        free_stage = free_stage == ring_address + (kSlots - 1) * kStageBytes
+                         ? ring_address
+                         : free_stage + kStageBytes;
+        add_stage<kType>(stage, rows, unit + part, num_tiles, total);
+        stage = stage == ring + (kSlots - 1) * kStageBytes ? ring : stage + kStageBytes;
       }
-      parts.put(finished<kType>(total), turn, Parts<kTiles>::kHalves == 2 ? half : 0);
     }
-    ptx::named_barrier(1 + team, kTeamThreads);
-    output.write(args, parts, turn);
+    parts[team].put(finished<kType>(total), turn);
+    ptx::named_barrier(args.gated ? 1 : 1 + team, args.gated ? kThreads : kTeamThreads);
+    output.write(args, parts, team, turn);
   }
 }
 
@@ -534,7 +530,7 @@ Status multiply_chunk(const RowProduct& product, std::span<const ProductTarget> 
 }  // namespace
 
 bool can_norm(const WeightTiles& weights, int64_t num_rows) {
-  if (num_rows > kMostGatedTiles * kRowTile || weights.cols <= kMostWarpNorm) return false;
+  if (num_rows > kMostNormed || weights.cols <= kMostWarpNorm) return false;
   const auto rows = static_cast<int>(num_rows);
   const PreparedRows shape(nullptr, is_tiled(weights.type), rows,
                            static_cast<int>(weights.padded_cols()));
