@@ -207,6 +207,9 @@ class Backend {
 
 int64_t activation_bytes(ActivationType type, int64_t num_values);
 
+// Whether pages that sequences of a batch have in common are read once for all of them.
+enum class PageSharing { kWherePays, kWherePossible, kNever };
+
 struct BackendOptions {
   std::string name = "cpu";
   int num_threads = 0;       // CPU: 0 = one per processor
@@ -215,6 +218,7 @@ struct BackendOptions {
   // piece by piece. 0: 512 MiB, or what the context needs if that is less.
   int64_t prefill_workspace = 0;
   bool deterministic = false;
+  PageSharing page_sharing = PageSharing::kWherePays;  // GPUs; for tests and measurements
 };
 
 // Explicit table of backends (registry.cc); kUnsupported names those that exist in this build.

@@ -121,6 +121,56 @@ TEST_P(OnCuda, RaggedBatchesGiveTheCpusLogits) {
   EXPECT_LT(mean_error(run("cuda"), run("cpu")), kTolerance);
 }
 
+// Logits of a batch that goes on from one prompt in different ways, read in one step at the end.
+std::vector<std::vector<float>> continue_prompt(Engine& engine, const RuntimeOptions& runtime,
+                                                bool fork) {
+  constexpr size_t kSequences = 4;
+  const auto cache = engine.cache(runtime);
+  const std::vector<int32_t> prompt = random_tokens(300, kVocab, 11);
+  std::vector<cache::SequenceId> ids;
+  for (size_t i = 0; i < kSequences; ++i) {
+    if (fork && i > 0) {
+      ids.push_back(must(cache->fork(ids[0])));
+    } else {
+      ids.push_back(must(cache->add_sequence()));
+      engine.step(*cache, {{ids[i], prompt, 0}});
+    }
+  }
+  // Past the end of a page: each sequence also has a closed page of its own.
+  const std::vector<int32_t> tokens = random_tokens(90 * kSequences, kVocab, 12);
+  std::vector<std::vector<float>> rows;
+  for (size_t at = 0; at < tokens.size(); at += kSequences) {
+    std::vector<ForwardSequence> step;
+    for (size_t i = 0; i < kSequences; ++i)
+      step.push_back({ids[i], std::span(tokens).subspan(at + i, 1), 1});
+    rows = engine.step(*cache, step);
+  }
+  must(cache->check_integrity());
+  return rows;
+}
+
+// Pages that forks of a sequence have in common are read once for all of them.
+TEST_P(OnCuda, SharedPagesGiveTheLogitsOfPagesApart) {
+  RuntimeOptions runtime = small_runtime(kv());
+  runtime.page_tokens = 64;  // what the shared kernel reads
+  runtime.context_tokens = 512;
+  runtime.max_step_tokens = 512;
+  const auto run = [&](backend::PageSharing sharing, bool fork) {
+    Engine engine(model_bytes(arch()),
+                  backend::BackendOptions{.name = "cuda", .page_sharing = sharing});
+    return continue_prompt(engine, runtime, fork);
+  };
+  const auto shared = run(backend::PageSharing::kWherePossible, true);
+  const auto each = run(backend::PageSharing::kNever, true);
+  const auto apart = run(backend::PageSharing::kNever, false);
+  EXPECT_EQ(each, apart);
+  // Another kernel, so other bits; `8bit` has none.
+  EXPECT_EQ(shared != each, kv() != "8bit");
+  EXPECT_LT(mean_error(shared, each), 2e-3);
+  Engine cpu(model_bytes(arch()), "cpu");
+  EXPECT_LT(mean_error(shared, continue_prompt(cpu, runtime, true)), kTolerance);
+}
+
 // Logits after the pages of a prompt went from a cache of one backend to a cache of another.
 std::vector<std::vector<float>> continue_elsewhere(Engine& from, Engine& to,
                                                    const RuntimeOptions& runtime,

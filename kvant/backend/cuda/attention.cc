@@ -125,7 +125,7 @@ Status CudaAttention::prepare_shared(const AttentionArgs& args) {
   shared_kind_ = bf16 ? cache::kKindBf16 : cache::kKindStored;
   const cache::PageKind& stored = view.kinds[shared_kind_];
   shared_variant_ = find_shared_variant(key_kernel(k.base), value_kernel(v.base), view.head_dim);
-  if (sharing_ == Sharing::kNever || shared_variant_ == nullptr || k.mean ||
+  if (sharing_ == PageSharing::kNever || shared_variant_ == nullptr || k.mean ||
       view.page_tokens != kSharedPageTokens || args.params.softcap != 0.0f)
     return {};
   SharedPlanShape shape;
@@ -135,7 +135,8 @@ Status CudaAttention::prepare_shared(const AttentionArgs& args) {
   shape.bf16_bytes = view.kinds[cache::kKindBf16].units[args.group_layer].bytes;
   shape.kind = shared_kind_;
   shape.page_factor = shared_variant_->page_factor;
-  shape.always = sharing_ == Sharing::kWherePossible;
+  shape.always = sharing_ == PageSharing::kWherePossible;
+  shape.blocks = std::min(shared_blocks_, num_sms_ - 1);
   shared_ = make_shared_plan(view, shape);
   // The merge takes so many results of a unit, decode's among them.
   const auto most = std::max_element(shared_.num_parts.begin(), shared_.num_parts.end());

@@ -36,8 +36,12 @@ class CudaAttention {
   Status run(const AttentionArgs& args, cudaStream_t stream);
 
   // Whether pages that sequences share are read once for all of them, from the next prepare() on.
-  enum class Sharing { kWherePays, kWherePossible, kNever };
-  void set_sharing(Sharing sharing) { sharing_ = sharing; }
+  // `blocks`: multiprocessors for such pages, to measure with; 0: what the costs in shared/plan.h
+  // say.
+  void set_sharing(PageSharing sharing, int blocks = 0) {
+    sharing_ = sharing;
+    shared_blocks_ = blocks;
+  }
   // Sequences of the prepared step whose first pages are read together with others'.
   int num_sharing_sequences() const { return num_sharing_; }
 
@@ -69,7 +73,8 @@ class CudaAttention {
   Upload upload_;
   int64_t factors_offset_ = 0;
 
-  Sharing sharing_ = Sharing::kWherePays;
+  PageSharing sharing_ = PageSharing::kWherePays;
+  int shared_blocks_ = 0;
   int num_sharing_ = 0;
   SharedPlan shared_;  // empty: nothing is shared
   const SharedVariant* shared_variant_ = nullptr;

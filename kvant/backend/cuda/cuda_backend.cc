@@ -131,6 +131,7 @@ Status CudaBackend::start(const BackendOptions& options) {
   KVANT_TRY(linear_.create(num_sms_, options.deterministic));
   KVANT_ASSIGN(append_, CacheAppend::create());
   KVANT_ASSIGN(decode_, CudaAttention::create());
+  decode_->set_sharing(options.page_sharing);
   size_t free_bytes = 0;
   size_t total_bytes = 0;
   KVANT_TRY(cuda_status(cudaMemGetInfo(&free_bytes, &total_bytes), "asking for free memory"));

@@ -31,7 +31,7 @@ double run(const ProblemOptions& options, int sharing) {
     ADD_FAILURE() << attention.error().message();
     return NAN;
   }
-  (*attention)->set_sharing(CudaAttention::Sharing::kWherePossible);
+  (*attention)->set_sharing(PageSharing::kWherePossible);
   PagedProblem problem(options);
   std::vector<float> first;
   for (int turn = 0; turn < 2; ++turn) {
@@ -164,7 +164,7 @@ TEST_F(CudaShared, GraphReplaysGiveTheSameBits) {
     PagedProblem problem(nested(kv));
     auto attention = CudaAttention::create();
     ASSERT_TRUE(attention.has_value());
-    (*attention)->set_sharing(CudaAttention::Sharing::kWherePossible);
+    (*attention)->set_sharing(PageSharing::kWherePossible);
     cudaStream_t stream;
     ASSERT_EQ(cudaStreamCreate(&stream), cudaSuccess);
     ASSERT_TRUE((*attention)->run(problem.device_args(), stream).has_value());

@@ -110,6 +110,7 @@ class Planner {
           std::max(costs.start + shared / n, costs.decode_start + decode_bytes / rate);
       if (n == 1 || both < time) blocks = n, time = both;
     }
+    if (shape_.blocks > 0) blocks = shape_.blocks;
     plan_.starts.resize(static_cast<size_t>(blocks));
     const double alone =
         costs.alone_start + static_cast<double>(all_bytes * view_.num_kv_heads) / costs.alone_bytes;

@@ -64,6 +64,7 @@ struct SharedPlanShape {
   uint32_t kind = cache::kKindStored;  // of the pages that are shared
   double page_factor = 1.0;            // what a page costs in SharedCosts::page
   bool always = false;                 // share whether it pays or not
+  int blocks = 0;                      // multiprocessors for shared pages; 0: by the costs
   SharedCosts costs;
 };
 
