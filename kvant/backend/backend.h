@@ -8,9 +8,9 @@
 // row-major.
 //
 // Promise of every operator (ADR 0003): the bits of a row do not depend on which other rows are in
-// the call, on their number, or on the number of threads. On CUDA devices the dense operators keep
-// it with BackendOptions::deterministic; attention there divides its work by the whole step, so
-// that rows are equal within rounding, and the same step twice gives the same bits.
+// the call, on their number, or on the number of threads. CUDA devices keep it with
+// BackendOptions::deterministic; without it rows are equal within rounding there, and the same step
+// twice gives the same bits.
 #pragma once
 
 #include <cstddef>

@@ -80,6 +80,8 @@ Status check_side(const SideFormat& side, bool keys) {
 constexpr int kSharedMemory = 228 * 1024;  // of a multiprocessor
 constexpr int kReservedShared = 1024;      // of each block, by the system
 constexpr int kWantedSlots = 3;
+// Partial results of a launch where every split leaves one: a few thousand splits.
+constexpr int kPositionPartialBytes = 48 << 20;
 
 }  // namespace
 
@@ -125,7 +127,7 @@ Status CudaAttention::prepare_shared(const AttentionArgs& args) {
   shared_kind_ = bf16 ? cache::kKindBf16 : cache::kKindStored;
   const cache::PageKind& stored = view.kinds[shared_kind_];
   shared_variant_ = find_shared_variant(key_kernel(k.base), value_kernel(v.base), view.head_dim);
-  if (sharing_ == PageSharing::kNever || shared_variant_ == nullptr || k.mean ||
+  if (sharing_ == PageSharing::kNever || deterministic_ || shared_variant_ == nullptr || k.mean ||
       view.page_tokens != kSharedPageTokens || args.params.softcap != 0.0f)
     return {};
   SharedPlanShape shape;
@@ -171,8 +173,11 @@ Status CudaAttention::configure(const AttentionArgs& args, int layer) {
   query.value = value_kernel(v.base);
   query.head_dim = view.head_dim;
   query.page_tokens = view.page_tokens;
-  for (const cache::SequenceView& sequence : view.sequences)
-    query.rows = std::max(query.rows, group * sequence.num_new_tokens);
+  query.rows = group;
+  if (!deterministic_) {
+    for (const cache::SequenceView& sequence : view.sequences)
+      query.rows = std::max(query.rows, group * sequence.num_new_tokens);
+  }
   query.rows = std::min(16, query.rows);
   variant_ = find_variant(query);
   if (variant_ == nullptr)
@@ -194,6 +199,7 @@ Status CudaAttention::configure(const AttentionArgs& args, int layer) {
   params_.max_rows = variant_->max_rows;
   params_.window = view.window;
   params_.sink_tokens = args.params.sink_tokens;
+  params_.by_position = deterministic_;
   params_.beside_shared = !shared_.empty();
 
   const int tile_bytes = 16 * view.head_dim * 2;
@@ -251,6 +257,8 @@ Status CudaAttention::prepare(const AttentionArgs& args, cudaStream_t stream) {
   shape.stored_bytes = stored.units[args.group_layer].bytes;
   shape.bf16_bytes = bf16.units[args.group_layer].bytes;
   if (!shared_.empty()) shape.elsewhere = shared_.sequences;
+  shape.by_position = deterministic_;
+  shape.most_partials = kPositionPartialBytes / (shape.max_rows * view.head_dim * 4);
   const DecodePlan plan = make_decode_plan(view, shape);
   // Each block cuts a unit at most twice: 2 partial results of blocks, and one sum per worker.
   const int num_partials = std::max(2 * num_blocks_, plan.num_partials);
@@ -293,16 +301,11 @@ Status CudaAttention::prepare(const AttentionArgs& args, cudaStream_t stream) {
   params_.partial_states = partial_states_;
   params_.worker_sums =
       partial_sums_ + static_cast<int64_t>(num_partials) * shape.max_rows * view.head_dim;
-  num_split_units_ = static_cast<int>(plan.split_units.size());
-  int most_rows = 1;
-  int most_partials = 1;
-  for (const SplitUnit& unit : plan.split_units) {
-    most_rows = std::max(most_rows, unit.num_rows);
-    most_partials = std::max(most_partials, unit.num_partials);
+  launches_ = plan.launches;
+  for (const PlannedLaunch& part : launches_) {
+    if (part.most_partials > kMaxCombined)
+      return unsupported("devices of more than " + std::to_string(kMaxCombined) + " blocks");
   }
-  if (most_partials > kMaxCombined)
-    return unsupported("devices of more than " + std::to_string(kMaxCombined) + " blocks");
-  combine_ = combine_launch(num_split_units_, most_rows, most_partials, view.head_dim);
   view_ = args.view;
   return {};
 }
@@ -347,8 +350,17 @@ Status CudaAttention::launch_shared(const AttentionArgs& args, const DecodeParam
 Status CudaAttention::launch(const AttentionArgs& args, cudaStream_t stream) {
   if (args.view != view_)
     return Error(ErrorCode::kInternal, "attention was not prepared for this step");
-  DecodeParams params = params_of(args);
+  const DecodeParams params = params_of(args);
   if (!shared_.empty()) KVANT_TRY(launch_shared(args, params, stream));
+  for (const PlannedLaunch& part : launches_) KVANT_TRY(launch_part(part, params, stream));
+  return {};
+}
+
+Status CudaAttention::launch_part(const PlannedLaunch& part, const DecodeParams& of_step,
+                                  cudaStream_t stream) {
+  DecodeParams params = of_step;
+  params.workers += part.first_worker;
+  params.split_units += part.first_split_unit;
   void* arguments[] = {&params};
   const LaunchShape shape = {dim3(static_cast<unsigned>(num_blocks_)), variant_->threads,
                              static_cast<size_t>(smem_bytes_), stream};
@@ -358,9 +370,12 @@ Status CudaAttention::launch(const AttentionArgs& args, cudaStream_t stream) {
                                               kernel_name(params.key_kernel) + ", values " +
                                               kernel_name(params.value_kernel));
   }
-  if (num_split_units_ == 0) return {};
-  return launch_overlapped("the merge of partial results", combine_.kernel,
-                           {combine_.grid, kCombineThreads, 0, stream}, arguments);
+  if (part.num_split_units == 0) return {};
+  const CombineLaunch combine =
+      combine_launch(part.num_split_units, part.most_rows,
+                     deterministic_ ? kMaxCombined : part.most_partials, params.head_dim);
+  return launch_overlapped("the merge of partial results", combine.kernel,
+                           {combine.grid, kCombineThreads, 0, stream}, arguments);
 }
 
 Status CudaAttention::run(const AttentionArgs& args, cudaStream_t stream) {

@@ -42,6 +42,9 @@ class CudaAttention {
     sharing_ = sharing;
     shared_blocks_ = blocks;
   }
+  // Results of a query depend on its position, its query and the pages it reads, to the bit, from
+  // the next prepare() on: not on what else is in the step, nor on how many of its neighbours.
+  void set_deterministic(bool deterministic) { deterministic_ = deterministic; }
   // Sequences of the prepared step whose first pages are read together with others'.
   int num_sharing_sequences() const { return num_sharing_; }
 
@@ -54,6 +57,7 @@ class CudaAttention {
   Status configure(const AttentionArgs& args, int group_layer);
   Status prepare_shared(const AttentionArgs& args);
   Status launch_shared(const AttentionArgs& args, const DecodeParams& decode, cudaStream_t stream);
+  Status launch_part(const PlannedLaunch& part, const DecodeParams& of_step, cudaStream_t stream);
   Status reserve_partials(int64_t num_partials, int max_rows, int head_dim, cudaStream_t stream);
   DecodeParams params_of(const AttentionArgs& args) const;
 
@@ -66,13 +70,13 @@ class CudaAttention {
   const DecodeVariant* variant_ = nullptr;
   DecodeParams params_ = {};
   int num_blocks_ = 0;
-  int num_split_units_ = 0;
-  CombineLaunch combine_;
+  std::vector<PlannedLaunch> launches_;
   int smem_bytes_ = 0;
   std::vector<HeadFactors> factors_;  // [layers][num_kv_heads]
   Upload upload_;
   int64_t factors_offset_ = 0;
 
+  bool deterministic_ = false;
   PageSharing sharing_ = PageSharing::kWherePays;
   int shared_blocks_ = 0;
   int num_sharing_ = 0;

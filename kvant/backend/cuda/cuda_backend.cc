@@ -54,25 +54,6 @@ int64_t least_image_bytes(const WorkspaceNeeds& needs) {
          image_bytes(needs.head_dim, needs.page_tokens);
 }
 
-struct WorkspaceParts {
-  int64_t linear;
-  int64_t rope;
-  int64_t moe;
-  int64_t rows;
-  int64_t prefill;
-  int64_t total() const { return linear + rope + moe + rows + prefill; }
-};
-
-WorkspaceParts workspace_parts(const WorkspaceNeeds& needs, int64_t image_bytes_asked) {
-  return {round_up(CudaLinear::workspace_bytes(needs.max_rows, needs.max_cols)),
-          RopeTables::workspace_bytes(needs.max_rows, needs.head_dim),
-          round_up(CudaMoe::workspace_bytes(needs)),
-          round_up(needs.max_rows * int64_t{sizeof(int64_t)}),
-          needs.num_kv_heads > 0
-              ? PrefillAttention::workspace_bytes(prefill_limits(needs, image_bytes_asked))
-              : 0};
-}
-
 Error no_device(const std::string& found) {
   return Error(ErrorCode::kUnsupported,
                "--device cuda needs an NVIDIA GPU of the Hopper generation (compute capability "
@@ -124,6 +105,7 @@ Status CudaBackend::start(const BackendOptions& options) {
   KVANT_TRY(
       cuda_status(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream"));
   prefill_workspace_ = options.prefill_workspace;
+  deterministic_ = options.deterministic;
   memory_ = std::make_unique<DeviceMemory>(stream_, options.memory_limit);
   own_memory_ = std::make_unique<DeviceMemory>(stream_, 0);
   KVANT_TRY(ring_.create(kRingBytes));
@@ -132,6 +114,7 @@ Status CudaBackend::start(const BackendOptions& options) {
   KVANT_ASSIGN(append_, CacheAppend::create());
   KVANT_ASSIGN(decode_, CudaAttention::create());
   decode_->set_sharing(options.page_sharing);
+  decode_->set_deterministic(options.deterministic);
   size_t free_bytes = 0;
   size_t total_bytes = 0;
   KVANT_TRY(cuda_status(cudaMemGetInfo(&free_bytes, &total_bytes), "asking for free memory"));
@@ -142,7 +125,8 @@ Status CudaBackend::start(const BackendOptions& options) {
   info_.activation_type = ActivationType::kF32;
   info_.page_layout = cache::Layout::kSm90;
   info_.host_memory = false;
-  info_.step_tokens = 2048;
+  // A token at a time, longer steps gain nothing in attention and take larger tables.
+  info_.step_tokens = deterministic_ ? 256 : 2048;
   info_.memory_total = static_cast<int64_t>(total_bytes);
   update_free_memory();
   return {};
@@ -163,26 +147,39 @@ void CudaBackend::update_free_memory() {
   info_.memory_free = std::max<int64_t>(1, free_at_start_ - memory_->stats().total_now);
 }
 
-Status CudaBackend::supports(const formats::CacheFormat&, int head_dim,
+Status CudaBackend::supports(const formats::CacheFormat& format, int head_dim,
                              int query_heads_per_kv_head) const {
-  return PrefillAttention::supports(head_dim, query_heads_per_kv_head);
+  if (!deterministic_) return PrefillAttention::supports(head_dim, query_heads_per_kv_head);
+  const Status status = decode_->supports(format, head_dim, query_heads_per_kv_head);
+  if (status) return {};
+  return Error(status.error().code(), "--deterministic: " + status.error().message());
 }
 
 // ---- memory ----
 
+CudaBackend::WorkspaceParts CudaBackend::parts_of(const WorkspaceNeeds& needs) const {
+  const bool prefills = needs.num_kv_heads > 0 && !deterministic_;
+  return {
+      round_up(CudaLinear::workspace_bytes(needs.max_rows, needs.max_cols)),
+      RopeTables::workspace_bytes(needs.max_rows, needs.head_dim),
+      round_up(CudaMoe::workspace_bytes(needs)),
+      round_up(needs.max_rows * int64_t{sizeof(int64_t)}),
+      prefills ? PrefillAttention::workspace_bytes(prefill_limits(needs, prefill_workspace_)) : 0};
+}
+
 int64_t CudaBackend::workspace_bytes(const WorkspaceNeeds& needs) const {
-  return workspace_parts(needs, prefill_workspace_).total();
+  return parts_of(needs).total();
 }
 
 Status CudaBackend::reserve_workspace(const WorkspaceNeeds& needs) {
   const int64_t least = least_image_bytes(needs);
-  if (prefill_workspace_ > 0 && prefill_workspace_ < least) {
+  if (prefill_workspace_ > 0 && !deterministic_ && prefill_workspace_ < least) {
     return Error(ErrorCode::kInvalidArgument,
                  "prefill workspace: expected at least " + std::to_string(least) +
                      " bytes for steps of " + std::to_string(needs.max_rows) + " tokens, found " +
                      std::to_string(prefill_workspace_) + "; raise --prefill-workspace");
   }
-  const WorkspaceParts parts = workspace_parts(needs, prefill_workspace_);
+  const WorkspaceParts parts = parts_of(needs);
   prefill_ = nullptr;
   workspace_ = Buffer();  // given back first, so that the peak is the larger of the two
   max_rows_ = 0;
@@ -324,7 +321,8 @@ Result<formats::EncodeStats> CudaBackend::take_encode_stats() {
 }
 
 // Steps of few new tokens read pages as they are; what those kernels lack, and longer steps, goes
-// through images.
+// through images. Both round in other places and divide their work by the step, so that
+// --deterministic has all steps read pages as they are.
 Status CudaBackend::attention(const AttentionArgs& args) {
   const cache::GroupView& view = *args.view;
   int most_tokens = 0;
@@ -336,7 +334,8 @@ Status CudaBackend::attention(const AttentionArgs& args) {
   format.k = stored.k_format[args.group_layer];
   format.v = stored.v_format[args.group_layer];
   const int group = args.params.num_query_heads / view.num_kv_heads;
-  if (most_tokens <= kMostDecodeTokens && decode_->supports(format, view.head_dim, group)) {
+  if (deterministic_ ||
+      (most_tokens <= kMostDecodeTokens && decode_->supports(format, view.head_dim, group))) {
     return decode_->run(args, stream_);
   }
   KVANT_CHECK(prefill_ != nullptr, "reserve_workspace covers attention");

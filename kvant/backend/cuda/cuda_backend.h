@@ -63,12 +63,23 @@ class CudaBackend final : public Backend {
   CudaBackend() = default;
   Status start(const BackendOptions& options);
   void update_free_memory();
+  // Of the workspace, in this order.
+  struct WorkspaceParts {
+    int64_t linear;
+    int64_t rope;
+    int64_t moe;
+    int64_t rows;
+    int64_t prefill;
+    int64_t total() const { return linear + rope + moe + rows + prefill; }
+  };
+  WorkspaceParts parts_of(const WorkspaceNeeds& needs) const;
   Result<const float*> rope_table_for(const RopeArgs& args);  // of the step, made once
 
   cudaStream_t stream_ = nullptr;
   int num_sms_ = 0;
   int64_t free_at_start_ = 0;
   int64_t prefill_workspace_ = 0;  // BackendOptions
+  bool deterministic_ = false;     // likewise
   // Before what lies in them.
   std::unique_ptr<DeviceMemory> memory_;
   std::unique_ptr<DeviceMemory> own_memory_;  // of a size that no model changes

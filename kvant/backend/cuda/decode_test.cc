@@ -18,12 +18,13 @@ using testing::ProblemOptions;
 constexpr double kErrorLimit = 5e-4;  // relative L2 of a launch
 
 // One launch; the error of its output.
-double run(const ProblemOptions& options) {
+double run(const ProblemOptions& options, bool deterministic = false) {
   auto attention = CudaAttention::create();
   if (!attention.has_value()) {
     ADD_FAILURE() << attention.error().message();
     return NAN;
   }
+  (*attention)->set_deterministic(deterministic);
   PagedProblem problem(options);
   const Status status = (*attention)->run(problem.device_args(), nullptr);
   EXPECT_TRUE(status.has_value()) << (status ? "" : status.error().message());
@@ -143,6 +144,29 @@ TEST_F(CudaDecode, LongAndManySequences) {
     options.num_kv_heads = 3;
     EXPECT_LT(run(options), kErrorLimit) << kv << ", a ragged batch";
   }
+}
+
+// Splits at fixed positions, several launches of one step.
+TEST_F(CudaDecode, ByPosition) {
+  for (const char* kv : {"nvfp4", "4bit", "k=int4:channel,v=int4", "fp8", "int8", "bf16"}) {
+    for (const int head_dim : {64, 128, 256}) {
+      ProblemOptions options;
+      options.kv = kv;
+      options.head_dim = head_dim;
+      options.lengths = {2100, 400, 513, 1};
+      options.new_tokens = {1, 300, 2, 1};
+      EXPECT_LT(run(options, true), kErrorLimit) << kv << ", head_dim " << head_dim;
+      options.group = 12;
+      options.new_tokens = {1};
+      options.window = 600;
+      options.params.sink_tokens = 64;
+      EXPECT_LT(run(options, true), kErrorLimit) << kv << ", a window, head_dim " << head_dim;
+    }
+  }
+  ProblemOptions options;
+  options.lengths = {40000};
+  options.new_tokens = {60};
+  EXPECT_LT(run(options, true), kErrorLimit) << "several launches";
 }
 
 // Sharp softmax, and scores that rise from page to page so that the reference always moves.

@@ -11,7 +11,8 @@ inline constexpr int kCombineThreads = 128;
 inline constexpr int kMaxCombined = 640;  // partial results of a unit
 
 // What to launch, with DecodeParams as its parameter, for `num_units` split units of up to
-// `num_rows` query rows and `most_partials` (at most kMaxCombined) partial results.
+// `num_rows` query rows and `most_partials` (at most kMaxCombined) partial results. The order of
+// sums depends on most_partials: kMaxCombined makes it depend on a unit's own number only.
 struct CombineLaunch {
   const void* kernel = nullptr;
   dim3 grid;

@@ -43,8 +43,9 @@ class Consumer {
     }
   }
 
-  // `word`: this lane's word of the segment (lanes below 16); `is_last`: of the team.
-  __device__ __forceinline__ void run_segment(uint32_t word, int worker, bool is_last) {
+  // `word`: this lane's word of the segment (lanes below 16); `leaves`: its sums go to the block's
+  // merge as they are, which only a team's last segment may.
+  __device__ __forceinline__ void run_segment(uint32_t word, int worker, bool leaves) {
     sync_team();  // the team has finished the segment before
     if (warp_ == 0 && lane_ < 16) reinterpret_cast<uint32_t*>(&now_->segment)[lane_] = word;
     sync_team();
@@ -67,7 +68,7 @@ class Consumer {
       if (!Shape::kAny || params_.value_kernel == ValueKernel::kInt4)
         join_zeros<kHeadDim, kNTiles>(lane_, zeros_, sum_);
     }
-    if (is_last) {
+    if (leaves) {
       leave_result(now_->segment);
     } else {
       finish(now_->segment, worker);

@@ -130,12 +130,14 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     uint32_t word = reinterpret_cast<const uint32_t*>(&start.segment)[lane % 16];
     // Queries, and buffers that the kernels before still read.
     if (!params.beside_shared) ptx::wait_prerequisites();
+    // The last segment's sums go to the block's merge, unless each is to be merged by itself.
+    const int merged_in_block = params.by_position ? -1 : num_segments - 1;
     for (int i = 0; i < num_segments; ++i) {
       if (i > 0) {
         const Segment* next = params.segments + start.first_segment + i;
         word = reinterpret_cast<const uint32_t*>(next)[lane % 16];
       }
-      consumer.run_segment(word, worker, i + 1 == num_segments);
+      consumer.run_segment(word, worker, i == merged_in_block);
     }
     __threadfence_block();
     ptx::named_barrier(kBlockBarrier, Shape::kConsumerWarps * 32);

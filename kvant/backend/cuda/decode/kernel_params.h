@@ -54,6 +54,7 @@ struct DecodeParams {
   ValueKernel value_kernel;  // for kAny
   bool stored_by_tile;       // stored pages are BF16 or F16 on both sides
   bool stored_is_f16;
+  bool by_position;    // every segment's result stays its own (plan.h)
   bool beside_shared;  // the shared-prefix kernel runs meanwhile: it has waited for those before
   int32_t page_tokens;
   int32_t head_dim;

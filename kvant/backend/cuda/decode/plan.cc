@@ -1,6 +1,7 @@
 #include "kvant/backend/cuda/decode/plan.h"
 
 #include <algorithm>
+#include <bit>
 
 #include "kvant/base/check.h"
 
@@ -51,7 +52,11 @@ class Planner {
       elsewhere_ = shape_.elsewhere.empty() ? ReadElsewhere{} : shape_.elsewhere[i];
       add_sequence(view_.sequences[i]);
     }
-    cut();
+    if (shape_.by_position) {
+      cut_by_position();
+    } else {
+      cut();
+    }
     return std::move(plan_);
   }
 
@@ -72,7 +77,7 @@ class Planner {
       plan_.entries.push_back(pack(sequence.bf16[page - bf16_first]));
     tile.first_new_page = static_cast<int>(sequence.first_position / view_.page_tokens);
 
-    const int tile_tokens = shape_.max_rows / shape_.group;
+    const int tile_tokens = shape_.by_position ? 1 : shape_.max_rows / shape_.group;
     for (int64_t position = sequence.first_position; position <= last_position;) {
       const int64_t page_end = (position / view_.page_tokens + 1) * view_.page_tokens;
       const int64_t end = std::min({position + tile_tokens, page_end, last_position + 1});
@@ -167,7 +172,75 @@ class Planner {
         number_partials(first_segment, elsewhere.first_page > 0 ? elsewhere.num_partials[head] : 0);
       }
     }
-    start_workers();
+    start_workers(0);
+  }
+
+  // Every split is a segment; launches hold as many units as leave `most_partials` results.
+  void cut_by_position() {
+    size_t first_segment = 0;
+    int partials = 0;  // of this launch
+    int unit = 0;
+    for (const Tile& tile : tiles_) {
+      const std::vector<int> ends = splits_of(tile.all);
+      const int results = ends.size() > 1 ? static_cast<int>(ends.size()) : 0;
+      for (int head = 0; head < view_.num_kv_heads; ++head, ++unit) {
+        if (partials > 0 && partials + results > shape_.most_partials) {
+          end_launch(first_segment);
+          first_segment = plan_.segments.size();
+          partials = 0;
+        }
+        if (results > 0)
+          plan_.split_units.push_back(
+              {tile.all.first_row, tile.all.num_rows, head, partials, results});
+        Segment segment = tile.all;
+        segment.kv_head = head;
+        segment.unit = unit;
+        for (const int end : ends) {
+          segment.page_end = end;
+          segment.partial = results > 0 ? partials++ : -1;
+          plan_.segments.push_back(segment);
+          segment.page_begin = end;
+        }
+        plan_.num_partials = std::max(plan_.num_partials, partials);
+      }
+    }
+    end_launch(first_segment);
+  }
+
+  // Ends of the splits in a tile's list of pages.
+  std::vector<int> splits_of(const Segment& tile) const {
+    std::vector<int> ends;
+    int64_t until = 0;
+    for (int index = 0; index < tile.page_end; ++index) {
+      const int64_t position = int64_t{page_number(tile, index)} * view_.page_tokens;
+      if (position < until) continue;
+      if (index > 0) ends.push_back(index);
+      until = split_end(position);
+    }
+    ends.push_back(tile.page_end);
+    return ends;
+  }
+
+  // Gives the segments from `first_segment` on to workers, in order and by the bytes they read.
+  void end_launch(size_t first_segment) {
+    std::vector<int64_t> costs;
+    int64_t total = 0;
+    for (size_t i = first_segment; i < plan_.segments.size(); ++i) {
+      const Segment& segment = plan_.segments[i];
+      const int first_bf16 = segment.num_sink_pages - segment.first_page +
+                             std::max(segment.first_bf16_page, segment.first_page);
+      const int num_bf16 = std::max(0, segment.page_end - std::max(segment.page_begin, first_bf16));
+      costs.push_back(num_bf16 * shape_.bf16_bytes +
+                      (segment.page_end - segment.page_begin - num_bf16) * shape_.stored_bytes);
+      total += costs.back();
+    }
+    int64_t done = 0;
+    for (const int64_t cost : costs) {
+      const int64_t worker = (done + cost / 2) * shape_.num_workers / total;
+      owners_.push_back(static_cast<int>(std::min<int64_t>(worker, shape_.num_workers - 1)));
+      done += cost;
+    }
+    start_workers(first_segment);
   }
 
   // One partial result per block of a unit that several blocks share, after those of elsewhere.
@@ -191,10 +264,25 @@ class Planner {
     if (split) plan_.split_units.push_back(merged);
   }
 
-  void start_workers() {
-    plan_.workers.resize(static_cast<size_t>(shape_.num_workers));
-    for (size_t i = 0; i < plan_.segments.size(); ++i) {
-      WorkerStart& start = plan_.workers[owners_[i]];
+  // A launch of all segments from `first_segment` on.
+  void start_workers(size_t first_segment) {
+    PlannedLaunch launch;
+    launch.first_worker = static_cast<int32_t>(plan_.workers.size());
+    if (!plan_.launches.empty()) {
+      const PlannedLaunch& before = plan_.launches.back();
+      launch.first_split_unit = before.first_split_unit + before.num_split_units;
+    }
+    launch.num_split_units =
+        static_cast<int32_t>(plan_.split_units.size()) - launch.first_split_unit;
+    for (int i = 0; i < launch.num_split_units; ++i) {
+      const SplitUnit& unit = plan_.split_units[launch.first_split_unit + i];
+      launch.most_rows = std::max(launch.most_rows, unit.num_rows);
+      launch.most_partials = std::max(launch.most_partials, unit.num_partials);
+    }
+    plan_.launches.push_back(launch);
+    plan_.workers.resize(plan_.workers.size() + static_cast<size_t>(shape_.num_workers));
+    for (size_t i = first_segment; i < plan_.segments.size(); ++i) {
+      WorkerStart& start = plan_.workers[launch.first_worker + owners_[i]];
       if (start.num_segments++ > 0) continue;
       start.segment = plan_.segments[i];
       start.first_segment = static_cast<int32_t>(i);
@@ -216,6 +304,14 @@ class Planner {
 };
 
 }  // namespace
+
+int64_t split_end(int64_t position) {
+  constexpr int64_t kFirst = 32768;
+  if (position < kFirst) return position / 512 * 512 + 512;
+  const int octave = static_cast<int>(std::bit_width(static_cast<uint64_t>(position))) - 1;
+  const int64_t length = int64_t{1} << (octave - (octave < 21 ? 6 : 4));
+  return position / length * length + length;
+}
 
 DecodePlan make_decode_plan(const GroupView& view, const PlanShape& shape) {
   return Planner(view, shape).make();

@@ -8,6 +8,10 @@
 // Others leave partial results: those of the workers of one block are merged in the block, one per
 // block remains, and a second kernel merges these. Both merge in the order of the pages: results
 // depend on the plan only, never on timing.
+//
+// With PlanShape::by_position (--deterministic) the plan of a query depends on its position only: a
+// tile is one token, and units are cut where split_end() says, each piece a segment with a partial
+// result of its own. What else is in the step decides only which worker does which segment.
 #pragma once
 
 #include <cstdint>
@@ -75,7 +79,14 @@ struct PlanShape {
   int64_t stored_bytes = 1;  // a page of one KV head, by kind: the cost of reading it
   int64_t bf16_bytes = 1;
   std::span<const ReadElsewhere> elsewhere = {};  // [sequence], or empty
+  bool by_position = false;
+  int most_partials = 1 << 20;  // of a launch, with by_position; a unit's may be more
 };
+
+// With by_position: the first position after the split that `position` is in. Splits are 512 tokens
+// long up to 32k, from there on a 64th of the power of two below them (beyond 2M a 16th), so that
+// shorter contexts have work for all workers and longer ones few results to merge: 592 up to 2^30.
+int64_t split_end(int64_t position);
 
 // Query tiles in the order of their units: the unit of KV head h is first_unit + h.
 struct PlannedTile {
@@ -85,12 +96,22 @@ struct PlannedTile {
   int32_t first_unit;
 };
 
+// What runs at a time: a worker table and the units that it leaves to be merged.
+struct PlannedLaunch {
+  int32_t first_worker = 0;  // num_workers of them
+  int32_t first_split_unit = 0;
+  int32_t num_split_units = 0;
+  int32_t most_rows = 1;      // of a split unit
+  int32_t most_partials = 1;  // likewise
+};
+
 struct DecodePlan {
   std::vector<uint32_t> entries;  // cache::PageEntry as slot << 8 | kind
   std::vector<Segment> segments;
-  std::vector<WorkerStart> workers;  // [num_workers]
+  std::vector<WorkerStart> workers;  // [launch][num_workers]
   std::vector<SplitUnit> split_units;
-  int num_partials = 0;
+  std::vector<PlannedLaunch> launches;  // one after the other; several only with by_position
+  int num_partials = 0;                 // of the largest launch
   std::vector<PlannedTile> tiles;
   std::vector<int32_t> first_partials;  // [unit]; -1: it ends in the output
 };

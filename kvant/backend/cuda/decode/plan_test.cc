@@ -194,5 +194,96 @@ TEST(DecodePlan, WindowsStartAtTheirFirstPageAndKeepSinks) {
   check_cover(plan, 4);
 }
 
+TEST(DecodePlan, SplitsEndAtFixedPositions) {
+  int64_t splits = 0, at_32k = 0;
+  for (int64_t position = 0; position < int64_t{1} << 30; ++splits) {
+    const int64_t end = split_end(position);
+    ASSERT_GT(end, position);
+    ASSERT_EQ(split_end(end - 1), end);
+    ASSERT_EQ(end % 512, 0) << "pages of up to 512 tokens lie in one split";
+    if (end == 32768) at_32k = splits + 1;
+    position = end;
+  }
+  EXPECT_EQ(at_32k, 64);
+  EXPECT_EQ(splits, 64 + 6 * 64 + 9 * 16);
+}
+
+// What a query's result is made of: ranges of its list of pages, in order.
+std::vector<std::pair<int, int>> pieces_of(const DecodePlan& plan, int first_row, int kv_head) {
+  std::vector<std::pair<int, int>> pieces;
+  for (const Segment& segment : plan.segments) {
+    if (segment.first_row != first_row || segment.kv_head != kv_head) continue;
+    EXPECT_EQ(segment.is_shared, 0);
+    EXPECT_EQ(segment.num_tokens, 1);
+    pieces.emplace_back(segment.page_begin, segment.page_end);
+  }
+  return pieces;
+}
+
+TEST(DecodePlan, ByPositionAQuerysPiecesDependOnItsPositionOnly) {
+  for (const int window : {0, 700}) {
+    PlanShape shape = shape_of(4, 8, 96);
+    shape.by_position = true;
+    shape.most_partials = 300;
+    shape.sink_tokens = window > 0 ? 70 : 0;
+    const Sequences alone = make_sequences({70001}, 1, 64, window);
+    const DecodePlan one = make_decode_plan(alone.group, shape);
+    const auto pieces = pieces_of(one, 0, 2);
+    EXPECT_EQ(one.launches.size(), window > 0 ? 1u : 2u);
+    // The last tokens of a chunk, between other sequences.
+    const Sequences batch = make_sequences({900, 70001, 33, 70003}, 5, 64, window);
+    const DecodePlan many = make_decode_plan(batch.group, shape);
+    EXPECT_EQ(pieces_of(many, 5 + 4, 2), pieces);
+    EXPECT_EQ(pieces_of(many, 15 + 2, 0), pieces);
+
+    // Every launch merges what its segments leave, and no more than it may.
+    int units = 0;
+    for (size_t i = 0; i < many.launches.size(); ++i) {
+      const PlannedLaunch& launch = many.launches[i];
+      EXPECT_EQ(launch.first_worker, static_cast<int>(i) * shape.num_workers);
+      EXPECT_EQ(launch.first_split_unit, units);
+      units += launch.num_split_units;
+      int partials = 0;
+      for (int u = launch.first_split_unit; u < units; ++u) {
+        EXPECT_EQ(many.split_units[u].first_partial, partials);
+        partials += many.split_units[u].num_partials;
+      }
+      EXPECT_LE(partials, shape.most_partials);
+      EXPECT_LE(partials, many.num_partials);
+      int left = 0;
+      for (int w = 0; w < shape.num_workers; ++w) {
+        const WorkerStart& start = many.workers[launch.first_worker + w];
+        for (int s = 0; s < start.num_segments; ++s) {
+          const int partial = many.segments[start.first_segment + s].partial;
+          if (partial < 0) continue;
+          EXPECT_EQ(partial, left++);
+        }
+      }
+      EXPECT_EQ(left, partials);
+    }
+    EXPECT_EQ(units, static_cast<int>(many.split_units.size()));
+  }
+}
+
+TEST(DecodePlan, ByPositionWorkIsEven) {
+  PlanShape shape = shape_of(4, 8, 1056);
+  shape.by_position = true;
+  const Sequences sequences = make_sequences(std::vector<int64_t>(64, 32769), 1, 64);
+  const DecodePlan plan = make_decode_plan(sequences.group, shape);
+  check_cover(plan, 1056);
+  ASSERT_EQ(plan.launches.size(), 1u);
+  int most = 0, all = 0;
+  for (const WorkerStart& start : plan.workers) {
+    int pages = 0;
+    for (int s = 0; s < start.num_segments; ++s) {
+      const Segment& segment = plan.segments[start.first_segment + s];
+      pages += segment.page_end - segment.page_begin;
+    }
+    most = std::max(most, pages);
+    all += pages;
+  }
+  EXPECT_LE(most, all / 1056 + 9);
+}
+
 }  // namespace
 }  // namespace kvant::backend::cuda
