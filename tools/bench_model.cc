@@ -180,17 +180,11 @@ void set_batch(const Options& options, int batch, model::RuntimeOptions& runtime
 // The largest batch that memory holds, by the plan.
 Result<int> largest_batch(const Options& options, const OpenModel& open,
                           const model::RuntimeOptions& runtime) {
-  KVANT_ASSIGN(const int64_t limit, parse_optional_bytes(options.model.memory_limit));
   const auto fits = [&](int batch) -> Status {
     model::RuntimeOptions sized = runtime;
     set_batch(options, batch, sized);
     KVANT_ASSIGN(const model::MemoryPlan plan,
                  model::plan_memory(open.model->source(), *open.backend, sized));
-    if (limit > 0 && plan.total() > limit) {
-      return Error(ErrorCode::kResourceExhausted,
-                   fmt::format("one sequence at this depth takes {}, the limit is {}",
-                               format_bytes(plan.total()), format_bytes(limit)));
-    }
     return check_fits(open, plan, sized.context_tokens, kBatchMemoryShare);
   };
   KVANT_TRY(fits(1));

@@ -148,6 +148,7 @@ Result<OpenModel> open_model(Console& console, const ModelOptions& options) {
   open.console = &console;
   KVANT_ASSIGN(std::unique_ptr<model::ModelSource> source, open_source(options));
   KVANT_ASSIGN(open.backend, open_backend(options));
+  KVANT_ASSIGN(open.memory_limit, parse_optional_bytes(options.memory_limit));
   KVANT_ASSIGN(open.plan, open_plan(console, options, *source));
   if (source->gguf() != nullptr) {
     KVANT_ASSIGN(open.tokenizer, model::Tokenizer::create(*source->gguf()));
@@ -174,16 +175,24 @@ Status check_fits(const OpenModel& open, const model::MemoryPlan& plan, int64_t 
                   double share) {
   const auto free =
       static_cast<int64_t>(static_cast<double>(open.backend->info().memory_free) * share);
-  if (free == 0) return {};
   const int64_t needed = plan.cache.stored_pages_reserved + plan.cache.bf16_pages_reserved +
                          plan.cache.staging + plan.cache.tables + plan.activations +
                          plan.backend_workspace;
-  if (needed <= free) return {};
-  return Error(
-      ErrorCode::kResourceExhausted,
-      fmt::format("a context of {} tokens needs {} beside the weights, {} are free; ask for "
-                  "less with -c, or for a smaller cache format with --kv",
-                  context, format_bytes(needed), format_bytes(free)));
+  const auto too_much = [&](int64_t left, std::string_view of_what) {
+    return Error(
+        ErrorCode::kResourceExhausted,
+        fmt::format("a context of {} tokens needs {} beside the weights, {} are {}; ask for "
+                    "less with -c, or for a smaller cache format with --kv",
+                    context, format_bytes(needed), format_bytes(left), of_what));
+  };
+  if (free > 0 && needed > free) return too_much(free, "free");
+  if (open.memory_limit > 0) {
+    const MemoryStats used = open.backend->memory().stats();
+    const int64_t left =
+        open.memory_limit - used.bytes_now[static_cast<size_t>(MemoryUse::kWeights)];
+    if (needed > left) return too_much(std::max<int64_t>(0, left), "left of --memory-limit");
+  }
+  return {};
 }
 
 Result<model::RuntimeOptions> runtime_options(const ModelOptions& options, const OpenModel& open,

@@ -76,6 +76,7 @@ struct OpenModel {
   std::unique_ptr<model::Model> model;
   std::optional<model::Tokenizer> tokenizer;  // none with random weights
   std::optional<formats::QuantPlan> plan;
+  int64_t memory_limit = 0;       // bytes, of --memory-limit; 0: none
   Console* console = nullptr;     // where warnings go
   mutable std::string warned_of;  // the format of the last one, which is not repeated
 };
@@ -85,7 +86,7 @@ Result<OpenModel> open_model(Console& console, const ModelOptions& options);
 Result<const model::Tokenizer*> need_tokenizer(const OpenModel& open);
 
 // kResourceExhausted if what the plan of a context of so many tokens takes beside the weights is
-// more than `share` of the memory that is free now.
+// more than `share` of the memory that is free now, or than --memory-limit leaves.
 Status check_fits(const OpenModel& open, const model::MemoryPlan& plan, int64_t context,
                   double share);
 

@@ -140,6 +140,7 @@ struct AttentionArgs {
 };
 
 struct WorkspaceNeeds {
+  int num_layers = 0;
   int64_t max_rows = 0;     // rows of one step
   int64_t max_context = 0;  // longest sequence in tokens
   int max_cols = 0;         // widest input of a linear operator

@@ -19,8 +19,8 @@ using testing::relative_error;
 using testing::small_runtime;
 
 constexpr int kVocab = 64;
-// Rounding of activations to BF16 in prompts; a wrong operator costs far more.
-constexpr double kTolerance = 0.02;
+// Of mean relative errors of logits; a wrong operator costs far more.
+constexpr double kTolerance = 0.02;  // with --deterministic, or steps of few rows
 
 std::vector<std::byte> model_bytes(const std::string& architecture) {
   testing::TinyShape shape;
@@ -36,9 +36,12 @@ class OnCuda : public ::testing::TestWithParam<std::tuple<std::string, std::stri
   }
   std::string arch() const { return std::get<0>(GetParam()); }
   std::string kv() const { return std::get<1>(GetParam()); }
-  // Two ways to the same logits on the device: sums in another order. In 4 bits that turns some
-  // codes of later layers, each by a whole step.
-  double rounding() const { return kv() == "4bit" || kv() == "nvfp4" ? 0.01 : 1e-3; }
+  bool is_4bit() const { return kv() == "4bit" || kv() == "nvfp4"; }
+  // Sums in another order on the device: in 4 bits that turns some codes of later layers, each by a
+  // whole step.
+  double rounding() const { return is_4bit() ? 0.01 : 1e-3; }
+  // Activations of prompts rounded to BF16 (2^-9), with the same consequence.
+  double bf16_rounding() const { return is_4bit() ? 0.08 : 0.03; }
 };
 
 std::string case_name(const ::testing::TestParamInfo<OnCuda::ParamType>& info) {
@@ -73,7 +76,7 @@ TEST_P(OnCuda, LogitsAreTheCpus) {
       const auto cuda_cache = cuda.cache(runtime);
       const auto want = cpu.logits(*cpu_cache, must(cpu_cache->add_sequence()), tokens, chunk);
       const auto got = cuda.logits(*cuda_cache, must(cuda_cache->add_sequence()), tokens, chunk);
-      EXPECT_LT(mean_error(got, want), kTolerance)
+      EXPECT_LT(mean_error(got, want), deterministic ? kTolerance : bf16_rounding())
           << "chunks of " << chunk << (deterministic ? ", deterministic" : "");
     }
   }
@@ -135,7 +138,7 @@ TEST_P(OnCuda, SmallPrefillWorkspacesGiveTheSameLogits) {
   EXPECT_LT(small.backend().memory().stats().total_now, large.backend().memory().stats().total_now);
   const auto want = large.logits(*large_cache, must(large_cache->add_sequence()), tokens, 250);
   const auto got = small.logits(*small_cache, must(small_cache->add_sequence()), tokens, 250);
-  EXPECT_LT(mean_error(got, want), rounding());
+  EXPECT_LT(mean_error(got, want), bf16_rounding());
 }
 
 TEST_P(OnCuda, WorkspacesBelowAStepAreRefused) {
@@ -167,7 +170,7 @@ TEST_P(OnCuda, RaggedBatchesGiveTheCpusLogits) {
     }
     return rows;
   };
-  EXPECT_LT(mean_error(run("cuda"), run("cpu")), kTolerance);
+  EXPECT_LT(mean_error(run("cuda"), run("cpu")), bf16_rounding());
 }
 
 // Logits of a batch that goes on from one prompt in different ways, read in one step at the end.
@@ -217,7 +220,7 @@ TEST_P(OnCuda, SharedPagesGiveTheLogitsOfPagesApart) {
   EXPECT_EQ(shared != each, kv() != "8bit");
   EXPECT_LT(mean_error(shared, each), rounding());
   Engine cpu(model_bytes(arch()), "cpu");
-  EXPECT_LT(mean_error(shared, continue_prompt(cpu, runtime, true)), kTolerance);
+  EXPECT_LT(mean_error(shared, continue_prompt(cpu, runtime, true)), bf16_rounding());
 }
 
 // Logits after the pages of a prompt went from a cache of one backend to a cache of another.

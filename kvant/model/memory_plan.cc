@@ -31,6 +31,7 @@ int step_tokens(const RuntimeOptions& runtime) {
 
 backend::WorkspaceNeeds workspace_needs(const ModelConfig& config, const RuntimeOptions& runtime) {
   backend::WorkspaceNeeds needs;
+  needs.num_layers = config.num_layers;
   needs.max_rows = std::max(step_tokens(runtime), runtime.max_logit_rows);
   needs.max_context = runtime.context_tokens;
   needs.max_cols = std::max({config.dim, config.num_query_heads * config.head_dim,

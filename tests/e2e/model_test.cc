@@ -40,6 +40,11 @@ TEST_F(ModelCommands, RunRejectsImpossibleContexts) {
   expect_error({"run", model_, "-p", "x", "-c", "0"}, 64);
   expect_error({"run", model_, "-p", "x", "-c", "100000000"}, 64, {"8192"});
   expect_error({"run", model_, "-p", "x", "-n", "1", "--memory-limit", "1MiB"}, 75);
+  // A context nobody asked for is as long as the limit allows; one asked for is refused.
+  run_json("run", {"-p", "x", "-n", "1", "--kv", "bf16", "--memory-limit", "180M"});
+  expect_error(
+      {"run", model_, "-p", "x", "-n", "1", "--kv", "bf16", "-c", "8192", "--memory-limit", "180M"},
+      75, {"--memory-limit", "8192"});
   expect_error({"run", model_, "-p", "x", "--page-tokens", "7"}, 64);
   expect_error({"run", model_, "-p", "x", "--prefill-workspace", "much"}, 64, {"much"});
 }

@@ -81,7 +81,27 @@ constexpr int kSharedMemory = 228 * 1024;  // of a multiprocessor
 constexpr int kReservedShared = 1024;      // of each block, by the system
 constexpr int kWantedSlots = 3;
 // Partial results of a launch where every split leaves one: a few thousand splits.
-constexpr int kPositionPartialBytes = 48 << 20;
+constexpr int64_t kPositionPartialBytes = int64_t{48} << 20;
+
+// Sums and state of a query row.
+int64_t row_bytes(int head_dim) {
+  return int64_t{head_dim} * 4 + int64_t{sizeof(float2)};
+}
+
+// Splits of a context, by position.
+int64_t num_splits(int64_t context) {
+  int64_t splits = 0;
+  for (int64_t position = 0; position < context; ++splits) position = split_end(position);
+  return splits;
+}
+
+// Pairs of a new token and a KV head in a step that decode kernels read.
+int64_t most_units(const WorkspaceNeeds& needs, bool deterministic) {
+  const int64_t tokens =
+      deterministic ? needs.max_rows
+                    : std::min(needs.max_rows, int64_t{kMostDecodeTokens} * needs.max_sequences);
+  return tokens * needs.num_kv_heads;
+}
 
 }  // namespace
 
@@ -95,8 +115,7 @@ Result<std::unique_ptr<CudaAttention>> CudaAttention::create() {
 }
 
 CudaAttention::~CudaAttention() {
-  cudaFree(partial_sums_);
-  cudaFree(partial_states_);
+  cudaFree(owned_partials_);
 }
 
 Status CudaAttention::supports(const formats::CacheFormat& format, int head_dim, int group) const {
@@ -220,23 +239,97 @@ Status CudaAttention::configure(const AttentionArgs& args, int layer) {
                      "setting the shared memory of a decode kernel");
 }
 
-Status CudaAttention::reserve_partials(int64_t num_partials, int max_rows, int head_dim,
-                                       cudaStream_t stream) {
-  const int64_t rows = num_partials * max_rows;
-  if (rows <= partial_rows_ && rows * head_dim <= partial_values_) return {};
+// ---- memory ----
+
+int64_t CudaAttention::partial_bytes(const WorkspaceNeeds& needs) const {
+  const VariantLimits limits = variant_limits(needs.head_dim);
+  const int group = needs.num_query_heads / needs.num_kv_heads;
+  const int rows = group <= 8 ? 8 : 16;  // of a result
+  int64_t all = int64_t{num_sms_} * limits.partial_rows;
+  if (deterministic_) {
+    const int64_t most = most_units(needs, true) * num_splits(needs.max_context);
+    all += std::min(most * rows, kPositionPartialBytes / (int64_t{needs.head_dim} * 4));
+  } else if (needs.max_sequences > 1) {
+    // Each item of shared pages leaves results of up to kSharedRows query rows.
+    all += rows * (int64_t{num_sms_} * (kSharedRows / group) +
+                   int64_t{needs.max_sequences} * needs.num_kv_heads);
+  }
+  return all * row_bytes(needs.head_dim);
+}
+
+int64_t CudaAttention::table_bytes(const WorkspaceNeeds& needs) const {
+  const int64_t units = most_units(needs, deterministic_);
+  const int64_t pages =
+      needs.max_sequences * ((needs.max_context + needs.page_tokens - 1) / needs.page_tokens + 2) +
+      needs.max_rows / needs.page_tokens;
+  const int64_t workers = int64_t{num_sms_} * variant_limits(needs.head_dim).workers;
+  int64_t segments = units + workers;
+  int64_t launches = 1;
+  if (deterministic_) {
+    const int64_t splits = num_splits(needs.max_context);
+    const int64_t rows = needs.num_query_heads / needs.num_kv_heads <= 8 ? 8 : 16;
+    segments = units * splits;
+    launches += segments / (kPositionPartialBytes / (rows * needs.head_dim * 4) - splits);
+  }
+  int64_t bytes = pages * 4 + segments * int64_t{sizeof(Segment)} +
+                  launches * workers * int64_t{sizeof(WorkerStart)} +
+                  units * int64_t{sizeof(SplitUnit)} +
+                  int64_t{needs.num_layers} * needs.num_kv_heads * int64_t{sizeof(HeadFactors)};
+  if (needs.max_sequences > 1 && !deterministic_) {
+    bytes += pages * 4 + num_sms_ * int64_t{sizeof(SharedStart)} +
+             (num_sms_ + units) * int64_t{sizeof(SharedItem)} +
+             int64_t{needs.max_sequences} * (1 + needs.num_kv_heads) * kSharedRows * 4;
+  }
+  return bytes + 16 * 128;  // pieces are aligned
+}
+
+int64_t CudaAttention::workspace_bytes(const WorkspaceNeeds& needs) const {
+  if (needs.num_kv_heads == 0) return 0;
+  return (partial_bytes(needs) + 255) / 256 * 256 + (table_bytes(needs) + 255) / 256 * 256;
+}
+
+void CudaAttention::set_workspace(std::byte* memory, const WorkspaceNeeds& needs) {
+  cudaFree(owned_partials_);
+  owned_partials_ = nullptr;
+  view_ = nullptr;
+  partials_ = memory;
+  partial_bytes_ = memory == nullptr ? 0 : (partial_bytes(needs) + 255) / 256 * 256;
+  upload_.use(memory == nullptr ? nullptr : memory + partial_bytes_,
+              memory == nullptr ? 0 : table_bytes(needs));
+}
+
+Status CudaAttention::reserve_partials(int64_t num_rows, int head_dim, cudaStream_t stream) {
+  const int64_t bytes = num_rows * row_bytes(head_dim);
+  if (bytes <= partial_bytes_) return {};
   KVANT_TRY(cuda_status(cudaStreamSynchronize(stream), "waiting for partial results in use"));
-  cudaFree(partial_sums_);
-  cudaFree(partial_states_);
-  partial_sums_ = nullptr;
-  partial_states_ = nullptr;
-  partial_rows_ = std::max(rows, partial_rows_);
-  partial_values_ = std::max(rows * head_dim, partial_values_);
-  KVANT_TRY(cuda_status(cudaMalloc(reinterpret_cast<void**>(&partial_sums_),
-                                   static_cast<size_t>(partial_values_) * sizeof(float)),
+  cudaFree(owned_partials_);
+  owned_partials_ = nullptr;
+  partials_ = nullptr;
+  partial_bytes_ = 0;
+  KVANT_TRY(cuda_status(cudaMalloc(reinterpret_cast<void**>(&owned_partials_), bytes),
                         "allocating partial results"));
-  return cuda_status(cudaMalloc(reinterpret_cast<void**>(&partial_states_),
-                                static_cast<size_t>(partial_rows_) * sizeof(float2)),
-                     "allocating partial results");
+  partials_ = owned_partials_;
+  partial_bytes_ = bytes;
+  return {};
+}
+
+// The work of the multiprocessors that the shared kernel leaves. Sequences go unshared where their
+// results would not fit the workspace.
+DecodePlan CudaAttention::make_plan(const cache::GroupView& view, PlanShape& shape) {
+  for (;;) {
+    num_blocks_ = (num_sms_ - static_cast<int>(shared_.starts.size())) * variant_->blocks;
+    shape.num_workers = num_blocks_ * variant_->teams;
+    shape.elsewhere = shared_.sequences;
+    DecodePlan plan = make_decode_plan(view, shape);
+    // Each block cuts a unit at most twice: 2 partial results of blocks, and one sum per worker.
+    num_partials_ = std::max(2 * num_blocks_, plan.num_partials);
+    const int64_t rows = int64_t{num_partials_ + shape.num_workers} * shape.max_rows;
+    const bool fits = rows * row_bytes(view.head_dim) <= partial_bytes_;
+    if (fits || shared_.empty() || partials_ == nullptr || owned_partials_ != nullptr) return plan;
+    shared_ = {};
+    num_sharing_ = 0;
+    params_.beside_shared = false;
+  }
 }
 
 Status CudaAttention::prepare(const AttentionArgs& args, cudaStream_t stream) {
@@ -249,21 +342,16 @@ Status CudaAttention::prepare(const AttentionArgs& args, cudaStream_t stream) {
   PlanShape shape;
   shape.group = params_.group;
   shape.max_rows = variant_->max_rows;
-  // Multiprocessors that the shared kernel leaves.
-  num_blocks_ = (num_sms_ - static_cast<int>(shared_.starts.size())) * variant_->blocks;
-  shape.num_workers = num_blocks_ * variant_->teams;
   shape.block_workers = variant_->teams;
   shape.sink_tokens = args.params.sink_tokens;
   shape.stored_bytes = stored.units[args.group_layer].bytes;
   shape.bf16_bytes = bf16.units[args.group_layer].bytes;
-  if (!shared_.empty()) shape.elsewhere = shared_.sequences;
   shape.by_position = deterministic_;
-  shape.most_partials = kPositionPartialBytes / (shape.max_rows * view.head_dim * 4);
-  const DecodePlan plan = make_decode_plan(view, shape);
-  // Each block cuts a unit at most twice: 2 partial results of blocks, and one sum per worker.
-  const int num_partials = std::max(2 * num_blocks_, plan.num_partials);
-  const int num_results = num_partials + shape.num_workers;
-  KVANT_TRY(reserve_partials(num_results, shape.max_rows, view.head_dim, stream));
+  shape.most_partials =
+      static_cast<int>(kPositionPartialBytes / (int64_t{shape.max_rows} * view.head_dim * 4));
+  const DecodePlan plan = make_plan(view, shape);
+  const int64_t num_rows = int64_t{num_partials_ + shape.num_workers} * shape.max_rows;
+  KVANT_TRY(reserve_partials(num_rows, view.head_dim, stream));
 
   factors_.clear();
   for (const cache::LayerParams& layer : view.layers) {
@@ -297,10 +385,11 @@ Status CudaAttention::prepare(const AttentionArgs& args, cudaStream_t stream) {
   params_.workers = upload_.device<WorkerStart>(workers);
   params_.split_units = upload_.device<SplitUnit>(split_units);
   params_.entries = upload_.device<uint32_t>(entries);
-  params_.partial_sums = partial_sums_;
-  params_.partial_states = partial_states_;
+  params_.partial_sums = reinterpret_cast<float*>(partials_);
+  params_.partial_states =
+      reinterpret_cast<float2*>(params_.partial_sums + num_rows * view.head_dim);
   params_.worker_sums =
-      partial_sums_ + static_cast<int64_t>(num_partials) * shape.max_rows * view.head_dim;
+      params_.partial_sums + int64_t{num_partials_} * shape.max_rows * view.head_dim;
   launches_ = plan.launches;
   for (const PlannedLaunch& part : launches_) {
     if (part.most_partials > kMaxCombined)
@@ -334,8 +423,8 @@ Status CudaAttention::launch_shared(const AttentionArgs& args, const DecodeParam
                                     cudaStream_t stream) {
   SharedParams params = shared_params_;
   params.q = static_cast<const float*>(args.q);
-  params.partial_sums = partial_sums_;
-  params.partial_states = partial_states_;
+  params.partial_sums = decode.partial_sums;
+  params.partial_states = decode.partial_states;
   params.factors = decode.factors;
   params.stored = decode.slabs[shared_kind_];
   params.scale_log2 = decode.scale_log2;

@@ -19,6 +19,9 @@
 
 namespace kvant::backend::cuda {
 
+// New tokens of a sequence in a step that is planned for as decoding; longer chunks work too.
+inline constexpr int kMostDecodeTokens = 8;
+
 class CudaAttention {
  public:
   // kDeviceError without a device.
@@ -27,6 +30,13 @@ class CudaAttention {
 
   // kUnsupported names what decode kernels lack.
   Status supports(const formats::CacheFormat& format, int head_dim, int group) const;
+
+  // Device memory for partial results and tables of steps within `needs`: what set_workspace() is
+  // given. Steps beyond them, or without a workspace, allocate what they lack.
+  int64_t workspace_bytes(const WorkspaceNeeds& needs) const;
+  // Between steps; the owner of `memory` keeps it. Null takes it away.
+  void set_workspace(std::byte* memory, const WorkspaceNeeds& needs);
+  bool outgrew_workspace() const { return owned_partials_ != nullptr || upload_.outgrew(); }
 
   // Makes the plan of a step and sends it to the device. Needed once per group, step and format:
   // run() does it for a group's first layer and where a layer's format differs.
@@ -58,7 +68,10 @@ class CudaAttention {
   Status prepare_shared(const AttentionArgs& args);
   Status launch_shared(const AttentionArgs& args, const DecodeParams& decode, cudaStream_t stream);
   Status launch_part(const PlannedLaunch& part, const DecodeParams& of_step, cudaStream_t stream);
-  Status reserve_partials(int64_t num_partials, int max_rows, int head_dim, cudaStream_t stream);
+  int64_t partial_bytes(const WorkspaceNeeds& needs) const;
+  int64_t table_bytes(const WorkspaceNeeds& needs) const;
+  DecodePlan make_plan(const cache::GroupView& view, PlanShape& shape);
+  Status reserve_partials(int64_t num_rows, int head_dim, cudaStream_t stream);
   DecodeParams params_of(const AttentionArgs& args) const;
 
   const int num_sms_;
@@ -70,6 +83,7 @@ class CudaAttention {
   const DecodeVariant* variant_ = nullptr;
   DecodeParams params_ = {};
   int num_blocks_ = 0;
+  int num_partials_ = 0;
   std::vector<PlannedLaunch> launches_;
   int smem_bytes_ = 0;
   std::vector<HeadFactors> factors_;  // [layers][num_kv_heads]
@@ -86,10 +100,9 @@ class CudaAttention {
   int shared_smem_bytes_ = 0;
   uint32_t shared_kind_ = 0;  // of shared pages
 
-  float* partial_sums_ = nullptr;
-  float2* partial_states_ = nullptr;
-  int64_t partial_rows_ = 0;
-  int64_t partial_values_ = 0;
+  std::byte* partials_ = nullptr;  // sums, then states; owned_partials_ or of the workspace
+  std::byte* owned_partials_ = nullptr;
+  int64_t partial_bytes_ = 0;
 };
 
 }  // namespace kvant::backend::cuda

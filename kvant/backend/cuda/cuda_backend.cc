@@ -16,7 +16,6 @@ namespace {
 
 constexpr int64_t kRingBytes = int64_t{64} << 20;
 constexpr int64_t kStagingBytes = int64_t{16} << 20;
-constexpr int kMostDecodeTokens = 8;  // new tokens of a sequence in a step of decoding
 
 int64_t round_up(int64_t bytes) {
   return (bytes + 255) / 256 * 256;
@@ -164,6 +163,7 @@ CudaBackend::WorkspaceParts CudaBackend::parts_of(const WorkspaceNeeds& needs) c
       RopeTables::workspace_bytes(needs.max_rows, needs.head_dim),
       round_up(CudaMoe::workspace_bytes(needs)),
       round_up(needs.max_rows * int64_t{sizeof(int64_t)}),
+      decode_->workspace_bytes(needs),
       prefills ? PrefillAttention::workspace_bytes(prefill_limits(needs, prefill_workspace_)) : 0};
 }
 
@@ -181,6 +181,7 @@ Status CudaBackend::reserve_workspace(const WorkspaceNeeds& needs) {
   }
   const WorkspaceParts parts = parts_of(needs);
   prefill_ = nullptr;
+  decode_->set_workspace(nullptr, needs);
   workspace_ = Buffer();  // given back first, so that the peak is the larger of the two
   max_rows_ = 0;
   if (parts.total() == 0) return {};
@@ -190,9 +191,10 @@ Status CudaBackend::reserve_workspace(const WorkspaceNeeds& needs) {
   rope_tables_.set_workspace(at += parts.linear, needs.max_rows, needs.head_dim);
   moe_.set_workspace(at += parts.rope, needs);
   row_indices_ = reinterpret_cast<int64_t*>(at += parts.moe);
+  if (parts.decode > 0) decode_->set_workspace(at += parts.rows, needs);
   if (parts.prefill > 0) {
     KVANT_ASSIGN(prefill_, PrefillAttention::create(prefill_limits(needs, prefill_workspace_),
-                                                    at + parts.rows, parts.prefill));
+                                                    at + parts.decode, parts.prefill));
   }
   max_rows_ = needs.max_rows;
   return {};

@@ -69,8 +69,9 @@ class CudaBackend final : public Backend {
     int64_t rope;
     int64_t moe;
     int64_t rows;
+    int64_t decode;
     int64_t prefill;
-    int64_t total() const { return linear + rope + moe + rows + prefill; }
+    int64_t total() const { return linear + rope + moe + rows + decode + prefill; }
   };
   WorkspaceParts parts_of(const WorkspaceNeeds& needs) const;
   Result<const float*> rope_table_for(const RopeArgs& args);  // of the step, made once

@@ -169,6 +169,50 @@ TEST_F(CudaDecode, ByPosition) {
   EXPECT_LT(run(options, true), kErrorLimit) << "several launches";
 }
 
+// What is planned for a step is enough for it.
+TEST_F(CudaDecode, StepsStayWithinTheirWorkspace) {
+  for (const bool deterministic : {false, true}) {
+    for (const int head_dim : {64, 128, 256}) {
+      for (const int group : {1, 4, 12}) {
+        for (const char* kv : {"nvfp4", "4bit", "int8", "k=int4:channel,v=int4"}) {
+          for (const int new_tokens : {1, 8}) {
+            ProblemOptions options;
+            options.kv = kv;
+            options.head_dim = head_dim;
+            options.group = group;
+            options.lengths = {3000, 9, 700, 1500};
+            options.new_tokens = {new_tokens};
+            PagedProblem problem(options);
+            auto attention = CudaAttention::create();
+            ASSERT_TRUE(attention.has_value());
+            (*attention)->set_deterministic(deterministic);
+            WorkspaceNeeds needs;
+            needs.num_layers = 1;
+            needs.max_rows = 4 * new_tokens;
+            needs.max_context = 3000;
+            needs.num_query_heads = problem.device_args().params.num_query_heads;
+            needs.num_kv_heads = options.num_kv_heads;
+            needs.head_dim = head_dim;
+            needs.page_tokens = options.page_tokens;
+            needs.max_sequences = 4;
+            std::byte* memory = nullptr;
+            const auto bytes = static_cast<size_t>((*attention)->workspace_bytes(needs));
+            ASSERT_EQ(cudaMalloc(reinterpret_cast<void**>(&memory), bytes), cudaSuccess);
+            (*attention)->set_workspace(memory, needs);
+            EXPECT_TRUE((*attention)->run(problem.device_args(), nullptr).has_value());
+            EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+            EXPECT_FALSE((*attention)->outgrew_workspace())
+                << kv << ", head_dim " << head_dim << ", group " << group << ", " << new_tokens
+                << " new tokens" << (deterministic ? ", deterministic" : "");
+            EXPECT_LT(problem.error_of(problem.download()), kErrorLimit);
+            cudaFree(memory);
+          }
+        }
+      }
+    }
+  }
+}
+
 // Sharp softmax, and scores that rise from page to page so that the reference always moves.
 TEST_F(CudaDecode, SharpAndRisingScores) {
   for (const char* kv :

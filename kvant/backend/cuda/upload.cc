@@ -6,7 +6,7 @@
 namespace kvant::backend::cuda {
 
 Upload::~Upload() {
-  cudaFree(device_);
+  cudaFree(owned_);
   for (int i = 0; i < 2; ++i) {
     cudaFreeHost(pinned_[i]);
     if (copied_[i] != nullptr) cudaEventDestroy(copied_[i]);
@@ -20,24 +20,37 @@ int64_t Upload::add(const void* data, int64_t bytes) {
   return offset;
 }
 
+void Upload::use(std::byte* memory, int64_t bytes) {
+  cudaFree(owned_);
+  owned_ = nullptr;
+  device_ = memory;
+  device_bytes_ = bytes;
+}
+
 Status Upload::grow(cudaStream_t stream) {
-  if (size_ <= capacity_) return {};
+  if (size_ <= pinned_bytes_ && size_ <= device_bytes_) return {};
   KVANT_TRY(cuda_status(cudaStreamSynchronize(stream), "waiting for tables in use"));
-  capacity_ = std::max<int64_t>(size_ + size_ / 2, 65536);
-  cudaFree(device_);
-  device_ = nullptr;
-  KVANT_TRY(cuda_status(cudaMalloc(reinterpret_cast<void**>(&device_), capacity_),
-                        "allocating tables on the device"));
+  const int64_t room = std::max<int64_t>(size_ + size_ / 2, 65536);
+  if (size_ > device_bytes_) {
+    use(nullptr, 0);
+    KVANT_TRY(cuda_status(cudaMalloc(reinterpret_cast<void**>(&owned_), room),
+                          "allocating tables on the device"));
+    device_ = owned_;
+    device_bytes_ = room;
+  }
+  if (size_ <= pinned_bytes_) return {};
+  pinned_bytes_ = 0;
   for (int i = 0; i < 2; ++i) {
     cudaFreeHost(pinned_[i]);
     pinned_[i] = nullptr;
-    KVANT_TRY(cuda_status(cudaMallocHost(reinterpret_cast<void**>(&pinned_[i]), capacity_),
+    KVANT_TRY(cuda_status(cudaMallocHost(reinterpret_cast<void**>(&pinned_[i]), room),
                           "allocating pinned memory for tables"));
     if (copied_[i] == nullptr) {
       KVANT_TRY(cuda_status(cudaEventCreateWithFlags(&copied_[i], cudaEventDisableTiming),
                             "creating an event"));
     }
   }
+  pinned_bytes_ = room;
   return {};
 }
 

@@ -12,13 +12,18 @@
 namespace kvant::backend::cuda {
 
 // Pieces are added, then sent together. The pinned side is double: a piece may be written while the
-// copy of the step before still runs. Grows when a step needs more (never in steady state).
+// copy of the step before still runs. Grows when a step needs more (never in steady state); its
+// device side only if it does not fit the memory that it is given.
 class Upload {
  public:
   Upload() = default;
   Upload(const Upload&) = delete;
   Upload& operator=(const Upload&) = delete;
   ~Upload();
+
+  // Device memory to work in, whose owner keeps it; null takes it away. Nothing may be in use.
+  void use(std::byte* memory, int64_t bytes);
+  bool outgrew() const { return owned_ != nullptr; }
 
   // Starts a new set of pieces.
   void clear() { size_ = 0, pieces_.clear(); }
@@ -46,8 +51,10 @@ class Upload {
 
   std::vector<Piece> pieces_;
   int64_t size_ = 0;
-  int64_t capacity_ = 0;
-  std::byte* device_ = nullptr;
+  int64_t pinned_bytes_ = 0;  // of each buffer
+  int64_t device_bytes_ = 0;
+  std::byte* device_ = nullptr;  // owned_, or the memory given
+  std::byte* owned_ = nullptr;
   std::byte* pinned_[2] = {nullptr, nullptr};
   cudaEvent_t copied_[2] = {nullptr, nullptr};
   int turn_ = 0;

@@ -1,10 +1,20 @@
 #include "kvant/backend/cuda/decode/variants.h"
 
+#include <algorithm>
+#include <array>
+
 namespace kvant::backend::cuda {
+namespace {
+
+std::array<std::span<const DecodeVariant>, 7> all_variants() {
+  return {nvfp4_variants(),   int4_channel_variants(), e4m3_variants(), bf16_variants(),
+          integer_variants(), mx_variants(),           any_variants()};
+}
+
+}  // namespace
 
 const DecodeVariant* find_variant(const VariantQuery& query) {
-  for (const auto& table : {nvfp4_variants(), int4_channel_variants(), e4m3_variants(),
-                            bf16_variants(), integer_variants(), mx_variants(), any_variants()}) {
+  for (const auto& table : all_variants()) {
     for (const DecodeVariant& variant : table) {
       const bool any = variant.key == KeyKernel::kAny;
       if (!any && (variant.key != query.key || variant.value != query.value)) continue;
@@ -13,6 +23,20 @@ const DecodeVariant* find_variant(const VariantQuery& query) {
     }
   }
   return nullptr;
+}
+
+VariantLimits variant_limits(int head_dim) {
+  VariantLimits most;
+  for (const auto& table : all_variants()) {
+    for (const DecodeVariant& variant : table) {
+      if (variant.head_dim != head_dim) continue;
+      const int workers = variant.teams * variant.blocks;
+      most.workers = std::max(most.workers, workers);
+      most.partial_rows =
+          std::max(most.partial_rows, (2 * variant.blocks + workers) * variant.max_rows);
+    }
+  }
+  return most;
 }
 
 const char* kernel_name(KeyKernel kernel) {

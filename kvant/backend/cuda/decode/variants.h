@@ -42,6 +42,13 @@ struct VariantQuery {
 // kernel has.
 const DecodeVariant* find_variant(const VariantQuery& query);
 
+// The most of any kernel for this head_dim, on one multiprocessor.
+struct VariantLimits {
+  int workers = 0;
+  int partial_rows = 0;  // query rows of two results of each block and one of each worker
+};
+VariantLimits variant_limits(int head_dim);
+
 // Names for messages, e.g. "decode nvfp4/nvfp4 128x8".
 const char* kernel_name(KeyKernel kernel);
 const char* kernel_name(ValueKernel kernel);

@@ -20,13 +20,13 @@ SharedVariant variant_of(double page_factor) {
 std::span<const SharedVariant> shared_variants() {
   static const SharedVariant kVariants[] = {
       variant_of<KeyKernel::kNvfp4, ValueKernel::kNvfp4, 128>(1.0),
-      variant_of<KeyKernel::kInt4Channel, ValueKernel::kNvfp4, 128>(1.3),
-      variant_of<KeyKernel::kE4m3, ValueKernel::kE4m3, 128>(1.0),
-      variant_of<KeyKernel::kBf16, ValueKernel::kBf16, 128>(1.8),
+      variant_of<KeyKernel::kInt4Channel, ValueKernel::kNvfp4, 128>(1.2),
+      variant_of<KeyKernel::kE4m3, ValueKernel::kE4m3, 128>(0.9),
+      variant_of<KeyKernel::kBf16, ValueKernel::kBf16, 128>(1.6),
       variant_of<KeyKernel::kNvfp4, ValueKernel::kNvfp4, 64>(1.0),
-      variant_of<KeyKernel::kInt4Channel, ValueKernel::kNvfp4, 64>(1.3),
-      variant_of<KeyKernel::kE4m3, ValueKernel::kE4m3, 64>(1.0),
-      variant_of<KeyKernel::kBf16, ValueKernel::kBf16, 64>(1.8),
+      variant_of<KeyKernel::kInt4Channel, ValueKernel::kNvfp4, 64>(1.2),
+      variant_of<KeyKernel::kE4m3, ValueKernel::kE4m3, 64>(0.9),
+      variant_of<KeyKernel::kBf16, ValueKernel::kBf16, 64>(1.6),
   };
   return kVariants;
 }

@@ -114,7 +114,7 @@ class Planner {
     plan_.starts.resize(static_cast<size_t>(blocks));
     const double alone =
         costs.alone_start + static_cast<double>(all_bytes * view_.num_kv_heads) / costs.alone_bytes;
-    return shape_.always || time + costs.merge < alone;
+    return shape_.always || time < alone;
   }
 
   int64_t num_pages(const SharedRunPages& run) const { return run.end_page - run.first_page; }

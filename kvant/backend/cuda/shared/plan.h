@@ -45,14 +45,13 @@ static_assert(sizeof(SharedStart) == 128);
 // Nanoseconds of one multiprocessor, by which work is divided and sharing decided; measured on an
 // H100 (cuda-shared-prefix.md).
 struct SharedCosts {
-  double page = 900.0;           // of a run with more than 64 rows, `nvfp4`
-  double half_page = 770.0;      // of a run with up to 64
-  double start = 9500.0;         // of the shared kernel, whatever it reads
-  double bytes_per_ns = 24.0;    // that decode reads where memory does not limit it
-  double device_bytes = 2900.0;  // a nanosecond, of the device
-  double decode_start = 11600.0;
-  double merge = 10500.0;       // more results to merge, and one kernel more to start
-  double alone_bytes = 3300.0;  // of the device, where sequences find common pages in L2
+  double page = 1130.0;          // of a run with more than 64 rows, `nvfp4`
+  double half_page = 790.0;      // of a run with up to 64
+  double start = 6200.0;         // of a call, whatever the shared kernel reads
+  double bytes_per_ns = 25.5;    // that decode reads where memory does not limit it
+  double device_bytes = 2200.0;  // a nanosecond, of the device
+  double decode_start = 11100.0;
+  double alone_bytes = 3800.0;  // of the device, where sequences find common pages in L2
   double alone_start = 8600.0;  // of decode on the whole device
 };
 
