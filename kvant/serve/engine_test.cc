@@ -126,10 +126,13 @@ TEST_P(SameAnswer, InABatchWithPreemption) {
   Served served(options, architecture);
   std::vector<std::shared_ptr<Collector>> answers;
   std::vector<Ids> prompts;
-  for (uint32_t i = 0; i < 16; ++i) {
-    prompts.push_back(random_tokens(5 + 3 * i, kVocab, 100 + i));
-    answers.push_back(served.submit(greedy(prompts.back(), 60)));
-  }
+  // At once, so that what happens does not depend on threads.
+  served.engine->run_between_steps([&](cache::KvCache&, cache::PrefixTree*) {
+    for (uint32_t i = 0; i < 16; ++i) {
+      prompts.push_back(random_tokens(5 + 3 * i, kVocab, 100 + i));
+      answers.push_back(served.submit(greedy(prompts.back(), 60)));
+    }
+  });
   for (size_t i = 0; i < answers.size(); ++i) {
     EXPECT_EQ(answers[i]->wait().reason, FinishReason::kLength);
     if (i % 5 == 0) {

@@ -93,7 +93,10 @@ void serve_batch_with_preemption(const std::string& spec) {
   Served served(spec, {.total_tokens = 128, .held_pages = 1});
   Served alone(spec, {});
   std::vector<std::shared_ptr<Collector>> answers;
-  for (uint32_t i = 0; i < 6; ++i) answers.push_back(served.submit(prompt(9 + 7 * i, i), 50));
+  // At once, so that what happens does not depend on threads.
+  served.engine().run_between_steps([&](cache::KvCache&, cache::PrefixTree*) {
+    for (uint32_t i = 0; i < 6; ++i) answers.push_back(served.submit(prompt(9 + 7 * i, i), 50));
+  });
   for (uint32_t i = 0; i < 6; ++i) {
     EXPECT_EQ(answers[i]->wait().reason, serve::FinishReason::kLength);
     if (i % 3 != 0) continue;
