@@ -28,6 +28,9 @@ std::string_view finish_reason_name(FinishReason reason) {
 
 namespace {
 
+// How often deadlines are looked at while everything waits for lower tiers.
+constexpr std::chrono::milliseconds kDeadlineInterval(20);
+
 EngineObserver& silent_observer() {
   static EngineObserver silent;
   return silent;
@@ -73,7 +76,19 @@ Status check_options(const EngineOptions& options) {
 
 }  // namespace
 
+void Engine::State::open_tiers(std::vector<TierSetup> setups, cache::PageObserver* page_observer) {
+  tiers = std::make_unique<PageTiers>(*cache, std::move(setups));
+  tree->set_listener(tiers.get());
+  tiers->set_observer(page_observer);
+  tiers->set_wakeup([this] {
+    const std::lock_guard lock(mutex);
+    tiers_done = true;
+    wake.notify_one();
+  });
+}
+
 Result<std::unique_ptr<Engine>> Engine::create(model::Model& model, const EngineOptions& options,
+                                               std::vector<TierSetup> tiers,
                                                EngineObserver* observer,
                                                cache::PageObserver* page_observer) {
   KVANT_TRY(check_options(options));
@@ -93,6 +108,9 @@ Result<std::unique_ptr<Engine>> Engine::create(model::Model& model, const Engine
     tree_options.policy = options.eviction;
     KVANT_ASSIGN(s.tree, cache::PrefixTree::create(*s.cache, tree_options));
     s.tree->set_observer(page_observer);
+    if (!tiers.empty()) s.open_tiers(std::move(tiers), page_observer);
+  } else if (!tiers.empty()) {
+    return bad_option("pages are kept in lower tiers only with prefix caching; turn it on");
   }
   s.limits.vocab_size = model.config().vocab_size;
   s.ends.resize(static_cast<size_t>(s.limits.vocab_size));
@@ -256,6 +274,7 @@ void Engine::State::loop() {
     if (tree != nullptr) tree->set_time(std::chrono::duration<double>(begin - started).count());
     take(std::move(inbox));
     if (end_everything) end_all(FinishReason::kShutdown);
+    if (tiers != nullptr) tiers->poll();
     if (!stop) {
       end_expired();
       admit();
@@ -263,18 +282,26 @@ void Engine::State::loop() {
     }
     totals.loop_seconds += std::chrono::duration<double>(Clock::now() - begin).count();
     publish_stats();
-    if (stop) return;
+    if (stop) break;
   }
+  if (tiers == nullptr) return;
+  tiers->store_all(*tree);
+  tiers->wait_idle();
+  tree->set_listener(nullptr);  // it outlives the tiers
 }
 
 Engine::State::Inbox Engine::State::wait_for_work() {
   std::unique_lock lock(mutex);
+  const auto has_work = [&] {
+    return stopping || ending_all || tiers_done || !submitted.empty() || !cancelled.empty() ||
+           !between_steps.empty();
+  };
   if (running.empty() && waiting.empty()) {
-    wake.wait(lock, [&] {
-      return stopping || ending_all || !submitted.empty() || !cancelled.empty() ||
-             !between_steps.empty();
-    });
+    wake.wait(lock, has_work);
+  } else if (all_wait) {
+    wake.wait_for(lock, kDeadlineInterval, has_work);
   }
+  tiers_done = false;
   Inbox inbox{.submitted = std::move(submitted),
               .cancelled = std::move(cancelled),
               .between_steps = std::move(between_steps),
@@ -344,6 +371,13 @@ void Engine::State::publish_stats() {
     totals.pages_used = used;
   }
   if (tree != nullptr) totals.tree = tree->stats();
+  if (tiers != nullptr) {
+    totals.tiers.clear();
+    for (int i = 0; i < tiers->num_tiers(); ++i) {
+      totals.tiers.push_back({tiers->tier(i).medium(), tiers->tier(i).stats()});
+    }
+    totals.prefetch = tiers->prefetch_stats();
+  }
   const std::lock_guard lock(mutex);
   stats = totals;
 }

@@ -21,6 +21,7 @@
 #include "kvant/model/model.h"
 #include "kvant/serve/prompt_lookup.h"
 #include "kvant/serve/request.h"
+#include "kvant/serve/tiers/page_tiers.h"
 
 namespace kvant::serve {
 
@@ -46,6 +47,11 @@ struct EngineOptions {
   double watermark = 0.01;
   // A waiting request is overtaken by ones with longer cached prefixes for at most so long.
   double max_overtaking_seconds = 2.0;
+  // Load pages only where computing them is expected to take longer; otherwise whenever a tier has
+  // them.
+  bool load_by_cost = true;
+  // A request waits at most so long for pages from lower tiers; then it computes them.
+  double max_load_seconds = 5.0;
   SpeculationOptions speculation;
 };
 
@@ -57,7 +63,13 @@ struct EngineStats {
   int64_t pages_total = 0;
   int64_t pages_used = 0;
   cache::PrefixTreeStats tree;  // zeros without prefix caching
-  int64_t prompt_tokens = 0;    // of requests whose prompt was computed
+  struct OfTier {
+    cache::Medium medium;
+    TierStats stats;
+  };
+  std::vector<OfTier> tiers;  // from near to far
+  PrefetchStats prefetch;
+  int64_t prompt_tokens = 0;  // of requests whose prompt was computed
   int64_t generation_tokens = 0;
   int64_t preemptions = 0;
   int64_t steps = 0;
@@ -101,9 +113,11 @@ class EngineObserver {
 
 class Engine {
  public:
-  // Reserves the model's buffers and the cache; the model is the engine's alone from now on and
+  // Reserves the model's buffers and the cache. `tiers`, from near to far, keep pages that the
+  // cache has no room for. The model is the engine's alone from now on and
   // must outlive it, as must `observer` and `page_observer` (each may be null).
   static Result<std::unique_ptr<Engine>> create(model::Model& model, const EngineOptions& options,
+                                                std::vector<TierSetup> tiers = {},
                                                 EngineObserver* observer = nullptr,
                                                 cache::PageObserver* page_observer = nullptr);
   // Ends what runs (kShutdown) and joins the thread.

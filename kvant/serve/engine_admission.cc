@@ -42,15 +42,17 @@ bool Engine::State::shares_running_prefix(const Sequence& sequence, int64_t cach
   });
 }
 
-WaitingView Engine::State::waiting_view(const Sequence& sequence, Clock::time_point now) {
+WaitingView Engine::State::waiting_view(size_t index, Clock::time_point now) {
+  const Sequence& sequence = *waiting[index];
   WaitingView view;
   view.priority = sequence.request.priority;
   view.tenant_share = fair_share.served(sequence.request.tenant);
   view.waited_seconds = seconds_between(sequence.submitted, now);
   if (const int64_t most = cacheable_tokens(sequence); most > 0) {
-    view.cached_tokens = options.runtime.page_tokens *
-                         tree->match(sequence.tokens, sequence.request.cache_salt, most).num_pages;
-    view.deferred = shares_running_prefix(sequence, view.cached_tokens);
+    const int64_t pages = tree->match(sequence.tokens, sequence.request.cache_salt, most).num_pages;
+    view.cached_tokens = options.runtime.page_tokens * pages;
+    view.deferred =
+        shares_running_prefix(sequence, view.cached_tokens) || waits_for_load(index, pages, now);
   }
   view.missing_tokens = sequence.known() - view.cached_tokens;
   return view;
@@ -88,10 +90,10 @@ void Engine::State::admit() {
     const Clock::time_point now = Clock::now();
     std::vector<WaitingView> views;
     for (size_t i = 0; i < std::min(waiting.size(), kMaxLookedAt); ++i) {
-      views.push_back(waiting_view(*waiting[i], now));
+      views.push_back(waiting_view(i, now));
     }
     const std::optional<size_t> chosen = choose_waiting(views, options.max_overtaking_seconds);
-    if (!chosen) return;
+    if (!chosen) break;
     // Alone it always fits: a sequence of full length does.
     if (!running.empty() && !has_room(*waiting[*chosen], views[*chosen].cached_tokens)) return;
     SequencePtr sequence = std::move(waiting[*chosen]);
@@ -102,6 +104,7 @@ void Engine::State::admit() {
     }
     running.push_back(std::move(sequence));
   }
+  all_wait = running.empty() && !waiting.empty();
 }
 
 // Gives it a sequence of the cache that begins with what the tree has of its tokens.
@@ -111,6 +114,7 @@ Status Engine::State::start(Sequence& sequence) {
   sequence.computed = 0;
   if (const int64_t most = cacheable_tokens(sequence); most > 0) {
     sequence.lease = tree->acquire(tree->match(sequence.tokens, sequence.request.cache_salt, most));
+    install_loaded(sequence, most);
     KVANT_TRY(tree->attach(sequence.lease, *sequence.id));
     sequence.computed = cache->length(*sequence.id);
   }
@@ -145,6 +149,7 @@ void Engine::State::preempt(size_t index) {
   SequencePtr sequence = std::move(running[index]);
   running.erase(running.begin() + static_cast<std::ptrdiff_t>(index));
   release(*sequence);
+  cancel_loading(*sequence);  // its pages may go down from here
   ++sequence->record.num_preemptions;
   ++totals.preemptions;
   observer->on_preemption();
@@ -165,6 +170,7 @@ void Engine::State::release(Sequence& sequence) {
 
 void Engine::State::finish(SequencePtr sequence, FinishReason reason, std::optional<Error> error) {
   release(*sequence);
+  cancel_loading(*sequence);
   fair_share.leave(sequence->request.tenant);
   FinishRecord& record = sequence->record;
   record.reason = reason;

@@ -11,6 +11,7 @@
 #include "kvant/cache/prefix_tree.h"
 #include "kvant/model/random.h"
 #include "kvant/serve/request.h"
+#include "kvant/serve/tiers/page_tiers.h"
 
 namespace kvant::serve {
 
@@ -29,6 +30,14 @@ struct Sequence {
   cache::PrefixLease lease;  // the part of the tree that it shares
   int64_t computed = 0;      // tokens whose keys and values are in the cache
   int64_t admission = 0;     // the engine's how-manieth
+
+  // While it waits: pages that lower tiers are asked for.
+  struct Loading {
+    std::optional<PageTiers::PrefetchId> id;
+    Clock::time_point since;
+    int64_t asked_from = -1;  // the pages before this one were in the tree then
+  };
+  Loading loading;
 
   // What one step does to it; also what undoes it.
   struct Step {

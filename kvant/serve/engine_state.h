@@ -14,7 +14,9 @@
 
 #include "kvant/serve/engine.h"
 #include "kvant/serve/engine_sequence.h"
+#include "kvant/serve/prefill_cost.h"
 #include "kvant/serve/scheduler.h"
+#include "kvant/serve/tiers/page_tiers.h"
 
 namespace kvant::serve {
 
@@ -27,6 +29,7 @@ struct Engine::State {
   EngineObserver* observer = nullptr;  // never null: a silent one stands in
   std::unique_ptr<cache::KvCache> cache;
   std::unique_ptr<cache::PrefixTree> tree;  // null: no prefix caching
+  std::unique_ptr<PageTiers> tiers;         // null: none; its threads end before the tree does
   SamplingLimits limits;
   std::thread thread;
   const Clock::time_point started = Clock::now();
@@ -38,6 +41,7 @@ struct Engine::State {
   std::vector<SequencePtr> submitted;
   std::vector<RequestNumber> cancelled;
   std::vector<BetweenSteps> between_steps;
+  bool tiers_done = false;  // they have something to poll
   bool stopping = false;
   bool draining = false;
   bool ending_all = false;  // a drain ran out of time
@@ -49,7 +53,9 @@ struct Engine::State {
   std::vector<SequencePtr> waiting;  // in order of arrival
   std::vector<SequencePtr> running;  // in order of admission
   int64_t admissions = 0;
+  bool all_wait = false;  // nothing runs, and what waits does so for tiers
   FairShare fair_share;
+  PrefillCost prefill_cost;
   std::unique_ptr<RowSampler> sampler;
   std::vector<uint32_t> bitmask;  // [vocab bits], while a constrained row is sampled
   std::vector<bool> ends;         // [vocab]: the model's end-of-generation tokens
@@ -69,18 +75,26 @@ struct Engine::State {
   void end_expired();
   void end_all(FinishReason reason);
   void publish_stats();
+  void open_tiers(std::vector<TierSetup> setups, cache::PageObserver* page_observer);
 
   // engine_admission.cc
   void admit();
   int64_t cacheable_tokens(const Sequence& sequence) const;
   bool shares_running_prefix(const Sequence& sequence, int64_t cached_tokens) const;
-  WaitingView waiting_view(const Sequence& sequence, Clock::time_point now);
+  WaitingView waiting_view(size_t index, Clock::time_point now);
   bool has_room(const Sequence& sequence, int64_t cached_tokens) const;
   Status start(Sequence& sequence);
   bool make_room(std::span<const cache::StepSequence> step);
   void preempt(size_t index);
   void release(Sequence& sequence);
   void finish(SequencePtr sequence, FinishReason reason, std::optional<Error> error = {});
+
+  // engine_loading.cc
+  bool waits_for_load(size_t index, int64_t matched_pages, Clock::time_point now);
+  bool shares_loading_prefix(size_t index, int64_t next_page) const;
+  void install_loaded(Sequence& sequence, int64_t max_tokens);
+  void cancel_loading(Sequence& sequence);
+  void observe_cost(const StepRecord& record, double context_pairs);
 
   // engine_step.cc
   struct Ending {

@@ -24,7 +24,10 @@ void Engine::State::step() {
   std::vector<Sequence*> batch = choose_batch();
   if (batch.empty()) return;
   StepRecord record;
+  double context_pairs = 0;
   for (const Sequence* sequence : batch) {
+    const auto rows = static_cast<double>(sequence->step.new_tokens);
+    context_pairs += rows * (static_cast<double>(sequence->computed) + rows / 2);
     (sequence->step.new_tokens > 1 ? record.prefill_tokens : record.decode_tokens) +=
         sequence->step.new_tokens + static_cast<int64_t>(sequence->step.draft.size());
   }
@@ -38,6 +41,7 @@ void Engine::State::step() {
   record.waiting = static_cast<int64_t>(waiting.size());
   record.seconds = seconds_since(begin);
   record.model_seconds = totals.model_seconds - model_before;
+  observe_cost(record, context_pairs);
   observer->on_step(record);
 }
 

@@ -1,7 +1,9 @@
 // Features of serving: for every format, greedy answers are the same whether the prompt came from
 // the prefix cache, what ran beside it, whether it was preempted and what was drafted.
 #include <gtest/gtest.h>
+#include <unistd.h>
 
+#include <filesystem>
 #include <memory>
 #include <string>
 #include <utility>
@@ -12,6 +14,8 @@
 #include "kvant/model/testing/tiny_models.h"
 #include "kvant/serve/engine.h"
 #include "kvant/serve/testing/collector.h"
+#include "kvant/serve/tiers/disk_store.h"
+#include "kvant/serve/tiers/host_store.h"
 #include "tests/conformance/conformance.h"
 
 namespace kvant::conformance {
@@ -31,7 +35,7 @@ class Served {
     int64_t held_pages = 8;  // sink pages and windows
     int max_draft_tokens = 0;
   };
-  Served(const std::string& spec, const Sizes& sizes)
+  Served(const std::string& spec, const Sizes& sizes, std::vector<serve::TierSetup> tiers = {})
       : model_(model::testing::tiny_model("gemma3"), "cpu") {
     const model::ModelConfig& config = model_.model().config();
     std::vector<cache::LayerGeometry> layers;
@@ -53,7 +57,8 @@ class Served {
     options.prefix_caching = shares_pages_ = options.runtime.format.recent_tokens == 0;
     options.speculation.max_draft_tokens = sizes.max_draft_tokens;
     options.speculation.lookup.min_ngram = 1;
-    engine_ = must(serve::Engine::create(model_.model(), options));
+    options.load_by_cost = false;
+    engine_ = must(serve::Engine::create(model_.model(), options, std::move(tiers)));
   }
 
   std::shared_ptr<Collector> submit(std::vector<int32_t> prompt, int max_tokens) {
@@ -117,10 +122,38 @@ void serve_drafts(const std::string& spec) {
   EXPECT_EQ(drafted->ids(), expected->ids());
 }
 
+// Down to a tier and back: the same pages, the same answer.
+void serve_from_tier(const std::string& spec, std::unique_ptr<serve::PageStore> store) {
+  if (formats::parse_cache_format(spec)->recent_tokens > 0) return;  // no pages outlive a sequence
+  std::vector<serve::TierSetup> tiers;
+  tiers.push_back({std::move(store), {.policy = serve::WritePolicy::kWriteThrough}});
+  Served served(spec, {}, std::move(tiers));
+  const auto cold = served.submit(prompt(75, 1), 24);
+  cold->wait();
+  served.engine().reset_prefix_cache();
+  const auto warm = served.submit(prompt(75, 1), 24);
+  EXPECT_EQ(warm->wait().cached_tokens, 4 * kPage);
+  EXPECT_EQ(warm->ids(), cold->ids());
+  EXPECT_GT(served.engine().stats().prefetch.prefetches, 0);
+}
+
+void serve_from_host(const std::string& spec) {
+  serve_from_tier(spec, std::make_unique<serve::HostStore>(int64_t{16} << 20));
+}
+
+void serve_from_disk(const std::string& spec) {
+  const std::string folder =
+      ::testing::TempDir() + "kvant-conformance-pages-" + std::to_string(::getpid());
+  serve_from_tier(spec, must(serve::DiskStore::open(folder, int64_t{64} << 20)));
+  std::filesystem::remove_all(folder);
+}
+
 constexpr Feature kServeFeatures[] = {
     {"serve_from_prefix_cache", serve_from_prefix_cache},
     {"serve_batch_with_preemption", serve_batch_with_preemption},
     {"serve_drafts", serve_drafts},
+    {"serve_from_host", serve_from_host},
+    {"serve_from_disk", serve_from_disk},
 };
 
 }  // namespace
