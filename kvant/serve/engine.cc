@@ -88,9 +88,9 @@ void Engine::State::open_tiers(std::vector<TierSetup> setups, cache::PageObserve
 }
 
 Result<std::unique_ptr<Engine>> Engine::create(model::Model& model, const EngineOptions& options,
-                                               std::vector<TierSetup> tiers,
                                                EngineObserver* observer,
-                                               cache::PageObserver* page_observer) {
+                                               cache::PageObserver* page_observer,
+                                               std::vector<TierSetup> tiers) {
   KVANT_TRY(check_options(options));
   std::unique_ptr<Engine> engine(new Engine());
   engine->state_ = std::make_unique<State>();

@@ -117,9 +117,9 @@ class Engine {
   // cache has no room for. The model is the engine's alone from now on and
   // must outlive it, as must `observer` and `page_observer` (each may be null).
   static Result<std::unique_ptr<Engine>> create(model::Model& model, const EngineOptions& options,
-                                                std::vector<TierSetup> tiers = {},
                                                 EngineObserver* observer = nullptr,
-                                                cache::PageObserver* page_observer = nullptr);
+                                                cache::PageObserver* page_observer = nullptr,
+                                                std::vector<TierSetup> tiers = {});
   // Ends what runs (kShutdown) and joins the thread.
   ~Engine();
 

@@ -58,7 +58,8 @@ class Served {
     options.speculation.max_draft_tokens = sizes.max_draft_tokens;
     options.speculation.lookup.min_ngram = 1;
     options.load_by_cost = false;
-    engine_ = must(serve::Engine::create(model_.model(), options, std::move(tiers)));
+    engine_ =
+        must(serve::Engine::create(model_.model(), options, nullptr, nullptr, std::move(tiers)));
   }
 
   std::shared_ptr<Collector> submit(std::vector<int32_t> prompt, int max_tokens) {
