@@ -4,8 +4,8 @@
 // with it and reports failures through gtest. The test runs their product. Subjects come from the
 // registry by way of a table that states what each format supports (format_cells.cc): a format that
 // is not in the table fails the test. Features of the cache are in cache_features.cc, those of
-// attention in attention_features.cc, those of serving in serve_features.cc; other layers add a
-// table of their own to all_features().
+// attention in attention_features.cc, those of serving in serve_features.cc and tier_features.cc;
+// other layers add a table of their own to all_features().
 #pragma once
 
 #include <span>
@@ -43,6 +43,7 @@ std::span<const Feature> cache_features();
 std::span<const Feature> codec_features();
 std::span<const Feature> attention_features();
 std::span<const Feature> serve_features();
+std::span<const Feature> tier_features();
 // Of all layers.
 std::vector<Feature> all_features();
 

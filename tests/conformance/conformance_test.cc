@@ -90,7 +90,8 @@ INSTANTIATE_TEST_SUITE_P(All, ConformanceCell,
 std::vector<Feature> all_features() {
   std::vector<Feature> features;
   for (const std::span<const Feature> part :
-       {cache_features(), codec_features(), attention_features(), serve_features()}) {
+       {cache_features(), codec_features(), attention_features(), serve_features(),
+        tier_features()}) {
     features.insert(features.end(), part.begin(), part.end());
   }
   return features;
