@@ -157,7 +157,12 @@ void PageTiers::store_all(const cache::PrefixTree& tree) {
       tiers_, [](const auto& tier) { return tier->medium() != Medium::kHost; });
   if (lasting == tiers_.end()) return;
   const size_t tier = static_cast<size_t>(lasting - tiers_.begin());
-  tree.for_each_page([&](const cache::TreePage& page) { offer(page, std::span(&tier, 1), -1); });
+  tree.for_each_page([&](const cache::TreePage& page) {
+    // There is time, and nothing should be dropped.
+    if (2 * tiers_[tier]->queued_bytes() >= tiers_[tier]->options().max_queued_bytes)
+      tiers_[tier]->wait_idle();
+    offer(page, std::span(&tier, 1), -1);
+  });
 }
 
 // ---- loading ----

@@ -208,6 +208,19 @@ TEST_P(PageTiersTest, WriteThroughKeepsEveryClosedPage) {
   EXPECT_EQ(told(Medium::kDisk), told(Medium::kDevice));
 }
 
+TEST_P(PageTiersTest, APlannedStopKeepsTheWholeTreeWhateverTheQueueHolds) {
+  const TemporaryFolder folder;
+  TierOptions small;
+  small.max_queued_bytes = 40000;  // a few pages
+  build(setups(host(), disk(folder.path(), small)));
+  serve(tokens_of({1, 2, 3, 4, 5, 6, 7, 8, 9, 10}, 3));
+  serve(tokens_of({1, 2, 11, 12, 13, 14, 15, 16, 17, 18}, 3));
+  tiers_->store_all(*tree_);
+  tiers_->wait_idle();
+  EXPECT_EQ(tiers_->tier(1).stats().dropped, 0);
+  EXPECT_EQ(told(Medium::kDisk), told(Medium::kDevice));
+}
+
 TEST_P(PageTiersTest, DamageOnDiskIsAMissAndCounted) {
   const TemporaryFolder folder;
   build(setups(disk(folder.path())));

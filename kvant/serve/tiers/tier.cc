@@ -144,6 +144,11 @@ TierStats Tier::stats() const {
   return stats_;
 }
 
+int64_t Tier::queued_bytes() const {
+  const std::lock_guard lock(mutex_);
+  return queued_bytes_;
+}
+
 // ---- the tier's thread ----
 
 void Tier::run() {

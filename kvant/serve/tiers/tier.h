@@ -90,6 +90,7 @@ class Tier {
   // thirty gets, and what is queued before it.
   double load_seconds(int64_t bytes) const;
   TierStats stats() const;
+  int64_t queued_bytes() const;  // of writes
 
  private:
   struct Task {
