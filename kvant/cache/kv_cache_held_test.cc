@@ -1,6 +1,9 @@
 // Pages held outside sequences, and the room for them.
 #include <gtest/gtest.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -151,6 +154,107 @@ TEST(HeldPages, ABudgetBuysTheLargestCacheThatFits) {
     const auto none = fit_cache_bytes(config, 1000, shares);
     ASSERT_FALSE(none.has_value());
     EXPECT_EQ(none.error().code(), ErrorCode::kResourceExhausted);
+  }
+}
+
+// Memory whose pages the host cannot touch, as a device's: only copy and read reach them.
+class FencedMemory final : public MemoryResource {
+ public:
+  Result<void*> allocate(int64_t bytes, MemoryUse use) override {
+    if (use != MemoryUse::kPages) return host_.allocate(bytes, use);
+    const int file = ::memfd_create("pages", 0);
+    if (file < 0 || ::ftruncate(file, bytes) != 0)
+      return Error(ErrorCode::kResourceExhausted, "no memory file");
+    const size_t size = static_cast<size_t>(bytes);
+    void* const fenced = ::mmap(nullptr, size, PROT_NONE, MAP_SHARED, file, 0);
+    void* const open = ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    ::close(file);
+    areas_.push_back({static_cast<std::byte*>(fenced), static_cast<std::byte*>(open), size});
+    return fenced;
+  }
+  void deallocate(void* pointer, int64_t bytes, MemoryUse use) override {
+    if (use != MemoryUse::kPages) return host_.deallocate(pointer, bytes, use);
+    for (const Area& area : areas_) {
+      if (area.fenced != pointer) continue;
+      ::munmap(area.fenced, area.size);
+      ::munmap(area.open, area.size);
+    }
+  }
+  MemoryStats stats() const override { return host_.stats(); }
+  void copy(void* target, const void* source, int64_t bytes) override {
+    std::memcpy(reach(target), reach(const_cast<void*>(source)), static_cast<size_t>(bytes));
+  }
+  void read(void* target, const void* source, int64_t bytes) override {
+    std::memcpy(target, reach(const_cast<void*>(source)), static_cast<size_t>(bytes));
+  }
+  // Every page gets bytes of its own, as if a step had written them.
+  void fill() {
+    for (const Area& area : areas_) {
+      for (size_t i = 0; i < area.size; ++i)
+        area.open[i] = static_cast<std::byte>(i * 2654435761u >> 13);
+    }
+  }
+
+ private:
+  struct Area {
+    std::byte* fenced;
+    std::byte* open;
+    size_t size;
+  };
+  void* reach(void* pointer) const {
+    std::byte* const at = static_cast<std::byte*>(pointer);
+    for (const Area& area : areas_) {
+      if (at >= area.fenced && at < area.fenced + area.size) return area.open + (at - area.fenced);
+    }
+    return pointer;
+  }
+  HostMemory host_;
+  std::vector<Area> areas_;
+};
+
+TEST(HeldPages, AreMovedOnlyByTheMemoryTheyLieIn) {
+  for (const char* spec : {"4bit", "bf16", "k=fp8+mean,v=nvfp4"}) {
+    SCOPED_TRACE(spec);
+    FencedMemory memory;
+    auto cache = KvCache::create(config_of(spec, 40), memory);
+    ASSERT_OK(cache);
+    KvCache& kv = **cache;
+    const SequenceId id = *kv.add_sequence();
+    const StepSequence step{id, 70};
+    ASSERT_OK(kv.begin_step(std::span(&step, 1)));
+    memory.fill();
+    kv.commit_step();
+    std::vector<HeldPage> held;
+    std::vector<const HeldPage*> pages;
+    for (int64_t page = 0; page < 4; ++page) held.push_back(std::move(*kv.hold_page(id, page)));
+    KvCache::PageIdentity identity{};
+    const std::vector<uint32_t> ids(16, 5);
+    identity.token_ids = ids;
+    for (HeldPage& page : held) {
+      std::vector<std::vector<std::byte>> objects(2);
+      std::vector<std::span<const std::byte>> spans(2);
+      for (int g = 0; g < 2; ++g) {
+        if (page.has(g)) objects[g] = *kv.export_held(page, g, identity, Layout::kCpu);
+        spans[g] = objects[g];
+      }
+      auto back = kv.import_held(spans);
+      ASSERT_OK(back);
+      for (int g = 0; g < 2; ++g) {
+        if (!page.has(g)) continue;
+        EXPECT_EQ(*kv.export_held(*back, g, identity, Layout::kCpu), objects[g]);
+        EXPECT_TRUE(kv.export_held(*back, g, identity).has_value()) << "planar";
+      }
+      page = std::move(*back);
+      pages.push_back(&page);
+    }
+    const SequenceId copy = *kv.add_sequence();
+    ASSERT_OK(kv.attach_pages(copy, pages));
+    // Back into the first page where it is BF16: it is copied before it is written.
+    ASSERT_OK(kv.truncate(copy, 10));
+    const StepSequence more{copy, 3};
+    ASSERT_OK(kv.begin_step(std::span(&more, 1)));
+    kv.abort_step();
+    ASSERT_OK(kv.check_integrity());
   }
 }
 

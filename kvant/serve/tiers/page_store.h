@@ -64,10 +64,11 @@ class PageStore {
   virtual std::vector<cache::PageObjectHeader> headers() const { return {}; }
   // Pages evicted since the last call, oldest first.
   virtual std::vector<EvictedPage> take_evicted() { return {}; }
-  // The same for several at once, for stores that save round trips: one result each.
+  // The same for several at once, for stores that save round trips: one result each. Last first, so
+  // that of a run of pages the first is the one used last, and goes last.
   virtual std::vector<Result<ObjectBytes>> get_many(std::span<const PageName> names) {
-    std::vector<Result<ObjectBytes>> objects;
-    for (const PageName& name : names) objects.push_back(get(name));
+    std::vector<Result<ObjectBytes>> objects(names.size(), ObjectBytes());
+    for (size_t i = names.size(); i-- > 0;) objects[i] = get(names[i]);
     return objects;
   }
   virtual std::vector<bool> contains_many(std::span<const PageName> names) {

@@ -56,21 +56,25 @@ void PageTiers::set_observer(cache::PageObserver* observer) {
   for (const auto& kept : std::exchange(kept_, {})) {
     const size_t tier = kept.first;
     const cache::PageObjectHeader& header = kept.second;
-    // Nobody finds a page without its parent.
-    const bool found =
-        header.first_position == 0 || std::ranges::any_of(held_, [&](const auto& names) {
-          for (int g = 0; g < num_groups(); ++g) {
-            if (names.contains({header.parent_key, static_cast<uint32_t>(g)})) return true;
-          }
-          return false;
-        });
-    if (found && held_[tier].insert({header.key, header.layer_group}).second)
+    if (parent_known(header) && held_[tier].insert({header.key, header.layer_group}).second)
       tell_stored(tier, header);
   }
 }
 
 void PageTiers::set_wakeup(const std::function<void()>& wakeup) {
   for (const auto& tier : tiers_) tier->set_wakeup(wakeup);
+}
+
+bool PageTiers::parent_known(const cache::PageObjectHeader& header) const {
+  if (header.first_position == 0 || in_tree_.contains(header.parent_key)) return true;
+  const bool windowed = cache_.group(static_cast<int>(header.layer_group)).geometry.window > 0;
+  return std::ranges::any_of(held_, [&](const auto& names) {
+    if (names.contains({header.parent_key, header.layer_group})) return true;
+    for (int g = 0; windowed && g < num_groups(); ++g) {
+      if (names.contains({header.parent_key, static_cast<uint32_t>(g)})) return true;
+    }
+    return false;
+  });
 }
 
 void PageTiers::tell_stored(size_t tier, const cache::PageObjectHeader& header) {
@@ -100,9 +104,11 @@ bool PageTiers::give(size_t tier, const PageName& name, const ObjectBytes& objec
   if (held_[tier].contains(name)) return true;
   if (!tiers_[tier]->put(name, object)) return false;
   if (tiers_[tier]->medium() == Medium::kRemote) return true;
-  held_[tier].insert(name);
   const auto info = cache::parse_page_object_header(*object);
-  if (info) tell_stored(tier, info->header);
+  if (info && parent_known(info->header)) {
+    held_[tier].insert(name);
+    tell_stored(tier, info->header);
+  }
   return true;
 }
 
@@ -125,6 +131,7 @@ void PageTiers::offer(const cache::TreePage& page, std::span<const size_t> tiers
 }
 
 void PageTiers::page_inserted(const cache::TreePage& page) {
+  in_tree_.insert(page.key);
   std::vector<size_t> wanting;
   for (size_t tier = 0; tier < tiers_.size(); ++tier) {
     if (tiers_[tier]->options().policy == WritePolicy::kWriteThrough) wanting.push_back(tier);
@@ -146,10 +153,11 @@ void PageTiers::page_hit(const cache::TreePage& page) {
 }
 
 void PageTiers::page_evicted(const cache::TreePage& page, cache::EvictionCause cause, int group) {
-  if (cause == cache::EvictionCause::kCleared || tiers_.empty()) return;
   const size_t nearest = 0;
-  if (tiers_[nearest]->options().policy == WritePolicy::kWriteBack)
+  if (cause != cache::EvictionCause::kCleared && !tiers_.empty() &&
+      tiers_[nearest]->options().policy == WritePolicy::kWriteBack)
     offer(page, std::span(&nearest, 1), group);
+  if (group < 0) in_tree_.erase(page.key);
 }
 
 void PageTiers::store_all(const cache::PrefixTree& tree) {

@@ -52,7 +52,8 @@ class PageTiers final : public cache::PageListener {
 
   // Not owned, may be null. Told at once of the pages that tiers kept from earlier, where their
   // parents were kept too. A page is told when it is given to a tier, while its parent is known,
-  // and taken back should the tier fail. Pages in remote stores are not told: others write and
+  // and taken back should the tier fail; a page whose parent is gone from everywhere is of no use
+  // to anybody and not told. Pages in remote stores are not told: others write and
   // expire them. Salts are not told, keys differ by them.
   void set_observer(cache::PageObserver* observer);
   // Called on tiers' threads when poll has something to do.
@@ -121,11 +122,16 @@ class PageTiers final : public cache::PageListener {
   // Gives an object to a tier unless that has it.
   bool give(size_t tier, const PageName& name, const ObjectBytes& object);
   void forget(size_t tier, const PageName& name);
+  bool parent_known(const cache::PageObjectHeader& header) const;
   void take_in(size_t tier, Tier::Completion completion);
   void tell_stored(size_t tier, const cache::PageObjectHeader& header);
 
   cache::KvCache& cache_;
   std::vector<std::unique_ptr<Tier>> tiers_;
+  struct KeyHash {
+    size_t operator()(const cache::PageKey& key) const { return PageNameHash()({key, 0}); }
+  };
+  std::unordered_set<cache::PageKey, KeyHash> in_tree_;
   // What tiers but remote ones hold or were given, as told to the observer: [tiers].
   std::vector<std::unordered_set<PageName, PageNameHash>> held_;
   std::vector<std::pair<size_t, cache::PageObjectHeader>> kept_;  // from earlier, not yet told

@@ -92,6 +92,9 @@ class PageTiersTest : public ::testing::TestWithParam<std::string> {
     const int64_t hit = match.num_pages * kPageTokens;
     const std::vector<uint32_t> ids(tokens.begin(), tokens.end());
     h_->note(sequence, std::span(ids).first(hit));
+    const cache::StepSequence step{sequence, static_cast<int32_t>(limit + 1 - hit)};
+    const auto needed = h_->cache().needed_pages(std::span(&step, 1));
+    EXPECT_TRUE(needed.has_value() && tree_->make_room(*needed));
     must(h_->extend(sequence, std::span(ids).subspan(hit)));
     must(tree_->insert(lease, sequence, tokens, salt));
     h_->remove(sequence);
@@ -291,6 +294,47 @@ TEST_P(PageTiersTest, ACancelledPrefetchLeavesNothingBehind) {
   must(tiers_->clear());
   EXPECT_EQ(told(Medium::kHost), 0);
   EXPECT_EQ(serve(tokens_of({1, 2, 3}, 3)), 0);
+}
+
+// Many requests over small tiers: what readers of the events know is what the tiers hold, and every
+// page that comes back holds what its tokens say.
+TEST_P(PageTiersTest, EventsFollowSmallTiersThroughManyRequests) {
+  const TemporaryFolder folder;
+  auto store = DiskStore::open(folder.path(), 24 * kSlabAlignment);
+  ASSERT_TRUE(store.has_value());
+  build(setups(host(24000), {std::move(*store), {}}));
+  uint64_t seed = 11;
+  const auto below = [&](uint64_t n) { return cache::testing::next_random(seed) % n; };
+  int64_t hits = 0, most_hidden = 0;
+  for (int i = 0; i < 200; ++i) {
+    SCOPED_TRACE("request " + std::to_string(i));
+    std::vector<int32_t> pages = {static_cast<int32_t>(below(3))};
+    while (pages.size() < 8 && below(6) != 0) pages.push_back(static_cast<int32_t>(3 + below(2)));
+    hits += serve(tokens_of(pages, static_cast<int>(1 + below(9))), below(5) == 0 ? "salt" : "");
+    // Part of the tree goes down.
+    const int page_class = static_cast<int>(below(h_->cache().num_page_classes()));
+    tree_->evict(page_class, h_->cache().page_class(page_class).free_pages + 1 +
+                                 static_cast<int64_t>(below(6)));
+    tiers_->wait_idle();
+    ASSERT_EQ(mirror_->error(), "");
+    // Pages whose parents are gone are held and not told; that is rare.
+    const int64_t hidden = tiers_->tier(0).stats().usage.pages - told(Medium::kHost) +
+                           tiers_->tier(1).stats().usage.pages - told(Medium::kDisk);
+    ASSERT_GE(hidden, 0);
+    most_hidden = std::max(most_hidden, hidden);
+    ASSERT_LE(told(Medium::kHost), tiers_->tier(0).stats().usage.pages);
+    ASSERT_LE(told(Medium::kDisk), tiers_->tier(1).stats().usage.pages);
+    int64_t in_tree = 0;
+    for (int g = 0; g < h_->cache().num_groups(); ++g) in_tree += tree_->group_pages(g);
+    ASSERT_EQ(told(Medium::kDevice), in_tree);
+    if (HasFailure()) return;
+  }
+  EXPECT_LE(most_hidden, 6);
+  EXPECT_GT(hits, 100 * kPageTokens);
+  EXPECT_GT(loaded_from(Medium::kHost), 0);
+  EXPECT_GT(loaded_from(Medium::kDisk), 0);
+  EXPECT_GT(tiers_->tier(0).stats().evictions, 20);
+  EXPECT_GT(tiers_->tier(1).stats().evictions, 20);
 }
 
 INSTANTIATE_TEST_SUITE_P(Formats, PageTiersTest,
