@@ -2,7 +2,7 @@
 // Dynamo, Mooncake Conductor and AIBrix read), as values.
 //
 // A "block" of the protocol is a closed page of kvant; block_size is page_tokens. Facts and
-// sources: docs/serving-events.md. Plain values, thread-safe.
+// sources: docs/kv-events.md. Plain values, thread-safe.
 #pragma once
 
 #include <cstdint>

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <mutex>
@@ -117,7 +118,7 @@ struct TierMetrics {
   Gauge *bytes, *capacity, *pages;
   Counter* hit_tokens;
   FollowingCounter lower_hit_tokens, queries, hits, loads, load_bytes, load_seconds, stores,
-      store_bytes, store_seconds, failures, lower_evictions;
+      store_bytes, dropped, failures, lower_evictions;
   Counter *stored_pages, *removed_pages;
 };
 
@@ -127,7 +128,7 @@ struct KvantMetrics {
   std::vector<TierMetrics> tiers;           // [medium]
   std::vector<FollowingCounter> evictions;  // [cause]
   Gauge &tree_pages, &tree_leased, &tree_bytes;
-  FollowingCounter tree_inserted;
+  FollowingCounter tree_inserted, skipped_loads;
   Gauge &cache_reserved, &cache_per_value, &cache_tokens;
   FollowingCounter steps, model_seconds, loop_seconds;
   Counter &drafted, &accepted, &prefill_rows, &decode_rows;
@@ -159,7 +160,8 @@ std::vector<TierMetrics> make_tiers(MetricTable& t, const std::string& format) {
   Series<Counter> load_seconds = counters("kvant:cache_load_seconds_total", "Time they took.");
   Series<Counter> stores = counters("kvant:cache_stores_total", "Pages copied to the tier.");
   Series<Counter> store_bytes = counters("kvant:cache_store_bytes_total", "Bytes of these.");
-  Series<Counter> store_seconds = counters("kvant:cache_store_seconds_total", "Time they took.");
+  Series<Counter> dropped =
+      counters("kvant:cache_dropped_stores_total", "Pages that a tier was too busy to take.");
   Series<Counter> failures = counters("kvant:cache_failures_total",
                                       "Pages that a tier refused, lost or spoilt; each is a miss.");
   Series<Counter> evictions =
@@ -187,7 +189,7 @@ std::vector<TierMetrics> make_tiers(MetricTable& t, const std::string& format) {
                      .load_seconds = follow(load_seconds),
                      .stores = follow(stores),
                      .store_bytes = follow(store_bytes),
-                     .store_seconds = follow(store_seconds),
+                     .dropped = follow(dropped),
                      .failures = follow(failures),
                      .lower_evictions = follow(evictions),
                      .stored_pages = &stored.with(labels),
@@ -217,6 +219,9 @@ KvantMetrics::KvantMetrics(MetricTable& t, const MetricsConfig& config)
       tree_bytes(t.gauge("kvant:prefix_tree_bytes", "Bytes of the prefix tree's pages.")),
       tree_inserted(
           t.counter("kvant:prefix_tree_inserted_pages_total", "Pages added to the prefix tree.")),
+      skipped_loads(
+          t.counter("kvant:cache_loads_skipped_total",
+                    "Prompts computed although a tier had pages: that was expected to be faster.")),
       cache_reserved(t.gauge("kvant:cache_reserved_bytes", "Bytes reserved for the cache.")),
       cache_per_value(
           t.gauge("kvant:cache_bytes_per_value",
@@ -285,6 +290,9 @@ KvantMetrics::KvantMetrics(MetricTable& t, const MetricsConfig& config)
   for (const char* status : {"200", "400", "401", "404", "429", "503"}) {
     responses.with({{"status", status}});
   }
+  for (const char* status : {"400", "408", "413", "431", "503"}) {
+    refused.with({{"status", status}});
+  }
 }
 
 }  // namespace
@@ -308,7 +316,8 @@ struct Metrics::State {
 
   void refresh();
   void refresh_engine(const EngineStats& stats);
-  void refresh_tier(const TierStats& stats);
+  void refresh_tier(cache::Medium medium, const TierStats& stats, const PrefetchStats& prefetch);
+  void refresh_external(const EngineStats& stats);
   void refresh_events(const EventCounts& counts);
 
   const MetricsConfig config;
@@ -317,16 +326,14 @@ struct Metrics::State {
   KvantMetrics kvant;
   std::mutex mutex;  // of the sources, and of refreshing from them
   std::function<EngineStats()> engine;
-  std::function<std::vector<TierStats>()> tiers;
+  double loaded_tokens = 0;  // of the tiers below the device, as last read
+  std::atomic<bool> has_tiers = false;
   std::function<EventCounts()> events;
 };
 
 void Metrics::State::refresh() {
   const std::lock_guard lock(mutex);
   if (engine) refresh_engine(engine());
-  if (tiers) {
-    for (const TierStats& stats : tiers()) refresh_tier(stats);
-  }
   if (events) refresh_events(events());
 }
 
@@ -354,24 +361,42 @@ void Metrics::State::refresh_engine(const EngineStats& stats) {
   TierMetrics& device = kvant.tiers[0];
   device.bytes->Set(static_cast<double>(bytes.stored_pages_now + bytes.bf16_pages_now));
   device.capacity->Set(static_cast<double>(bytes.pages_reserved()));
+  has_tiers = !stats.tiers.empty();
+  for (const EngineStats::OfTier& tier : stats.tiers) {
+    refresh_tier(tier.medium, tier.stats, stats.prefetch);
+  }
+  refresh_external(stats);
+  kvant.skipped_loads.follow(static_cast<double>(stats.prefetch.skipped_by_cost));
 }
 
-void Metrics::State::refresh_tier(const TierStats& stats) {
-  TierMetrics& tier = kvant.tiers[static_cast<size_t>(stats.medium)];
-  tier.bytes->Set(static_cast<double>(stats.bytes));
-  tier.capacity->Set(static_cast<double>(stats.capacity_bytes));
-  tier.pages->Set(static_cast<double>(stats.pages));
-  tier.lower_hit_tokens.follow(static_cast<double>(stats.hit_tokens));
-  tier.queries.follow(static_cast<double>(stats.queries));
+void Metrics::State::refresh_tier(cache::Medium medium, const TierStats& stats,
+                                  const PrefetchStats& prefetch) {
+  const auto index = static_cast<size_t>(medium);
+  TierMetrics& tier = kvant.tiers[index];
+  tier.bytes->Set(static_cast<double>(stats.usage.bytes));
+  tier.capacity->Set(static_cast<double>(stats.usage.limit_bytes));
+  tier.pages->Set(static_cast<double>(stats.usage.pages));
+  tier.lower_hit_tokens.follow(static_cast<double>(prefetch.loaded_tokens[index]));
+  tier.queries.follow(static_cast<double>(stats.gets));
   tier.hits.follow(static_cast<double>(stats.hits));
-  tier.loads.follow(static_cast<double>(stats.loads));
-  tier.load_bytes.follow(static_cast<double>(stats.load_bytes));
-  tier.load_seconds.follow(stats.load_seconds);
-  tier.stores.follow(static_cast<double>(stats.stores));
-  tier.store_bytes.follow(static_cast<double>(stats.store_bytes));
-  tier.store_seconds.follow(stats.store_seconds);
+  tier.loads.follow(static_cast<double>(prefetch.loaded_pages[index]));
+  tier.load_bytes.follow(static_cast<double>(stats.hit_bytes));
+  tier.load_seconds.follow(stats.get_seconds);
+  tier.stores.follow(static_cast<double>(stats.puts));
+  tier.store_bytes.follow(static_cast<double>(stats.put_bytes));
+  tier.dropped.follow(static_cast<double>(stats.dropped));
   tier.lower_evictions.follow(static_cast<double>(stats.evictions));
-  tier.failures.follow(static_cast<double>(stats.failures));
+  tier.failures.follow(static_cast<double>(stats.failures + stats.put_failures));
+}
+
+// What lower tiers gave; on_lookup has counted what the device lacked. Queries first, as always.
+void Metrics::State::refresh_external(const EngineStats& stats) {
+  double total = 0;
+  for (const int64_t tokens : stats.prefetch.loaded_tokens) total += static_cast<double>(tokens);
+  if (total <= loaded_tokens) return;
+  vllm.external_queries.Increment(total - loaded_tokens);
+  vllm.external_hits.Increment(total - loaded_tokens);
+  loaded_tokens = total;
 }
 
 void Metrics::State::refresh_events(const EventCounts& counts) {
@@ -392,11 +417,6 @@ void Metrics::watch_engine(std::function<EngineStats()> source) {
   state_->engine = std::move(source);
 }
 
-void Metrics::watch_tiers(std::function<std::vector<TierStats>()> source) {
-  const std::lock_guard lock(state_->mutex);
-  state_->tiers = std::move(source);
-}
-
 void Metrics::watch_events(std::function<EventCounts()> source) {
   const std::lock_guard lock(state_->mutex);
   state_->events = std::move(source);
@@ -405,7 +425,6 @@ void Metrics::watch_events(std::function<EventCounts()> source) {
 void Metrics::unwatch() {
   const std::lock_guard lock(state_->mutex);
   state_->engine = nullptr;
-  state_->tiers = nullptr;
   state_->events = nullptr;
 }
 
@@ -445,11 +464,6 @@ void Metrics::observe_quality(const QualitySample& sample) {
   kvant.outliers[sample.keys]->Increment(static_cast<double>(sample.outliers));
 }
 
-void Metrics::observe_external_lookup(int64_t queried, int64_t found) {
-  state_->vllm.external_queries.Increment(static_cast<double>(queried));
-  state_->vllm.external_hits.Increment(static_cast<double>(found));
-}
-
 void Metrics::on_step(const StepRecord& record) {
   const auto prefill = static_cast<double>(record.prefill_tokens);
   const auto decode = static_cast<double>(record.decode_tokens);
@@ -471,6 +485,9 @@ void Metrics::on_inter_token(double seconds) {
 void Metrics::on_lookup(int64_t queried, int64_t found) {
   state_->vllm.queries.Increment(static_cast<double>(queried));
   state_->vllm.hits.Increment(static_cast<double>(found));
+  if (state_->has_tiers) {
+    state_->vllm.external_queries.Increment(static_cast<double>(queried - found));
+  }
   state_->kvant.tiers[0].hit_tokens->Increment(static_cast<double>(found));
 }
 

@@ -35,22 +35,6 @@ struct MetricsConfig {
   bool prefix_caching = true;
 };
 
-// One tier below the device, since the start unless it says otherwise.
-struct TierStats {
-  cache::Medium medium = cache::Medium::kHost;
-  int64_t bytes = 0, capacity_bytes = 0;  // now
-  int64_t pages = 0;                      // now
-  int64_t queries = 0;                    // pages looked for
-  int64_t hits = 0;                       // pages found
-  int64_t hit_tokens = 0;                 // that requests were served from it
-  int64_t loads = 0, load_bytes = 0;
-  double load_seconds = 0;
-  int64_t stores = 0, store_bytes = 0;
-  double store_seconds = 0;
-  int64_t evictions = 0;
-  int64_t failures = 0;  // refused, corrupt or unreachable: each was a miss
-};
-
 // What KV events came to; KvEventStats in kvant/serve/events, without its dependencies.
 struct EventCounts {
   int64_t batches = 0, events = 0, dropped = 0, missed = 0, replays = 0;
@@ -84,7 +68,6 @@ class Metrics final : public EngineObserver,
   // Each is called on the thread that asks for metrics, one at a time. They must stay callable
   // until unwatch().
   void watch_engine(std::function<EngineStats()> source);
-  void watch_tiers(std::function<std::vector<TierStats>()> source);
   void watch_events(std::function<EventCounts()> source);
   void set_scale_audit(bool keys, std::span<const ScaleAudit> audit);
   // Forgets the sources: what they read may go now. The last values stay.
@@ -102,8 +85,6 @@ class Metrics final : public EngineObserver,
   // From a request's first byte to its place in the engine's queue.
   void observe_enqueued(double seconds);
   void observe_quality(const QualitySample& sample);
-  // Tokens looked up in the tiers below the device, and found there.
-  void observe_external_lookup(int64_t queried, int64_t found);
 
   // ---- the engine's thread ----
   void on_step(const StepRecord& record) override;

@@ -219,10 +219,14 @@ TEST(Metrics, FollowsTheSourcesThatItWatches) {
   engine.tree.evicted[0] = 7;
   const std::string cause(cache::eviction_cause_name(cache::EvictionCause{}));
   metrics.watch_engine([&] { return engine; });
-  TierStats disk{.medium = cache::Medium::kDisk, .bytes = 4096, .hit_tokens = 128, .failures = 2};
-  metrics.watch_tiers([&] { return std::vector<TierStats>{disk}; });
+  TierStats disk;
+  disk.usage.bytes = 4096;
+  disk.failures = 2;
+  engine.tiers = {{cache::Medium::kDisk, disk}};
+  engine.prefetch.loaded_tokens[static_cast<size_t>(cache::Medium::kDisk)] = 128;
   metrics.watch_events([] { return EventCounts{.batches = 9, .dropped = 1}; });
   metrics.text();
+  metrics.on_lookup(300, 200);
   engine.prompt_tokens = 1500;
   engine.tree.evicted[0] = 8;
   Scrape scrape(metrics.text());
@@ -236,6 +240,8 @@ TEST(Metrics, FollowsTheSourcesThatItWatches) {
   EXPECT_EQ(scrape.value("kvant:cache_bytes", "tier=\"disk\""), 4096);
   EXPECT_EQ(scrape.value("kvant:cache_hit_tokens_total", "tier=\"disk\""), 128);
   EXPECT_EQ(scrape.value("kvant:cache_failures_total", "tier=\"disk\""), 2);
+  EXPECT_EQ(scrape.value("vllm:external_prefix_cache_queries_total"), 128 + 100);
+  EXPECT_EQ(scrape.value("vllm:external_prefix_cache_hits_total"), 128);
   EXPECT_EQ(scrape.value("kvant:kv_event_batches_total"), 9);
   EXPECT_EQ(scrape.value("kvant:kv_event_batches_dropped_total"), 1);
   metrics.unwatch();

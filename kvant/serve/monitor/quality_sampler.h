@@ -4,8 +4,8 @@
 // The copy is made from the same rows, rounded to BF16 as open pages hold them, by a codec whose
 // bytes equal those of every backend, with the plan that the cache uses; so the error is that of
 // the stored page. One layer at a time, in turn; pages of prompts only (those that answers fill are
-// encoded alike). The step that is sampled copies its rows to the host, which is its whole cost:
-// see docs/monitoring.md for the figure.
+// encoded alike). The sampled step copies the rows of its layers to the host; that, and one page of
+// one layer through the codec, is the whole cost.
 #pragma once
 
 #include <cstdint>
