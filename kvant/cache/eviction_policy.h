@@ -3,11 +3,11 @@
 // n). Thread-safe (pure functions).
 #pragma once
 
-#include <compare>
 #include <cstdint>
 #include <limits>
 #include <string>
 #include <string_view>
+#include <tuple>
 
 #include "kvant/base/result.h"
 
@@ -49,7 +49,11 @@ struct EvictionOrder {
   int priority = 0;
   double value = 0;
   uint64_t stamp = 0;
-  auto operator<=>(const EvictionOrder&) const = default;
+
+  bool operator==(const EvictionOrder&) const = default;
+  bool operator<(const EvictionOrder& other) const {
+    return std::tie(priority, value, stamp) < std::tie(other.priority, other.value, other.stamp);
+  }
 };
 
 EvictionOrder eviction_order(EvictionPolicy policy, const EvictionCosts& costs,

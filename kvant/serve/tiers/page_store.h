@@ -22,7 +22,8 @@ namespace kvant::serve {
 struct PageName {
   cache::PageKey key{};
   uint32_t group = 0;
-  auto operator<=>(const PageName&) const = default;
+
+  bool operator==(const PageName&) const = default;
 };
 
 struct PageNameHash {

@@ -1,12 +1,13 @@
 #include "kvant/serve/tiers/redis_client.h"
 
 #include <hiredis/hiredis.h>
-#include <signal.h>
 #include <sys/time.h>
-#include <time.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <charconv>
+#include <csignal>
+#include <ctime>
 #include <optional>
 #include <thread>
 #include <utility>

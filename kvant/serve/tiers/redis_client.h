@@ -13,6 +13,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <vector>
 
 #include "kvant/base/result.h"
@@ -22,7 +23,11 @@ namespace kvant::serve {
 struct RedisAddress {
   std::string host;
   int port = 6379;
-  auto operator<=>(const RedisAddress&) const = default;
+
+  bool operator==(const RedisAddress&) const = default;
+  bool operator<(const RedisAddress& other) const {
+    return std::tie(host, port) < std::tie(other.host, other.port);
+  }
 };
 
 // redis://[[user]:password@]host[:port][,host[:port]...][/database]

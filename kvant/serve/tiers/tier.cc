@@ -120,7 +120,7 @@ Status Tier::clear() {
   std::unique_lock lock(mutex_);
   idle_.wait(lock, [&] { return tasks_.empty() && !busy_; });
   // The thread sleeps and the lock keeps it so: the store is ours.
-  const Status status = store_->clear();
+  Status status = store_->clear();
   (void)store_->take_evicted();
   stats_.usage = store_->usage();
   return status;
