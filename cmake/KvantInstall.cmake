@@ -22,3 +22,10 @@ write_basic_package_version_file(${PROJECT_BINARY_DIR}/kvantConfigVersion.cmake
 install(FILES ${PROJECT_BINARY_DIR}/kvantConfig.cmake ${PROJECT_BINARY_DIR}/kvantConfigVersion.cmake
         DESTINATION ${package_dir})
 install(FILES ${PROJECT_SOURCE_DIR}/LICENSE DESTINATION ${CMAKE_INSTALL_DATADIR}/doc/kvant)
+
+# The service and an example of its configuration; nothing is enabled.
+configure_file(${PROJECT_SOURCE_DIR}/packaging/kvant.service.in ${PROJECT_BINARY_DIR}/kvant.service @ONLY)
+install(FILES ${PROJECT_BINARY_DIR}/kvant.service DESTINATION lib/systemd/system)
+install(FILES ${PROJECT_SOURCE_DIR}/packaging/serve.yaml ${PROJECT_SOURCE_DIR}/docs/grafana/kvant.json
+              ${PROJECT_SOURCE_DIR}/docs/grafana/alerts.yml
+        DESTINATION ${CMAKE_INSTALL_DATADIR}/doc/kvant/examples)

@@ -20,6 +20,8 @@ std::span<const Command* const> commands() {
       &tokenize_command,
       &codec_command,
       &inspect_command,
+      &completion_command,
+      &man_command,
   };
   // clang-format on
   return table;

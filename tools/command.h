@@ -30,6 +30,7 @@ struct Command {
   std::string_view summary;   // one line, no full stop
   std::string_view examples;  // whole command lines, one a line; shown by --help
   JsonOutput json = JsonOutput::kOffered;
+  bool listed = true;  // by --help, completions and the manual page
   // Adds positionals, options and nested subcommands to `app` and returns the body, which owns the
   // variables that the options are bound to. The frame adds --help, --quiet and --json. Do not use
   // CLI::ExistingFile: a missing file is not a usage error (its exit code is 66, not 64).
@@ -47,6 +48,8 @@ extern const Command bench_command;
 extern const Command tokenize_command;
 extern const Command codec_command;
 extern const Command inspect_command;
+extern const Command completion_command;
+extern const Command man_command;
 
 // All commands, in the order of the help page.
 std::span<const Command* const> commands();

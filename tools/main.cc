@@ -12,6 +12,7 @@
 #include "kvant/base/check.h"
 #include "kvant/base/cpu_level.h"
 #include "tools/command.h"
+#include "tools/command_app.h"
 #include "tools/json_output.h"
 
 namespace kvant::tools {
@@ -37,10 +38,12 @@ std::string help_page() {
   size_t width = 0;
   for (const Command* command : commands()) width = std::max(width, command->name.size());
   for (const Command* command : commands()) {
+    if (!command->listed) continue;
     text += fmt::format("  {:<{}}  {}\n", command->name, width, command->summary);
   }
   text += "\nExamples:\n";
   for (const Command* command : commands()) {
+    if (!command->listed) continue;
     const std::string_view examples = command->examples;
     text += fmt::format("  {}\n", examples.substr(0, examples.find('\n')));
   }
@@ -50,35 +53,6 @@ std::string help_page() {
       "docs/cli.md.\n";
   return text;
 }
-
-// A command's option parser together with the options that the frame adds.
-struct ParsedCommand {
-  explicit ParsedCommand(const Command& command)
-      : app(std::string(command.summary) + ".", "kvant " + std::string(command.name)) {
-    body = command.define(app);
-    if (command.json == JsonOutput::kOffered) {
-      app.add_flag("--json", options.json, "Print one JSON object on standard output");
-    }
-    app.add_flag("--quiet", options.quiet, "No progress and no notes on standard error");
-    std::string examples = "\nExamples:\n";
-    size_t start = 0;
-    while (start < command.examples.size()) {
-      const size_t end = std::min(command.examples.find('\n', start), command.examples.size());
-      examples += fmt::format("  {}\n", command.examples.substr(start, end - start));
-      start = end + 1;
-    }
-    app.footer(examples);
-    app.fallthrough();  // --json and --quiet may also follow a nested subcommand
-    for (CLI::App* nested : app.get_subcommands([](CLI::App*) { return true; })) {
-      nested->fallthrough();
-      nested->footer(examples);
-    }
-  }
-
-  CLI::App app;
-  CommandBody body;
-  Console::Options options;
-};
 
 void print_error(std::string_view name, const Error& error) {
   std::string text = fmt::format("kvant: error: {}\n", error.message());
