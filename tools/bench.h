@@ -20,6 +20,7 @@ struct Bench {
 
 extern const Bench attention_bench;
 extern const Bench model_bench;
+extern const Bench serve_bench;
 
 // {"schema_version": 1, "command": "bench", "bench": NAME}
 Json bench_json(std::string_view name);
