@@ -428,6 +428,7 @@ std::vector<Result<RedisReply>> RedisClient::run(std::span<const Command> comman
     open = std::move(again);
     if (open.empty()) break;
     if (wait) {
+      if (Clock::now() < no_waits_until_) break;  // it did not help a moment ago
       std::this_thread::sleep_for(std::chrono::milliseconds(pause_ms));
       pause_ms *= 2;
     }
@@ -435,6 +436,8 @@ std::vector<Result<RedisReply>> RedisClient::run(std::span<const Command> comman
   }
   asked_.clear();
   // Whoever still waits or is sent around got no answer.
+  if (!open.empty() && Clock::now() >= no_waits_until_)
+    no_waits_until_ = Clock::now() + std::chrono::milliseconds(options_.breaker_first_ms);
   for (const size_t i : open)
     results[i] = Error(ErrorCode::kIoError, "the cluster is being rearranged: " + results[i]->text);
   return results;

@@ -106,6 +106,7 @@ class RedisClient {
   bool slots_known_ = false;
   bool slots_stale_ = false;
   Clock::time_point next_learning_{};
+  Clock::time_point no_waits_until_{};
   Stats stats_;
 };
 

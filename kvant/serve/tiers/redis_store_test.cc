@@ -232,6 +232,24 @@ TEST_F(RedisCluster, ASlotThatMovesIsFollowed) {
   EXPECT_EQ(store_->client_stats().redirections, settled) << "the new owner is remembered";
 }
 
+TEST_F(RedisCluster, ASlotThatNobodyServesIsWaitedForOnlyNowAndThen) {
+  const std::string name = std::to_string(redis_slot(RedisStore::redis_key(test_name(0))));
+  const int lost = owner(0);
+  for (int server = 0; server < 3; ++server) servers_->cli(server, "CLUSTER DELSLOTS " + name);
+  const auto begin = std::chrono::steady_clock::now();
+  for (int i = 0; i < 500; ++i) EXPECT_FALSE(store_->get(test_name(0)).has_value());
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+  EXPECT_LT(seconds.count(), 3.0);
+  for (uint32_t i = 1; i < 20; ++i) EXPECT_TRUE(holds(*store_, i)) << i;
+  servers_->cli(lost, "CLUSTER ADDSLOTS " + name);
+  bool back = false;
+  for (int i = 0; i < 100 && !back; ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    back = store_->put(test_name(0), test_object(0)).has_value();
+  }
+  EXPECT_TRUE(back);
+}
+
 TEST_F(RedisCluster, ANodeThatDiesTakesOnlyItsPagesWithIt) {
   std::vector<int> owners;
   for (uint32_t i = 0; i < 30; ++i) owners.push_back(owner(i));
