@@ -11,6 +11,7 @@ std::span<const Command* const> commands() {
   // clang-format off
   static const std::vector<const Command*> table = {
       &run_command,
+      &serve_command,
       &eval_command,
       &compare_command,
       &needle_command,

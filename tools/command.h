@@ -39,6 +39,7 @@ struct Command {
 
 // One declaration per command, in the order of the table.
 extern const Command run_command;
+extern const Command serve_command;
 extern const Command eval_command;
 extern const Command compare_command;
 extern const Command needle_command;

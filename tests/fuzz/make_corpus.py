@@ -98,6 +98,19 @@ SCHEMAS = [
     {"type": "array", "prefixItems": [{"type": "string", "format": "date-time"}, {"pattern": "^[a-c]+$"}],
      "items": {"type": "object", "maxProperties": 2, "minProperties": 1}},
 ]
+COMPLETION = {
+    "prompt": "a", "model": "m", "max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": -3,
+    "stop": ["x", "y"], "stop_token_ids": [4], "ignore_eos": True, "min_tokens": 2, "n": 2, "logit_bias": {"5": -100},
+    "logprobs": 2, "echo": True, "stream": True, "stream_options": {"include_usage": True}, "cache_salt": "s",
+    "return_token_ids": True, "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {}}}}
+CHAT = {
+    "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]},
+                 {"role": "assistant", "content": None, "tool_calls": [
+                     {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{\"x\": 1}"}}]},
+                 {"role": "tool", "tool_call_id": "c", "content": "2"}],
+    "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+    "tool_choice": {"type": "function", "function": {"name": "f"}}, "logprobs": True, "top_logprobs": 3,
+    "max_completion_tokens": 5, "structured_outputs": {"choice": ["a", "b"]}, "chat_template_kwargs": {"x": 1}}
 
 
 def main() -> None:
@@ -112,6 +125,16 @@ def main() -> None:
         "gguf/q8_0": gguf([("blk.0.attn_q.weight", 8, (32, 2), 68)]),
         "gguf/q4_k": gguf([("blk.0.ffn_up.weight", 12, (256, 1), 144)]),
         "gguf/version2": gguf([("norm.weight", 0, (8,), 32)], version=2),
+        "http/get": b"GET /a?x=%20y HTTP/1.1\r\nHost: h\r\nX: abc\r\n\r\n",
+        "http/two": b"POST /s?q HTTP/1.1\r\nContent-Length: 3\r\n\r\nabcGET / HTTP/1.0\r\n\r\n",
+        "http/chunks": b"POST /s HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n3;a=b\r\nabc\r\n0\r\nT: x\r\n\r\n",
+        "http/expect": b"POST / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 1\r\n\r\nx",
+        "openai_request/completion": b"\0" + json.dumps(COMPLETION).encode(),
+        "openai_request/ids": b"\0" + json.dumps({"prompt": [[1, 2], [3]], "max_tokens": 0, "echo": True}).encode(),
+        "openai_request/chat": b"\1" + json.dumps(CHAT).encode(),
+        "option_file/all": b"# c\nport: 9000\nserved_model_name: [a, 'b']\nno-access-log: true\n",
+        "option_file/anchor": b"port: &p 1\nserved-model-name: [*p, \"\\x41\"]\n",
+        "sse/text": b"\x07\x03the text ends here, or there \xe2\x82\xac",
         "kv_events_config/all": b'{"enable_kv_cache_events":true,"publisher":"zmq","endpoint":"tcp://*:5557","hwm":9,'
                                 b'"replay_endpoint":"tcp://*:5558","buffer_steps":1,"topic":"kv@{address}@{model}"}',
         "kv_events_config/endpoint": b"tcp://*:5557",

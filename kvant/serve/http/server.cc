@@ -184,10 +184,9 @@ int64_t Server::connections() const {
   return static_cast<int64_t>(state_->shared->open.size());
 }
 
-bool Server::drain(std::chrono::milliseconds timeout) {
+void Server::stop_accepting() {
   State& state = *state_;
-  ServerState& shared = *state.shared;
-  if (!shared.draining.exchange(true)) {
+  if (!state.shared->draining.exchange(true)) {
     asio::post(*state.accepting, [&state] {
       beast::error_code error;
       state.acceptor.close(error);
@@ -195,6 +194,12 @@ bool Server::drain(std::chrono::milliseconds timeout) {
     });
   }
   state.close_all(true, {});
+}
+
+bool Server::drain(std::chrono::milliseconds timeout) {
+  stop_accepting();
+  State& state = *state_;
+  ServerState& shared = *state.shared;
   std::unique_lock lock(shared.mutex);
   if (shared.gone.wait_for(lock, timeout, [&] { return shared.open.empty(); })) return true;
   lock.unlock();

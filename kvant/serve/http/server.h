@@ -76,8 +76,10 @@ class Server {
   int port() const;             // the real one
   std::string address() const;  // "127.0.0.1:8000", "[::1]:8000"
   int64_t connections() const;
-  // Accepts nobody any more, closes idle connections, waits for responses to end; after `timeout`
-  // cuts the rest. True if nothing had to be cut.
+  // Listens no more and closes idle connections; the others end with the response that they get.
+  void stop_accepting();
+  // stop_accepting(), waits for responses to end, after `timeout` cuts the rest. True if nothing
+  // had to be cut.
   bool drain(std::chrono::milliseconds timeout);
 
  private:

@@ -22,7 +22,48 @@ Generation::Choice::Choice(Generation& generation, int index, size_t prompt_inde
           {.stop = generation.request().sampling.stop,
            .include_stop_str_in_output = generation.request().sampling.include_stop_str_in_output,
            .min_tokens = generation.request().sampling.min_tokens,
-           .skip_special_tokens = generation.request().sampling.skip_special_tokens}) {}
+           .skip_special_tokens = generation.request().sampling.skip_special_tokens}) {
+  if (!generation.input_.tools) return;
+  ToolCallParserOptions options = *generation.input_.tools;
+  options.id_seed += static_cast<uint64_t>(index);
+  tools_.emplace(std::move(options));
+}
+
+// Text of the answer; calls of tools are taken out of it.
+void Generation::Choice::add_text(std::string_view piece) {
+  if (!tools_) {
+    text_ += piece;
+  } else {
+    add_events(tools_->push(piece));
+  }
+}
+
+void Generation::Choice::add_events(const std::vector<ToolEvent>& events) {
+  const bool stream = generation_.request().stream;
+  for (const ToolEvent& event : events) {
+    if (event.kind == ToolEvent::Kind::kContent) {
+      text_ += event.text;
+      continue;
+    }
+    if (event.index > 0 && !generation_.request().parallel_tool_calls) continue;
+    Json call;
+    if (event.kind == ToolEvent::Kind::kCallBegin) {
+      if (stream) call["index"] = event.index;
+      call["id"] = event.id;
+      call["type"] = "function";
+      call["function"] = Json{{"name", event.name}, {"arguments", ""}};
+    } else if (event.kind == ToolEvent::Kind::kArguments && stream) {
+      call["index"] = event.index;
+      call["function"] = Json{{"arguments", event.text}};
+    } else if (event.kind == ToolEvent::Kind::kArguments) {
+      tool_calls_.back()["function"]["arguments"].get_ref<std::string&>() += event.text;
+      continue;
+    } else {
+      continue;
+    }
+    (stream ? tool_deltas_ : tool_calls_).push_back(std::move(call));
+  }
+}
 
 void Generation::Choice::on_prompt(const PromptRecord& record) {
   const GenerationRequest& request = generation_.request();
@@ -52,21 +93,23 @@ bool Generation::Choice::on_token(const SampledToken& token, bool ends) {
   if (request.return_token_ids) token_ids_.push_back(token.id);
   // A token that ends the answer is no part of its text.
   if (!ends || request.sampling.include_stop_str_in_output) {
-    text_ += text_stream_.push(token.id);
+    add_text(text_stream_.push(token.id));
   }
-  if (request.stream && !text_.empty()) send_chunk(false);
+  if (request.stream && has_news()) send_chunk(false);
   return !text_stream_.stopped();
 }
 
 void Generation::Choice::on_finish(const FinishRecord& record) {
   finish_ = record;
-  text_ += text_stream_.finish();
+  add_text(text_stream_.finish());
+  if (tools_) add_events(tools_->finish());
   if (generation_.request().stream) send_chunk(true);
   generation_.choice_finished();
 }
 
 std::string_view Generation::Choice::finish_reason() const {
-  return finish_reason_name(finish_.reason);
+  const bool calls = tools_ && tools_->num_calls() > 0 && finish_.reason == FinishReason::kStop;
+  return calls ? "tool_calls" : finish_reason_name(finish_.reason);
 }
 
 Json Generation::Choice::stop_reason() const {
@@ -91,10 +134,11 @@ std::string Generation::Choice::text_fields(bool last) {
   std::string fields;
   if (!request.chat) {
     fields = fmt::format("\"text\":{}", quote_json(text_));
-  } else if (text_.empty()) {
-    fields = "\"delta\":{}";
   } else {
-    fields = fmt::format("\"delta\":{{\"content\":{}}}", quote_json(text_));
+    Json delta = Json::object();
+    if (!text_.empty()) delta["content"] = text_;
+    if (!tool_deltas_.empty()) delta["tool_calls"] = std::exchange(tool_deltas_, Json::array());
+    fields = "\"delta\":" + dump_json(delta);
   }
   const bool has_logprobs = request.logprobs && !tokens_.empty();
   fields += fmt::format(",\"logprobs\":{}", has_logprobs ? dump_json(logprobs_json()) : "null");
@@ -145,7 +189,12 @@ Json Generation::Choice::json() {
   Json choice;
   choice["index"] = index_;
   if (request.chat) {
-    choice["message"] = Json{{"role", "assistant"}, {"content", text_}};
+    Json message{{"role", "assistant"}, {"content", text_}};
+    if (!tool_calls_.empty()) {
+      if (text_.empty()) message["content"] = nullptr;
+      message["tool_calls"] = tool_calls_;
+    }
+    choice["message"] = std::move(message);
   } else {
     choice["text"] = text_;
   }
@@ -166,7 +215,10 @@ Json Generation::Choice::json() {
 
 Generation::Generation(GenerationContext& context, GenerationInput input,
                        std::shared_ptr<http::ResponseWriter> writer)
-    : context_(context), input_(std::move(input)), writer_(std::move(writer)) {
+    : context_(context),
+      active_(context.active),
+      input_(std::move(input)),
+      writer_(std::move(writer)) {
   const bool chat = request().chat;
   head_.id = fmt::format("{}-{}", chat ? "chatcmpl" : "cmpl", input_.http->id);
   head_.object = !chat              ? "text_completion"
@@ -181,11 +233,11 @@ Generation::Generation(GenerationContext& context, GenerationInput input,
     }
   }
   unfinished_ = choices_.size();
-  ++context_.active;
+  ++*active_;
 }
 
 Generation::~Generation() {
-  --context_.active;
+  --*active_;
 }
 
 Status Generation::start(GenerationContext& context, GenerationInput input,

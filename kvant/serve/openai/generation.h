@@ -18,6 +18,7 @@
 #include "kvant/serve/openai/generation_request.h"
 #include "kvant/serve/openai/task_threads.h"
 #include "kvant/serve/openai/text_stream.h"
+#include "kvant/serve/tools.h"
 
 namespace kvant::serve::openai {
 
@@ -26,7 +27,8 @@ struct GenerationContext {
   Engine* engine = nullptr;
   const model::Tokenizer* tokenizer = nullptr;
   TaskThreads* tasks = nullptr;
-  std::atomic<int64_t> active{0};  // generations that have not ended
+  // Generations that have not ended; the engine may let go of the last one late.
+  std::shared_ptr<std::atomic<int64_t>> active = std::make_shared<std::atomic<int64_t>>(0);
 };
 
 struct GenerationInput {
@@ -34,6 +36,7 @@ struct GenerationInput {
   std::string model_name;  // as the response says it
   std::vector<std::vector<int32_t>> prompts;
   std::shared_ptr<const ConstraintSource> constraint;  // may be null
+  std::optional<ToolCallParserOptions> tools;          // none: the answer is text
   Tenant tenant;
   std::shared_ptr<const http::HttpRequest> http;
 };
@@ -63,7 +66,9 @@ class Generation : public std::enable_shared_from_this<Generation> {
 
    private:
     friend class Generation;
-    void add_text(std::string piece);
+    void add_text(std::string_view piece);
+    void add_events(const std::vector<ToolEvent>& events);
+    bool has_news() const { return !text_.empty() || !tool_deltas_.empty(); }
     void send_chunk(bool last);
     std::string text_fields(bool last);
     Json logprobs_json();
@@ -74,9 +79,12 @@ class Generation : public std::enable_shared_from_this<Generation> {
     const int index_;
     const size_t prompt_index_;
     TextStream text_stream_;
+    std::optional<ToolCallParser> tools_;
     std::string text_;                  // not sent yet
     std::vector<SampledToken> tokens_;  // the same, if log-probabilities are wanted
     std::vector<int32_t> token_ids_;    // the same, if ids are wanted
+    Json tool_deltas_ = Json::array();  // the same, of a stream
+    Json tool_calls_ = Json::array();   // whole, otherwise
     std::vector<SampledToken> prompt_logprobs_;
     int64_t text_offset_ = 0;
     int64_t output_tokens_ = 0;
@@ -99,6 +107,7 @@ class Generation : public std::enable_shared_from_this<Generation> {
   std::string access_note() const;
 
   GenerationContext& context_;
+  const std::shared_ptr<std::atomic<int64_t>> active_;
   GenerationInput input_;
   std::shared_ptr<http::ResponseWriter> writer_;
   ResponseHead head_;

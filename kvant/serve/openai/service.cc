@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <ctime>
+#include <random>
 
 #include "kvant/base/check.h"
 
@@ -25,6 +26,30 @@ bool is_json_type(std::string_view type) {
   return type.empty() || type.starts_with("application/json");
 }
 
+bool demands_call(const GenerationRequest& request) {
+  return request.tool_choice == ToolChoice::kRequired || request.tool_choice == ToolChoice::kNamed;
+}
+
+// For models whose template says nothing of tools: what Hermes' format looks like.
+std::string tools_in_words(std::string_view tools_json) {
+  return fmt::format(
+      "You may call functions. These are their signatures, in JSON:\n<tools>\n{}\n</tools>\n"
+      "To call one, answer with its name and arguments as JSON in these tags:\n"
+      "<tool_call>\n{{\"name\": \"...\", \"arguments\": {{...}}}}\n</tool_call>",
+      tools_json);
+}
+
+// `messages` (a JSON array) with `text` at the end of the system message, or as one.
+std::string with_system_text(const std::string& messages_json, const std::string& text) {
+  Json messages = Json::parse(messages_json);
+  if (messages[0].value("role", "") == "system") {
+    messages[0]["content"] = messages[0].value("content", "") + "\n\n" + text;
+  } else {
+    messages.insert(messages.begin(), Json{{"role", "system"}, {"content", text}});
+  }
+  return dump_json(messages);
+}
+
 double seconds_since(http::Clock::time_point time) {
   return std::chrono::duration<double>(http::Clock::now() - time).count();
 }
@@ -36,6 +61,7 @@ Service::Service(const ServedModel& served, ServiceOptions options, ServiceObser
       options_(std::move(options)),
       observer_(observer),
       started_(std::time(nullptr)),
+      constraints_(grammar::Vocabulary::create(*served_.tokenizer)),
       tasks_(options_.task_threads, options_.max_queued_tasks) {
   KVANT_CHECK(!options_.model_names.empty(), "a served model has a name");
   limits_.sampling = served_.engine->limits();
@@ -44,6 +70,13 @@ Service::Service(const ServedModel& served, ServiceOptions options, ServiceObser
   for (int32_t id = 0; id < served_.tokenizer->vocabulary_size(); ++id) {
     longest_token_ = std::max(longest_token_, served_.tokenizer->token_bytes(id).size());
   }
+  if (served_.chat != nullptr) {
+    template_knows_tools_ = template_knows_tools(served_.chat->source());
+    if (template_knows_tools_) tool_calls_ = tool_call_style_of(served_.chat->source());
+  }
+  tool_calls_ = options_.tool_calls.value_or(tool_calls_);
+  std::random_device random;
+  next_tool_seed_ = (uint64_t{random()} << 32) | random();
   generations_.engine = served_.engine;
   generations_.tokenizer = served_.tokenizer;
   generations_.tasks = &tasks_;
@@ -177,6 +210,7 @@ void Service::generate(ParsedRequest parsed, const RequestPtr& request, const Te
                         .model_name = {},
                         .prompts = {},
                         .constraint = nullptr,
+                        .tools = std::nullopt,
                         .tenant = tenant,
                         .http = request};
   const std::string& model = input.request.model;
@@ -194,8 +228,55 @@ void Service::generate(ParsedRequest parsed, const RequestPtr& request, const Te
     return;
   }
   input.prompts = std::get<std::vector<std::vector<int32_t>>>(std::move(prompts));
+  input.tools = tool_parser(input.request);
+  auto allowed = constraint(input.request);
+  if (!allowed) {
+    ApiError error = to_api_error(allowed.error());
+    const bool other = !input.request.regex.empty() || !input.request.choices.empty();
+    error.param = demands_call(input.request) ? "tools"
+                  : other                     ? "structured_outputs"
+                                              : "response_format";
+    writer->send(error_response(error));
+    return;
+  }
+  input.constraint = *std::move(allowed);
   const Status started = Generation::start(generations_, std::move(input), writer);
   if (started && observer_ != nullptr) observer_->on_enqueued(seconds_since(request->received));
+}
+
+Result<std::shared_ptr<const ConstraintSource>> Service::constraint(
+    const GenerationRequest& request) {
+  using Kind = grammar::ConstraintSpec::Kind;
+  grammar::ConstraintSpec spec;
+  if (demands_call(request)) {
+    KVANT_ASSIGN(spec, tool_call_constraint({.style = tool_calls_,
+                                             .tools_json = request.tools_json,
+                                             .only = request.tool_name,
+                                             .parallel = request.parallel_tool_calls}));
+  } else if (request.response_format == ResponseFormat::kJsonSchema) {
+    spec.kind = Kind::kJsonSchema;
+    spec.text = request.schema_json;
+  } else if (!request.regex.empty()) {
+    spec.kind = Kind::kRegex;
+    spec.text = request.regex;
+  } else if (!request.choices.empty()) {
+    spec.kind = Kind::kChoice;
+    spec.choices = request.choices;
+  } else if (request.response_format != ResponseFormat::kJsonObject) {
+    return std::shared_ptr<const ConstraintSource>();
+  }
+  return constraints_.compile(spec);
+}
+
+std::optional<ToolCallParserOptions> Service::tool_parser(const GenerationRequest& request) {
+  if (request.tool_choice == ToolChoice::kNone || request.tools_json.empty()) return std::nullopt;
+  ToolCallParserOptions options{.style = tool_calls_};
+  for (const Json& tool : Json::parse(request.tools_json)) {
+    options.names.push_back(tool["function"]["name"].get<std::string>());
+  }
+  // Choices add their index.
+  options.id_seed = next_tool_seed_.fetch_add(static_cast<uint64_t>(request.sampling.n));
+  return options;
 }
 
 Status Service::check_text_size(size_t bytes) const {
@@ -221,9 +302,15 @@ Result<std::vector<int32_t>> Service::encode_messages(const GenerationRequest& r
   KVANT_TRY(check_text_size(request.messages_json.size() / 6));  // escapes take up to 6 bytes
   model::ChatOptions options{.add_generation_prompt = request.add_generation_prompt,
                              .now = std::time(nullptr)};
-  if (request.tool_choice != ToolChoice::kNone) options.tools_json = request.tools_json;
   options.variables_json = request.variables_json;
-  KVANT_ASSIGN(const std::string text, served_.chat->render_json(request.messages_json, options));
+  std::string messages = request.messages_json;
+  if (request.tool_choice != ToolChoice::kNone && !request.tools_json.empty()) {
+    options.tools_json = request.tools_json;
+    if (!template_knows_tools_) {
+      messages = with_system_text(messages, tools_in_words(request.tools_json));
+    }
+  }
+  KVANT_ASSIGN(const std::string text, served_.chat->render_json(messages, options));
   KVANT_TRY(check_text_size(text.size()));
   return model::encode_chat(*served_.tokenizer, text);
 }
@@ -375,7 +462,7 @@ void Service::version(const RequestPtr&, const Tenant&, const WriterPtr& writer)
 }
 
 void Service::load(const RequestPtr&, const Tenant&, const WriterPtr& writer) {
-  writer->send(json_response(Json{{"server_load", generations_.active.load()}}));
+  writer->send(json_response(Json{{"server_load", generations_.active->load()}}));
 }
 
 void Service::reset_prefix_cache(const RequestPtr&, const Tenant&, const WriterPtr& writer) {

@@ -19,12 +19,14 @@
 #include "kvant/model/chat_template.h"
 #include "kvant/model/tokenizer.h"
 #include "kvant/serve/engine.h"
+#include "kvant/serve/grammar/constraint.h"
 #include "kvant/serve/http/message.h"
 #include "kvant/serve/openai/api_error.h"
 #include "kvant/serve/openai/api_keys.h"
 #include "kvant/serve/openai/generation.h"
 #include "kvant/serve/openai/generation_request.h"
 #include "kvant/serve/openai/task_threads.h"
+#include "kvant/serve/tools.h"
 
 namespace kvant::serve::openai {
 
@@ -34,6 +36,7 @@ struct ServiceOptions {
   ApiKeys keys;
   int task_threads = 1;
   size_t max_queued_tasks = 1024;
+  std::optional<ToolCallStyle> tool_calls;  // how the model writes them; absent: by its template
   size_t inline_bytes = 8 << 10;  // longer bodies are parsed and tokenised on a task thread
 };
 
@@ -102,6 +105,9 @@ class Service {
   Result<std::vector<int32_t>> encode(std::string_view text, bool add_special_tokens) const;
   Result<std::vector<int32_t>> encode_messages(const GenerationRequest& request) const;
   Status check_text_size(size_t bytes) const;
+  std::optional<ToolCallParserOptions> tool_parser(const GenerationRequest& request);
+  // What the form that the request asks for allows; null: anything.
+  Result<std::shared_ptr<const ConstraintSource>> constraint(const GenerationRequest& request);
   // The prompts as ids, checked against the context; an error to send otherwise.
   std::variant<std::vector<std::vector<int32_t>>, ApiError> encode_prompts(
       const GenerationRequest& request) const;
@@ -112,7 +118,11 @@ class Service {
   const int64_t started_;  // seconds since 1970
   RequestLimits limits_;
   size_t longest_token_ = 1;  // bytes
+  ToolCallStyle tool_calls_ = ToolCallStyle::kHermes;
+  bool template_knows_tools_ = false;
+  grammar::ConstraintCompiler constraints_;
   std::vector<Route> routes_;
+  std::atomic<uint64_t> next_tool_seed_;
   GenerationContext generations_;
   TaskThreads tasks_;  // ends first: tasks use the rest
 };

@@ -307,6 +307,77 @@ TEST_F(OpenAiService, EchoWithLogprobsScoresThePrompt) {
       ids["choices"][0]["logprobs"]["tokens"][0].get<std::string>().starts_with("token_id:"));
 }
 
+TEST_F(OpenAiService, TheFormOfTheAnswer) {
+  start();
+  const Json object = complete(
+      R"("max_tokens": 200, "response_format": {"type": "json_schema", "json_schema": {"name": "n",
+          "schema": {"type": "object", "properties": {"n": {"type": "integer", "maximum": 99,
+              "minimum": 0}, "ok": {"type": "boolean"}}, "required": ["n", "ok"]}}})");
+  const std::string text = object["choices"][0]["text"];
+  const Result<Json> parsed = parse_json(text);
+  ASSERT_TRUE(parsed) << text;
+  EXPECT_TRUE((*parsed)["n"].is_number_integer()) << text;
+  EXPECT_TRUE((*parsed)["ok"].is_boolean()) << text;
+  EXPECT_EQ(object["choices"][0]["finish_reason"], "stop");
+  const Json choice = chat(R"("structured_outputs": {"choice": ["maybe", "never"]})");
+  const std::string word = choice["choices"][0]["message"]["content"];
+  EXPECT_TRUE(word == "maybe" || word == "never") << word;
+  const Json regex = complete(R"("max_tokens": 50, "guided_regex": "[0-9]{4}-[a-f]{2}")");
+  EXPECT_EQ(regex["choices"][0]["text"].get<std::string>().size(), 7u);
+  EXPECT_EQ(complete(R"("guided_regex": "(")", 400)["error"]["param"], "structured_outputs");
+  EXPECT_EQ(complete(R"("guided_json": {"type": "thing"})", 400)["error"]["param"],
+            "response_format");
+}
+
+TEST_F(OpenAiService, ToolCalls) {
+  start({}, {}, [](EngineOptions& options) {
+    options.runtime.context_tokens = 4096;
+    options.runtime.total_tokens = 8192;
+  });
+  const std::string fields =
+      R"("max_tokens": 400, "tools": [{"type": "function", "function": {"name": "weather",
+          "parameters": {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]},
+              "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+              "required": ["city", "days"]}}}], "parallel_tool_calls": false, "tool_choice": )";
+  for (const char* choice :
+       {R"("required")", R"({"type": "function", "function": {"name": "weather"}})"}) {
+    const Json whole = chat(fields + choice);
+    EXPECT_EQ(whole["choices"][0]["finish_reason"], "tool_calls");
+    const Json& message = whole["choices"][0]["message"];
+    EXPECT_TRUE(message["content"].is_null());
+    ASSERT_EQ(message["tool_calls"].size(), 1u) << message;
+    const Json& call = message["tool_calls"][0];
+    EXPECT_EQ(call["type"], "function");
+    EXPECT_FALSE(call["id"].get<std::string>().empty());
+    EXPECT_EQ(call["function"]["name"], "weather");
+    const Json arguments = *parse_json(call["function"]["arguments"].get<std::string>());
+    EXPECT_TRUE(arguments["city"] == "Rome" || arguments["city"] == "Oslo") << arguments;
+
+    const Reply reply = ask("POST", "/v1/chat/completions",
+                            R"({"messages": [{"role": "user", "content": "hi"}], "stream": true,
+                                "temperature": 0, "ignore_eos": true, )" +
+                                fields + choice + "}");
+    std::string name, text, reason;
+    for (const Json& chunk : events(reply.body)) {
+      const Json& delta = chunk["choices"][0]["delta"];
+      EXPECT_EQ(delta.value("content", ""), "");
+      for (const Json& part : delta.value("tool_calls", Json::array())) {
+        EXPECT_EQ(part["index"], 0);
+        name += part["function"].value("name", "");
+        text += part["function"].value("arguments", "");
+      }
+      if (!chunk["choices"][0]["finish_reason"].is_null()) {
+        reason = chunk["choices"][0]["finish_reason"];
+      }
+    }
+    EXPECT_EQ(name, "weather");
+    EXPECT_EQ(text, call["function"]["arguments"].get<std::string>());
+    EXPECT_EQ(reason, "tool_calls");
+  }
+  const Json none = chat(fields + R"("none")");
+  EXPECT_FALSE(none["choices"][0]["message"].contains("tool_calls"));
+}
+
 TEST_F(OpenAiService, TokenizeAndDetokenize) {
   start();
   const Json json =
