@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <string>
 #include <string_view>
 
 #include "kvant/serve/http/server.h"
@@ -15,7 +16,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         {.port = 0, .max_header_bytes = 1024, .max_body_bytes = 1024},
         [](std::shared_ptr<const HttpRequest> request, std::shared_ptr<ResponseWriter> writer) {
           if (request->path.find('s') == std::string::npos) {
-            writer->send({.body = request->method + request->header("X").data()});
+            writer->send({.body = request->method + std::string(request->header("X"))});
             return;
           }
           writer->begin({});
@@ -26,7 +27,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     if (!started) std::abort();
     return *std::move(started);
   }();
-  testing::Client client(server->port());
+  // The ports of one address would run out: ended connections keep theirs for a minute.
+  static uint64_t runs = 0;
+  const std::string from = "127.1." + std::to_string(runs++ / 10'000 % 250) + ".1";
+  testing::Client client(server->port(), 0, from.c_str());
   if (!client.connected()) std::abort();
   client.send({reinterpret_cast<const char*>(data), size});
   client.shutdown_sending();
