@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Times PyTorch's attention (BF16, contiguous cache) on decode shapes: the BF16 bar for kvant_cuda_decode_bench.
 
-Usage: gpu_decode.py [--heads Q/KV] [--head-dim D] [--shape BxL,...] [--backends cudnn,flash] [--json FILE]
+Usage: gpu_decode.py [--heads Q/KV] [--head-dim D] [--shape BxL,...] [--backends cudnn,flash] [--replays N] [--json FILE]
 
 Needs PyTorch with CUDA. Answers are checked against float64 on a small shape first. Times are medians of 13 replays of a
-CUDA graph over several copies of the cache, which do not fit L2, as in the benchmark beside it.
+CUDA graph over several copies of the cache, which do not fit L2, as in the benchmark beside it. A replay takes about 8 ms:
+with hundreds of them the median is that of a card that has reached its power limit.
 """
 import argparse
 import json
@@ -43,7 +44,7 @@ def random_caches(batch: int, length: int, kv_heads: int, head_dim: int) -> list
             for _ in range(copies)]
 
 
-def time_calls(backend: str, q, caches: list) -> float:
+def time_calls(backend: str, q, caches: list, replays: int) -> float:
     """Microseconds of a call."""
     torch.cuda.synchronize()  # the caches are random numbers of another stream
     stream = torch.cuda.Stream()
@@ -59,7 +60,7 @@ def time_calls(backend: str, q, caches: list) -> float:
                 attend(backend, q, *caches[i % len(caches)])
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         times = []
-        for replay in range(15):
+        for replay in range(2 + replays):
             begin.record(stream)
             graph.replay()
             end.record(stream)
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--shape", default="1x32768,1x131072,8x32768,32x8192,64x4096,16x32768,1x1048576")
     parser.add_argument("--backends", default="cudnn,flash", help="of PyTorch's attention: cudnn, flash")
+    parser.add_argument("--replays", type=int, default=13)
     parser.add_argument("--json", help="append a line per shape and backend to this file")
     args = parser.parse_args()
     query_heads, kv_heads = (int(x) for x in args.heads.split("/"))
@@ -90,7 +92,8 @@ def main() -> None:
         for backend in backends:
             try:
                 q = torch.randn(batch, query_heads, 1, args.head_dim, device="cuda", dtype=torch.bfloat16)
-                us = time_calls(backend, q, random_caches(batch, length, kv_heads, args.head_dim))
+                us = time_calls(backend, q, random_caches(batch, length, kv_heads, args.head_dim),
+                                args.replays)
             except RuntimeError as problem:  # a shape it cannot run, e.g. out of memory
                 print(f"{shape:>12} {backend:<6} not run: {str(problem).splitlines()[0]}", flush=True)
                 continue
