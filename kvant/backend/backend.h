@@ -152,6 +152,7 @@ struct WorkspaceNeeds {
   int num_experts = 0;
   int num_experts_used = 0;
   int expert_dim = 0;
+  bool transforms = false;  // some layer has +smooth, +rot or +bias
 };
 
 class Backend {

@@ -44,6 +44,11 @@ backend::WorkspaceNeeds workspace_needs(const ModelConfig& config, const Runtime
   needs.num_experts = config.num_experts;
   needs.num_experts_used = config.num_experts_used;
   needs.expert_dim = config.expert_dim;
+  const auto transforms = [](const formats::CacheFormat& format) {
+    return format.k.smooth || format.k.rotate || format.k.bias || format.v.rotate || format.v.bias;
+  };
+  needs.transforms =
+      transforms(runtime.format) || std::ranges::any_of(runtime.layer_formats, transforms);
   return needs;
 }
 

@@ -7,6 +7,7 @@
 #include "kvant/backend/cuda/launch.h"
 #include "kvant/base/check.h"
 #include "kvant/formats/format.h"
+#include "kvant/formats/transform.h"
 
 namespace kvant::backend::cuda {
 namespace {
@@ -67,41 +68,17 @@ Status unsupported(const std::string& what) {
   return Error(ErrorCode::kUnsupported, "CUDA decode attention does not support " + what);
 }
 
-// Options that act on K or V as attention reads them.
-Status check_side(const SideFormat& side, bool keys) {
-  const std::string name = keys ? "keys" : "values";
-  if (side.pre_rope) return unsupported("+prerope; use a format without it, or --device cpu");
-  if (side.bias || side.rotate || side.smooth)
-    return unsupported("+bias, +rot or +smooth of " + name +
-                       " yet; use a format without them, or --device cpu");
-  return {};
+// What attention undoes on the queries and on the outputs instead of on pages.
+bool transforms_keys(const SideFormat& k) {
+  return k.smooth || k.rotate || k.bias;
+}
+bool transforms_values(const SideFormat& v) {
+  return v.rotate || v.bias;
 }
 
 constexpr int kSharedMemory = 228 * 1024;  // of a multiprocessor
 constexpr int kReservedShared = 1024;      // of each block, by the system
 constexpr int kWantedSlots = 3;
-// Partial results of a launch where every split leaves one: a few thousand splits.
-constexpr int64_t kPositionPartialBytes = int64_t{48} << 20;
-
-// Sums and state of a query row.
-int64_t row_bytes(int head_dim) {
-  return int64_t{head_dim} * 4 + int64_t{sizeof(float2)};
-}
-
-// Splits of a context, by position.
-int64_t num_splits(int64_t context) {
-  int64_t splits = 0;
-  for (int64_t position = 0; position < context; ++splits) position = split_end(position);
-  return splits;
-}
-
-// Pairs of a new token and a KV head in a step that decode kernels read.
-int64_t most_units(const WorkspaceNeeds& needs, bool deterministic) {
-  const int64_t tokens =
-      deterministic ? needs.max_rows
-                    : std::min(needs.max_rows, int64_t{kMostDecodeTokens} * needs.max_sequences);
-  return tokens * needs.num_kv_heads;
-}
 
 }  // namespace
 
@@ -119,8 +96,10 @@ CudaAttention::~CudaAttention() {
 }
 
 Status CudaAttention::supports(const formats::CacheFormat& format, int head_dim, int group) const {
-  KVANT_TRY(check_side(format.k, true));
-  KVANT_TRY(check_side(format.v, false));
+  if (format.k.pre_rope) return unsupported("+prerope; use a format without it, or --device cpu");
+  if (transforms_keys(format.k) && is_16_bit(key_kernel(format.k.base)))
+    return unsupported(
+        "+smooth, +rot or +bias of keys in 16 bits; use a format without them, or --device cpu");
   if (group > 16)
     return unsupported(std::to_string(group) + " query heads per KV head (at most 16)");
   VariantQuery query;
@@ -147,7 +126,8 @@ Status CudaAttention::prepare_shared(const AttentionArgs& args) {
   const cache::PageKind& stored = view.kinds[shared_kind_];
   shared_variant_ = find_shared_variant(key_kernel(k.base), value_kernel(v.base), view.head_dim);
   if (sharing_ == PageSharing::kNever || deterministic_ || shared_variant_ == nullptr || k.mean ||
-      view.page_tokens != kSharedPageTokens || args.params.softcap != 0.0f)
+      transforms_keys(k) || transforms_values(v) || view.page_tokens != kSharedPageTokens ||
+      args.params.softcap != 0.0f)
     return {};
   SharedPlanShape shape;
   shape.group = args.params.num_query_heads / view.num_kv_heads;
@@ -239,80 +219,6 @@ Status CudaAttention::configure(const AttentionArgs& args, int layer) {
                      "setting the shared memory of a decode kernel");
 }
 
-// ---- memory ----
-
-int64_t CudaAttention::partial_bytes(const WorkspaceNeeds& needs) const {
-  const VariantLimits limits = variant_limits(needs.head_dim);
-  const int group = needs.num_query_heads / needs.num_kv_heads;
-  const int rows = group <= 8 ? 8 : 16;  // of a result
-  int64_t all = int64_t{num_sms_} * limits.partial_rows;
-  if (deterministic_) {
-    const int64_t most = most_units(needs, true) * num_splits(needs.max_context);
-    all += std::min(most * rows, kPositionPartialBytes / (int64_t{needs.head_dim} * 4));
-  } else if (needs.max_sequences > 1) {
-    // Each item of shared pages leaves results of up to kSharedRows query rows.
-    all += rows * (int64_t{num_sms_} * (kSharedRows / group) +
-                   int64_t{needs.max_sequences} * needs.num_kv_heads);
-  }
-  return all * row_bytes(needs.head_dim);
-}
-
-int64_t CudaAttention::table_bytes(const WorkspaceNeeds& needs) const {
-  const int64_t units = most_units(needs, deterministic_);
-  const int64_t pages =
-      needs.max_sequences * ((needs.max_context + needs.page_tokens - 1) / needs.page_tokens + 2) +
-      needs.max_rows / needs.page_tokens;
-  const int64_t workers = int64_t{num_sms_} * variant_limits(needs.head_dim).workers;
-  int64_t segments = units + workers;
-  int64_t launches = 1;
-  if (deterministic_) {
-    const int64_t splits = num_splits(needs.max_context);
-    const int64_t rows = needs.num_query_heads / needs.num_kv_heads <= 8 ? 8 : 16;
-    segments = units * splits;
-    launches += segments / (kPositionPartialBytes / (rows * needs.head_dim * 4) - splits);
-  }
-  int64_t bytes = pages * 4 + segments * int64_t{sizeof(Segment)} +
-                  launches * workers * int64_t{sizeof(WorkerStart)} +
-                  units * int64_t{sizeof(SplitUnit)} +
-                  int64_t{needs.num_layers} * needs.num_kv_heads * int64_t{sizeof(HeadFactors)};
-  if (needs.max_sequences > 1 && !deterministic_) {
-    bytes += pages * 4 + num_sms_ * int64_t{sizeof(SharedStart)} +
-             (num_sms_ + units) * int64_t{sizeof(SharedItem)} +
-             int64_t{needs.max_sequences} * (1 + needs.num_kv_heads) * kSharedRows * 4;
-  }
-  return bytes + 16 * 128;  // pieces are aligned
-}
-
-int64_t CudaAttention::workspace_bytes(const WorkspaceNeeds& needs) const {
-  if (needs.num_kv_heads == 0) return 0;
-  return (partial_bytes(needs) + 255) / 256 * 256 + (table_bytes(needs) + 255) / 256 * 256;
-}
-
-void CudaAttention::set_workspace(std::byte* memory, const WorkspaceNeeds& needs) {
-  cudaFree(owned_partials_);
-  owned_partials_ = nullptr;
-  view_ = nullptr;
-  partials_ = memory;
-  partial_bytes_ = memory == nullptr ? 0 : (partial_bytes(needs) + 255) / 256 * 256;
-  upload_.use(memory == nullptr ? nullptr : memory + partial_bytes_,
-              memory == nullptr ? 0 : table_bytes(needs));
-}
-
-Status CudaAttention::reserve_partials(int64_t num_rows, int head_dim, cudaStream_t stream) {
-  const int64_t bytes = num_rows * row_bytes(head_dim);
-  if (bytes <= partial_bytes_) return {};
-  KVANT_TRY(cuda_status(cudaStreamSynchronize(stream), "waiting for partial results in use"));
-  cudaFree(owned_partials_);
-  owned_partials_ = nullptr;
-  partials_ = nullptr;
-  partial_bytes_ = 0;
-  KVANT_TRY(cuda_status(cudaMalloc(reinterpret_cast<void**>(&owned_partials_), bytes),
-                        "allocating partial results"));
-  partials_ = owned_partials_;
-  partial_bytes_ = bytes;
-  return {};
-}
-
 // The work of the multiprocessors that the shared kernel leaves. Sequences go unshared where their
 // results would not fit the workspace.
 DecodePlan CudaAttention::make_plan(const cache::GroupView& view, PlanShape& shape) {
@@ -347,11 +253,17 @@ Status CudaAttention::prepare(const AttentionArgs& args, cudaStream_t stream) {
   shape.stored_bytes = stored.units[args.group_layer].bytes;
   shape.bf16_bytes = bf16.units[args.group_layer].bytes;
   shape.by_position = deterministic_;
+  shape.values_apart = transforms_values(v_format_);
   shape.most_partials =
       static_cast<int>(kPositionPartialBytes / (int64_t{shape.max_rows} * view.head_dim * 4));
   const DecodePlan plan = make_plan(view, shape);
   const int64_t num_rows = int64_t{num_partials_ + shape.num_workers} * shape.max_rows;
-  KVANT_TRY(reserve_partials(num_rows, view.head_dim, stream));
+  num_rows_ = 0;
+  for (const cache::SequenceView& sequence : view.sequences)
+    num_rows_ = std::max<int64_t>(num_rows_, sequence.first_row + sequence.num_new_tokens);
+  const int64_t num_queries =
+      transforms_keys(k_format_) ? num_rows_ * args.params.num_query_heads : 0;
+  KVANT_TRY(reserve_partials((num_rows + num_queries) * row_bytes(view.head_dim), stream));
 
   factors_.clear();
   for (const cache::LayerParams& layer : view.layers) {
@@ -365,6 +277,10 @@ Status CudaAttention::prepare(const AttentionArgs& args, cudaStream_t stream) {
   const int64_t split_units = upload_.add(plan.split_units);
   const int64_t entries = upload_.add(plan.entries);
   factors_offset_ = upload_.add(factors_);
+  using formats::SideParams;
+  smooth_offset_ = k_format_.smooth ? add_terms(view, true, &SideParams::smooth, smooth_) : -1;
+  key_bias_offset_ = k_format_.bias ? add_terms(view, true, &SideParams::bias, key_bias_) : -1;
+  value_bias_offset_ = v_format_.bias ? add_terms(view, false, &SideParams::bias, value_bias_) : -1;
   int64_t starts = 0, items = 0, queries = 0, partial_rows = 0, shared_entries = 0;
   if (!shared_.empty()) {
     place_shared_rows(view, shape, plan, args.params.num_query_heads, shared_);
@@ -390,6 +306,8 @@ Status CudaAttention::prepare(const AttentionArgs& args, cudaStream_t stream) {
       reinterpret_cast<float2*>(params_.partial_sums + num_rows * view.head_dim);
   params_.worker_sums =
       params_.partial_sums + int64_t{num_partials_} * shape.max_rows * view.head_dim;
+  stored_q_ = reinterpret_cast<float*>(params_.partial_states + num_rows);
+  q_bias_ = stored_q_ + num_queries * view.head_dim;
   launches_ = plan.launches;
   for (const PlannedLaunch& part : launches_) {
     if (part.most_partials > kMaxCombined)
@@ -397,6 +315,50 @@ Status CudaAttention::prepare(const AttentionArgs& args, cudaStream_t stream) {
   }
   view_ = args.view;
   return {};
+}
+
+// A vector of each KV head of all layers, for the step's upload; layers without have no effect.
+int64_t CudaAttention::add_terms(const cache::GroupView& view, bool keys,
+                                 const float* formats::SideParams::*term,
+                                 std::vector<float>& values) {
+  values.clear();
+  const float none = term == &formats::SideParams::smooth ? 1.0f : 0.0f;
+  for (const cache::LayerParams& layer : view.layers) {
+    for (const formats::SideParams& head : (keys ? layer.k : layer.v).first(view.num_kv_heads)) {
+      const float* vector = head.*term;
+      if (vector != nullptr) {
+        values.insert(values.end(), vector, vector + view.head_dim);
+      } else {
+        values.insert(values.end(), static_cast<size_t>(view.head_dim), none);
+      }
+    }
+  }
+  return upload_.add(values);
+}
+
+// Those of the layer, on the device.
+const float* CudaAttention::terms_of(int64_t offset, const AttentionArgs& args) const {
+  if (offset < 0) return nullptr;
+  const cache::GroupView& view = *args.view;
+  return upload_.device<float>(offset) +
+         static_cast<int64_t>(args.group_layer) * view.num_kv_heads * view.head_dim;
+}
+
+Status CudaAttention::launch_transform(const AttentionArgs& args, const DecodeParams& params,
+                                       cudaStream_t stream) const {
+  QueryTransform transform;
+  transform.q = params.q;
+  transform.stored_q = stored_q_;
+  transform.q_bias = k_format_.bias ? q_bias_ : nullptr;
+  transform.smooth = terms_of(smooth_offset_, args);
+  transform.bias = terms_of(key_bias_offset_, args);
+  if (k_format_.rotate) transform.rotation_block = formats::rotation_block(params.head_dim);
+  transform.rotation_scale = formats::rotation_scale(formats::rotation_block(params.head_dim));
+  transform.num_rows = num_rows_;
+  transform.num_query_heads = params.num_query_heads;
+  transform.group = params.group;
+  transform.head_dim = params.head_dim;
+  return transform_queries(transform, stream);
 }
 
 DecodeParams CudaAttention::params_of(const AttentionArgs& args) const {
@@ -409,6 +371,8 @@ DecodeParams CudaAttention::params_of(const AttentionArgs& args) const {
                           pages.units[args.group_layer].bytes};
   }
   params.q = params.stored_q = static_cast<const float*>(args.q);
+  if (transforms_keys(k_format_)) params.stored_q = stored_q_;
+  if (k_format_.bias) params.q_bias = q_bias_;
   params.out = static_cast<float*>(args.out);
   params.lse = lse_;
   params.sink_logits = args.params.sink_logits;
@@ -440,13 +404,14 @@ Status CudaAttention::launch(const AttentionArgs& args, cudaStream_t stream) {
   if (args.view != view_)
     return Error(ErrorCode::kInternal, "attention was not prepared for this step");
   const DecodeParams params = params_of(args);
+  if (transforms_keys(k_format_)) KVANT_TRY(launch_transform(args, params, stream));
   if (!shared_.empty()) KVANT_TRY(launch_shared(args, params, stream));
-  for (const PlannedLaunch& part : launches_) KVANT_TRY(launch_part(part, params, stream));
+  for (const PlannedLaunch& part : launches_) KVANT_TRY(launch_part(part, args, params, stream));
   return {};
 }
 
-Status CudaAttention::launch_part(const PlannedLaunch& part, const DecodeParams& of_step,
-                                  cudaStream_t stream) {
+Status CudaAttention::launch_part(const PlannedLaunch& part, const AttentionArgs& args,
+                                  const DecodeParams& of_step, cudaStream_t stream) {
   DecodeParams params = of_step;
   params.workers += part.first_worker;
   params.split_units += part.first_split_unit;
@@ -460,6 +425,17 @@ Status CudaAttention::launch_part(const PlannedLaunch& part, const DecodeParams&
                                               kernel_name(params.value_kernel));
   }
   if (part.num_split_units == 0) return {};
+  if (transforms_values(v_format_)) {
+    const int block = formats::rotation_block(params.head_dim);
+    ValueTransform transform;
+    transform.bias = terms_of(value_bias_offset_, args);
+    if (v_format_.rotate) transform.rotation_block = block;
+    transform.rotation_scale = formats::rotation_scale(block);
+    void* both[] = {&params, &transform};
+    const CombineLaunch combine = combine_values_launch(part.num_split_units, part.most_rows);
+    return launch_overlapped("the merge of transformed values", combine.kernel,
+                             {combine.grid, kCombineThreads, 0, stream}, both);
+  }
   const CombineLaunch combine =
       combine_launch(part.num_split_units, part.most_rows,
                      deterministic_ ? kMaxCombined : part.most_partials, params.head_dim);

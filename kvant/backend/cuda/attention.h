@@ -13,6 +13,7 @@
 #include "kvant/backend/backend.h"
 #include "kvant/backend/cuda/decode/combine.h"
 #include "kvant/backend/cuda/decode/kernel_params.h"
+#include "kvant/backend/cuda/decode/transform_queries.h"
 #include "kvant/backend/cuda/decode/variants.h"
 #include "kvant/backend/cuda/shared/kernel_params.h"
 #include "kvant/backend/cuda/upload.h"
@@ -67,11 +68,20 @@ class CudaAttention {
   Status configure(const AttentionArgs& args, int group_layer);
   Status prepare_shared(const AttentionArgs& args);
   Status launch_shared(const AttentionArgs& args, const DecodeParams& decode, cudaStream_t stream);
-  Status launch_part(const PlannedLaunch& part, const DecodeParams& of_step, cudaStream_t stream);
+  Status launch_part(const PlannedLaunch& part, const AttentionArgs& args,
+                     const DecodeParams& of_step, cudaStream_t stream);
+  // Partial results of a launch where every split leaves one: a few thousand splits.
+  static constexpr int64_t kPositionPartialBytes = int64_t{48} << 20;
+  static int64_t row_bytes(int head_dim);  // sums and state of a query row
   int64_t partial_bytes(const WorkspaceNeeds& needs) const;
   int64_t table_bytes(const WorkspaceNeeds& needs) const;
   DecodePlan make_plan(const cache::GroupView& view, PlanShape& shape);
-  Status reserve_partials(int64_t num_rows, int head_dim, cudaStream_t stream);
+  Status reserve_partials(int64_t bytes, cudaStream_t stream);
+  int64_t add_terms(const cache::GroupView& view, bool keys,
+                    const float* formats::SideParams::*term, std::vector<float>& values);
+  const float* terms_of(int64_t offset, const AttentionArgs& args) const;
+  Status launch_transform(const AttentionArgs& args, const DecodeParams& params,
+                          cudaStream_t stream) const;
   DecodeParams params_of(const AttentionArgs& args) const;
 
   const int num_sms_;
@@ -86,6 +96,10 @@ class CudaAttention {
   int num_partials_ = 0;
   std::vector<PlannedLaunch> launches_;
   int smem_bytes_ = 0;
+  int64_t num_rows_ = 0;  // of the step
+  // Vectors of the plan, [layer][num_kv_heads][head_dim]: places in upload_, -1 without.
+  std::vector<float> smooth_, key_bias_, value_bias_;
+  int64_t smooth_offset_ = -1, key_bias_offset_ = -1, value_bias_offset_ = -1;
   std::vector<HeadFactors> factors_;  // [layers][num_kv_heads]
   Upload upload_;
   int64_t factors_offset_ = 0;
@@ -100,7 +114,11 @@ class CudaAttention {
   int shared_smem_bytes_ = 0;
   uint32_t shared_kind_ = 0;  // of shared pages
 
-  std::byte* partials_ = nullptr;  // sums, then states; owned_partials_ or of the workspace
+  // Sums, states, then transformed queries and their products with the bias; owned_partials_ or of
+  // the workspace.
+  std::byte* partials_ = nullptr;
+  float* stored_q_ = nullptr;
+  float* q_bias_ = nullptr;
   std::byte* owned_partials_ = nullptr;
   int64_t partial_bytes_ = 0;
 };

@@ -146,6 +146,34 @@ TEST_F(CudaDecode, LongAndManySequences) {
   }
 }
 
+// Terms that queries and outputs take over from the pages, beside pages in BF16 that have none.
+TEST_F(CudaDecode, SmoothedRotatedAndBiased) {
+  for (const char* kv :
+       {"k=nvfp4+rot,v=nvfp4", "k=nvfp4,v=nvfp4+rot", "k=int8+smooth,v=int8+bias",
+        "k=nvfp4+bias,v=fp8+bias", "k=nvfp4+smooth+rot+mean,v=int4+rot+bias+sink",
+        "k=int4:channel+rot,v=nvfp4+rot+46+sink+recent100", "k=fp8+smooth+bias,v=int8+rot"}) {
+    for (const int head_dim : {64, 96, 128, 256}) {
+      for (const bool deterministic : {false, true}) {
+        ProblemOptions options;
+        options.kv = kv;
+        options.head_dim = head_dim;
+        options.lengths = {1300, 64, 65, 700, 1};
+        EXPECT_LT(run(options, deterministic), kErrorLimit) << kv << ", head_dim " << head_dim;
+        options.lengths = {1300, 400, 200};
+        options.new_tokens = {3, 1, 8};
+        options.group = 7;
+        options.window = 300;
+        options.params.sink_tokens = 70;
+        EXPECT_LT(run(options, deterministic), kErrorLimit) << kv << ", a window, " << head_dim;
+      }
+    }
+  }
+  ProblemOptions options;
+  options.kv = "k=nvfp4+rot+bias,v=nvfp4+rot+bias";
+  options.lengths = {20000, 100};
+  EXPECT_LT(run(options), kErrorLimit) << "a long sequence";
+}
+
 // Splits at fixed positions, several launches of one step.
 TEST_F(CudaDecode, ByPosition) {
   for (const char* kv : {"nvfp4", "4bit", "k=int4:channel,v=int4", "fp8", "int8", "bf16"}) {
@@ -174,7 +202,8 @@ TEST_F(CudaDecode, StepsStayWithinTheirWorkspace) {
   for (const bool deterministic : {false, true}) {
     for (const int head_dim : {64, 128, 256}) {
       for (const int group : {1, 4, 12}) {
-        for (const char* kv : {"nvfp4", "4bit", "int8", "k=int4:channel,v=int4"}) {
+        for (const char* kv : {"nvfp4", "4bit", "int8", "k=int4:channel,v=int4",
+                               "k=nvfp4+rot+bias,v=nvfp4+rot+sink"}) {
           for (const int new_tokens : {1, 8}) {
             ProblemOptions options;
             options.kv = kv;
@@ -195,6 +224,7 @@ TEST_F(CudaDecode, StepsStayWithinTheirWorkspace) {
             needs.head_dim = head_dim;
             needs.page_tokens = options.page_tokens;
             needs.max_sequences = 4;
+            needs.transforms = options.kv.find("+rot") != std::string::npos;
             std::byte* memory = nullptr;
             const auto bytes = static_cast<size_t>((*attention)->workspace_bytes(needs));
             ASSERT_EQ(cudaMalloc(reinterpret_cast<void**>(&memory), bytes), cudaSuccess);

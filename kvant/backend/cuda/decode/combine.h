@@ -19,4 +19,15 @@ struct CombineLaunch {
 };
 CombineLaunch combine_launch(int num_units, int num_rows, int most_partials, int head_dim);
 
+// Values that are stored rotated, or less a bias (codecs.md section 3): the unit's results of
+// stored pages are merged by themselves, given their bias and rotated back, then joined to the
+// others.
+struct ValueTransform {
+  const float* bias = nullptr;  // [num_kv_heads][head_dim] or null
+  int rotation_block = 0;       // 0: not rotated
+  float rotation_scale = 1.0f;
+};
+// With DecodeParams and ValueTransform as its parameters; PlanShape::values_apart.
+CombineLaunch combine_values_launch(int num_units, int num_rows);
+
 }  // namespace kvant::backend::cuda

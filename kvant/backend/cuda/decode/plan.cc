@@ -19,7 +19,9 @@ uint32_t pack(PageEntry entry) {
 // A tile, as a segment that still covers all its pages, and what reading it costs.
 struct Tile {
   Segment all;
-  int num_bf16 = 0;  // its last pages, read from the BF16 table
+  int num_bf16 = 0;      // its last pages, read from the BF16 table
+  int first_stored = 0;  // [first_stored, end_stored) of its list are pages as stored
+  int end_stored = 0;
   int64_t cost = 0;  // bytes of one KV head
   ReadElsewhere elsewhere;
 };
@@ -107,12 +109,18 @@ class Planner {
     }
     tile.page_begin = 0;
     tile.page_end = tile.num_sink_pages + own_page + 1 - tile.first_page;
-    Tile entry{tile, own_page + 1 - std::max(tile.first_bf16_page, tile.first_page), 0, elsewhere_};
+    Tile entry;
+    entry.all = tile;
+    entry.num_bf16 = own_page + 1 - std::max(tile.first_bf16_page, tile.first_page);
+    entry.elsewhere = elsewhere_;
     // Only the first page (a sink) and those of the BF16 table differ from the rest.
     const int num_stored = tile.page_end - entry.num_bf16;
     entry.cost = entry.num_bf16 * shape_.bf16_bytes + num_stored * shape_.stored_bytes;
+    entry.end_stored = num_stored;
     if (num_stored > 0) {
       entry.cost += page_cost(tile, 0, plan_.entries, shape_) - shape_.stored_bytes;
+      entry.first_stored =
+          (page_entry(tile, 0, plan_.entries) & 0xff) == cache::kKindStored ? 0 : 1;
     }
     plan_.tiles.push_back({sequence_, tile.first_row, tile.num_rows,
                            static_cast<int32_t>(tiles_.size()) * view_.num_kv_heads});
@@ -158,8 +166,7 @@ class Planner {
             segment.unit = unit;
             segment.page_begin = page;
             segment.page_end = end;
-            plan_.segments.push_back(segment);
-            owners_.push_back(worker);
+            add_segment(segment, tile, worker);
             page = end;
           }
           if (page == tile.all.page_end && (last_worker || end_of(worker) > done + tile.cost))
@@ -169,10 +176,40 @@ class Planner {
         }
         done += tile.cost;
         const ReadElsewhere& elsewhere = tile.elsewhere;
-        number_partials(first_segment, elsewhere.first_page > 0 ? elsewhere.num_partials[head] : 0);
+        number_partials(first_segment, tile,
+                        elsewhere.first_page > 0 ? elsewhere.num_partials[head] : 0);
       }
     }
     start_workers(0);
+  }
+
+  // The page after `index` at which other kinds of pages begin that are to be kept apart.
+  int end_of_kind(const Tile& tile, int index) const {
+    if (shape_.values_apart) {
+      for (const int change : {tile.first_stored, tile.end_stored})
+        if (index < change) return change;
+    }
+    return tile.all.page_end;
+  }
+  static bool is_stored(const Tile& tile, int index) {
+    return index >= tile.first_stored && index < tile.end_stored;
+  }
+
+  // In pieces of one kind, if kinds are kept apart: sinks, stored pages, others in BF16.
+  void add_segment(Segment segment, const Tile& tile, int worker) {
+    const int end = segment.page_end;
+    const int unit = segment.unit;
+    while (segment.page_begin < end) {
+      segment.page_end = std::min(end, end_of_kind(tile, segment.page_begin));
+      if (shape_.values_apart) {
+        segment.unit = 3 * unit + (is_stored(tile, segment.page_begin)      ? 1
+                                   : segment.page_begin < tile.first_stored ? 0
+                                                                            : 2);
+      }
+      plan_.segments.push_back(segment);
+      owners_.push_back(worker);
+      segment.page_begin = segment.page_end;
+    }
   }
 
   // Every split is a segment; launches hold as many units as leave `most_partials` results.
@@ -181,17 +218,21 @@ class Planner {
     int partials = 0;  // of this launch
     int unit = 0;
     for (const Tile& tile : tiles_) {
-      const std::vector<int> ends = splits_of(tile.all);
-      const int results = ends.size() > 1 ? static_cast<int>(ends.size()) : 0;
+      const std::vector<int> ends = splits_of(tile);
+      const bool merged = ends.size() > 1 || transforms_values(tile);
+      const int results = merged ? static_cast<int>(ends.size()) : 0;
       for (int head = 0; head < view_.num_kv_heads; ++head, ++unit) {
         if (partials > 0 && partials + results > shape_.most_partials) {
           end_launch(first_segment);
           first_segment = plan_.segments.size();
           partials = 0;
         }
-        if (results > 0)
-          plan_.split_units.push_back(
-              {tile.all.first_row, tile.all.num_rows, head, partials, results});
+        if (merged) {
+          SplitUnit split{tile.all.first_row, tile.all.num_rows, head, partials, results, 0, 0};
+          for (int i = 0; transforms_values(tile) && i < results; ++i)
+            add_stored(split, tile, i > 0 ? ends[i - 1] : 0, i);
+          plan_.split_units.push_back(split);
+        }
         Segment segment = tile.all;
         segment.kv_head = head;
         segment.unit = unit;
@@ -208,17 +249,29 @@ class Planner {
   }
 
   // Ends of the splits in a tile's list of pages.
-  std::vector<int> splits_of(const Segment& tile) const {
+  std::vector<int> splits_of(const Tile& tile) const {
     std::vector<int> ends;
     int64_t until = 0;
-    for (int index = 0; index < tile.page_end; ++index) {
-      const int64_t position = int64_t{page_number(tile, index)} * view_.page_tokens;
-      if (position < until) continue;
+    int same_kind = 0;
+    for (int index = 0; index < tile.all.page_end; ++index) {
+      const int64_t position = int64_t{page_number(tile.all, index)} * view_.page_tokens;
+      if (position < until && index < same_kind) continue;
       if (index > 0) ends.push_back(index);
       until = split_end(position);
+      same_kind = end_of_kind(tile, index);
     }
-    ends.push_back(tile.page_end);
+    ends.push_back(tile.all.page_end);
     return ends;
+  }
+
+  bool transforms_values(const Tile& tile) const {
+    return shape_.values_apart && tile.first_stored < tile.end_stored;
+  }
+  // Result number `partial` of the unit begins with page `index`.
+  static void add_stored(SplitUnit& unit, const Tile& tile, int index, int partial) {
+    if (!is_stored(tile, index)) return;
+    if (unit.end_stored == 0) unit.first_stored = partial;
+    unit.end_stored = partial + 1;
   }
 
   // Gives the segments from `first_segment` on to workers, in order and by the bytes they read.
@@ -244,21 +297,28 @@ class Planner {
   }
 
   // One partial result per block of a unit that several blocks share, after those of elsewhere.
-  void number_partials(size_t first, int num_elsewhere) {
+  void number_partials(size_t first, const Tile& tile, int num_elsewhere) {
     const size_t end = plan_.segments.size();
     const auto block_of = [&](size_t i) { return owners_[i] / shape_.block_workers; };
-    const bool split = num_elsewhere > 0 || block_of(first) != block_of(end - 1);
+    const bool split =
+        num_elsewhere > 0 || transforms_values(tile) || block_of(first) != block_of(end - 1);
+    // Segments that a block merges.
+    const auto together = [&](size_t a, size_t b) {
+      return block_of(a) == block_of(b) && plan_.segments[a].unit == plan_.segments[b].unit;
+    };
     const Segment& unit = plan_.segments[first];
-    SplitUnit merged{unit.first_row, unit.num_rows, unit.kv_head, plan_.num_partials, 0};
+    SplitUnit merged{unit.first_row, unit.num_rows, unit.kv_head, plan_.num_partials, 0, 0, 0};
     plan_.first_partials.push_back(split ? merged.first_partial : -1);
     plan_.num_partials += num_elsewhere;
     for (size_t i = first; i < end; ++i) {
       Segment& segment = plan_.segments[i];
-      const bool follows = i > first && block_of(i) == block_of(i - 1);
-      const bool precedes = i + 1 < end && block_of(i) == block_of(i + 1);
+      const bool follows = i > first && together(i - 1, i);
+      const bool precedes = i + 1 < end && together(i, i + 1);
       segment.is_shared = follows || precedes ? 1 : 0;
       if (split && !follows) ++plan_.num_partials;
       segment.partial = split ? plan_.num_partials - 1 : -1;
+      if (transforms_values(tile))
+        add_stored(merged, tile, segment.page_begin, segment.partial - merged.first_partial);
     }
     merged.num_partials = plan_.num_partials - merged.first_partial;
     if (split) plan_.split_units.push_back(merged);

@@ -38,7 +38,7 @@ struct alignas(64) Segment {
   int32_t first_new_page;   // this page and later ones may be written in this step
   int32_t stored_entries;   // page p is entries[stored_entries + p]
   int32_t bf16_entries;     // page p is entries[bf16_entries + p]
-  int32_t unit;             // number of the unit
+  int32_t unit;             // number of the unit; with values_apart three for each
   int32_t is_shared;        // other workers of the block have segments of the unit
 };
 static_assert(sizeof(Segment) == 64);
@@ -60,6 +60,9 @@ struct SplitUnit {
   int32_t kv_head;
   int32_t first_partial;
   int32_t num_partials;
+  // Of these, those of pages as stored, [first, end): only with PlanShape::values_apart.
+  int32_t first_stored;
+  int32_t end_stored;
 };
 
 // Pages of a sequence that another kernel reads, whose results join those of its units: all before
@@ -79,6 +82,9 @@ struct PlanShape {
   int64_t stored_bytes = 1;  // a page of one KV head, by kind: the cost of reading it
   int64_t bf16_bytes = 1;
   std::span<const ReadElsewhere> elsewhere = {};  // [sequence], or empty
+  // No segment has both pages as stored and pages in BF16: stored values are rotated back, or get
+  // their bias, when results are merged.
+  bool values_apart = false;
   bool by_position = false;
   int most_partials = 1 << 20;  // of a launch, with by_position; a unit's may be more
 };

@@ -265,6 +265,54 @@ TEST(DecodePlan, ByPositionAQuerysPiecesDependOnItsPositionOnly) {
   }
 }
 
+// Results of stored pages are merged apart from others.
+TEST(DecodePlan, KindsOfPagesAreKeptApart) {
+  for (const bool by_position : {false, true}) {
+    for (const bool sink : {false, true}) {
+      Sequences sequences = make_sequences({5000, 64, 1, 130}, 1, 64);
+      if (sink) {
+        for (auto& stored : sequences.stored)
+          if (!stored.empty()) stored[0] = PageEntry::make(cache::kKindBf16, stored[0].slot);
+      }
+      PlanShape shape = shape_of(4, 8, 16);
+      shape.values_apart = true;
+      shape.by_position = by_position;
+      const DecodePlan plan = make_decode_plan(sequences.group, shape);
+      size_t split = 0;
+      for (size_t i = 0; i < plan.segments.size();) {
+        const Segment& first = plan.segments[i];
+        std::vector<bool> stored;  // by partial result
+        for (; i < plan.segments.size() && plan.segments[i].first_row == first.first_row &&
+               plan.segments[i].kv_head == first.kv_head;
+             ++i) {
+          const Segment& segment = plan.segments[i];
+          const auto kind_of = [&](int page) {
+            return (plan.entries[(page >= segment.first_bf16_page ? segment.bf16_entries
+                                                                  : segment.stored_entries) +
+                                 page] &
+                    0xff) == cache::kKindStored;
+          };
+          for (int page = segment.page_begin; page < segment.page_end; ++page)
+            EXPECT_EQ(kind_of(page), kind_of(segment.page_begin));
+          if (segment.partial < 0) continue;
+          const auto partial = static_cast<size_t>(segment.partial - first.partial);
+          if (partial == stored.size()) stored.push_back(kind_of(segment.page_begin));
+          ASSERT_LT(partial, stored.size());
+          EXPECT_EQ(stored[partial], kind_of(segment.page_begin));
+        }
+        if (first.partial < 0) continue;
+        const SplitUnit& unit = plan.split_units[split++];
+        EXPECT_EQ(unit.first_row, first.first_row);
+        EXPECT_EQ(unit.num_partials, static_cast<int>(stored.size()));
+        for (int p = 0; p < unit.num_partials; ++p)
+          EXPECT_EQ(stored[p], p >= unit.first_stored && p < unit.end_stored);
+      }
+      EXPECT_EQ(split, plan.split_units.size());
+      EXPECT_GE(split, 6u) << "the two sequences with closed pages, 3 heads each";
+    }
+  }
+}
+
 TEST(DecodePlan, ByPositionWorkIsEven) {
   PlanShape shape = shape_of(4, 8, 1056);
   shape.by_position = true;

@@ -64,6 +64,7 @@ PagedProblem::PagedProblem(const ProblemOptions& options) : options_(options) {
     if (kind == cache::kKindStored) slab.k = format_.k, slab.v = format_.v;
     slab.unit = formats::unit_sections(slab.k, slab.v, options.page_tokens, options.head_dim);
   }
+  fill_terms();
   for (size_t i = 0; i < options.lengths.size(); ++i) {
     add_sequence(options.lengths[i], options.new_tokens[std::min(i, options.new_tokens.size() - 1)],
                  i < options.prefixes.size() ? options.prefixes[i] : ProblemOptions::Prefix{});
@@ -77,6 +78,27 @@ PagedProblem::~PagedProblem() {
   cudaFree(device_q_);
   cudaFree(device_out_);
   cudaFree(device_sinks_);
+}
+
+// What a plan gives formats with +bias and +smooth.
+void PagedProblem::fill_terms() {
+  const auto dim = static_cast<size_t>(options_.head_dim);
+  const auto heads = static_cast<size_t>(options_.num_kv_heads);
+  uint64_t state = 12345;
+  terms_.resize(2 * heads * 2 * dim);
+  for (size_t i = 0; i < terms_.size(); ++i) {
+    const float x = gaussian(state);
+    terms_[i] = i / dim % 2 == 0 ? 0.3f * x : std::exp2(0.5f * x);
+  }
+  for (size_t side = 0; side < 2; ++side) {
+    const formats::SideFormat& format = side == 0 ? format_.k : format_.v;
+    params_[side].resize(heads);
+    for (size_t head = 0; head < heads; ++head) {
+      const float* bias = terms_.data() + (side * heads + head) * 2 * dim;
+      if (format.bias) params_[side][head].bias = bias;
+      if (format.smooth) params_[side][head].smooth = bias + dim;
+    }
+  }
 }
 
 // Tokens of one page into a new slot, every head with values of its own.
@@ -120,7 +142,7 @@ void PagedProblem::write_page(int64_t first_token, int64_t num_tokens, bool stor
       const auto codec = formats::Codec::create(keys ? slab.k : slab.v, dim);
       KVANT_CHECK(codec.has_value(), "a parsed format has a codec");
       codec->encode_page(
-          k.data(), tokens, {},
+          k.data(), tokens, params_[keys ? 0 : 1][static_cast<size_t>(head)],
           cache::side_of_unit(planar.data(), slab.unit, keys ? shape.keys() : shape.values()));
     }
     cache::convert_unit(shape, Layout::kPlanar, planar.data(), Layout::kSm90, unit);
@@ -190,8 +212,7 @@ void PagedProblem::fill_rows() {
 }
 
 void PagedProblem::mirror() {
-  params_.assign(static_cast<size_t>(options_.num_kv_heads), {});
-  layer_ = {params_, params_};
+  layer_ = {params_[0], params_[1]};
   for (int kind = 0; kind < 2; ++kind) {
     Slab& slab = *slabs_[kind];
     check(cudaMalloc(reinterpret_cast<void**>(&slab.device), slab.bytes.size() + 128));

@@ -53,6 +53,7 @@ class PagedProblem {
   struct Slab;
   void add_sequence(int64_t length, int new_tokens, const ProblemOptions::Prefix& prefix);
   void write_page(int64_t first_token, int64_t num_tokens, bool stored, cache::PageEntry entry);
+  void fill_terms();
   void fill_rows();
   void mirror();
 
@@ -61,8 +62,9 @@ class PagedProblem {
   std::unique_ptr<Slab> slabs_[2];
   std::vector<std::vector<cache::PageEntry>> tables_;
   std::vector<cache::SequenceView> sequences_;
-  std::vector<float> row_;  // one token's values
-  std::vector<formats::SideParams> params_;
+  std::vector<float> row_;    // one token's values
+  std::vector<float> terms_;  // of a plan: [side][KV head][bias, smooth][head_dim]
+  std::vector<formats::SideParams> params_[2];  // [side][KV head]
   cache::LayerParams layer_;
   std::vector<cache::PageKind> kinds_, device_kinds_;
   cache::GroupView view_, device_view_;
