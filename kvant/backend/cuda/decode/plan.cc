@@ -196,7 +196,8 @@ class Planner {
   }
 
   // In pieces of one kind, if kinds are kept apart: sinks, stored pages, others in BF16.
-  void add_segment(Segment segment, const Tile& tile, int worker) {
+  void add_segment(const Segment& whole, const Tile& tile, int worker) {
+    Segment segment = whole;
     const int end = segment.page_end;
     const int unit = segment.unit;
     while (segment.page_begin < end) {

@@ -78,6 +78,17 @@ class Planner {
     plan_.runs.push_back(std::move(run));
   }
 
+  // Of the work `total`, what the busiest of n blocks gets from cut(): a single run's units come in
+  // whole parts, those of several even each other out.
+  double busiest_share(int n, double total) const {
+    if (plan_.runs.size() > 1 || n < view_.num_kv_heads) return total / n;
+    const SharedRunPages& run = plan_.runs[0];
+    const int64_t parts =
+        std::clamp<int64_t>(num_pages(run) / kLeastPartPages, 1, n / view_.num_kv_heads);
+    const int64_t pages = (num_pages(run) + parts - 1) / parts;
+    return static_cast<double>(pages) * page_cost(run.num_rows);
+  }
+
   // The two kernels run side by side: so many blocks for this one that both end together. False
   // if decode alone would end first.
   bool divide_multiprocessors() {
@@ -106,8 +117,8 @@ class Planner {
     double time = 0.0;
     for (int n = 1; n < std::max(2, all); ++n) {
       const double rate = std::min(costs.bytes_per_ns * std::max(1, all - n), costs.device_bytes);
-      const double both =
-          std::max(costs.start + shared / n, costs.decode_start + decode_bytes / rate);
+      const double both = std::max(costs.start + busiest_share(n, shared),
+                                   costs.decode_start + decode_bytes / rate);
       if (n == 1 || both < time) blocks = n, time = both;
     }
     if (shape_.blocks > 0) blocks = shape_.blocks;
