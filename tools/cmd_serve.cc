@@ -10,7 +10,9 @@
 #include <string>
 #include <thread>
 #include <utility>
+#include <vector>
 
+#include "kvant/cache/kv_cache.h"
 #include "kvant/model/chat_template.h"
 #include "kvant/serve/engine.h"
 #include "kvant/serve/http/server.h"
@@ -61,7 +63,9 @@ struct Running {
   std::unique_ptr<serve::Metrics> metrics;
   std::unique_ptr<Watcher> watcher;
   std::unique_ptr<serve::QualitySampler> sampler;  // may be null
+  std::unique_ptr<EventSender> events;             // may be null
   serve::EngineObservers observers;
+  serve::PageObservers pages;
   std::unique_ptr<serve::Engine> engine;
   std::unique_ptr<serve::openai::Service> service;
   std::unique_ptr<serve::http::Server> server;
@@ -136,6 +140,23 @@ Status start_metrics(const ServeOptions& options, const serve::EngineOptions& en
   return {};
 }
 
+Status start_event_sender(const ServeOptions& options, const serve::EngineOptions& engine,
+                          Running& r) {
+  r.pages.add(*r.metrics);
+  const std::vector<cache::LayerGeometry> layers = r.open.model->config().layer_geometry();
+  const NetworkOptions& network = options.network;
+  const bool ipv6 = network.host.find(':') != std::string::npos;
+  EventSubject subject;
+  subject.listens_at =
+      (ipv6 ? "[" + network.host + "]" : network.host) + ":" + std::to_string(network.port);
+  subject.model_name = r.names.front();
+  subject.page_tokens = engine.runtime.page_tokens;
+  subject.num_groups = static_cast<int>(cache::make_layer_groups(layers).size());
+  KVANT_ASSIGN(r.events, start_events(options.events, subject));
+  if (r.events) r.events->watch(r.observers, r.pages, *r.metrics);
+  return {};
+}
+
 void add_pages(Running& r) {
   serve::Metrics& metrics = *r.metrics;
   using serve::http::HttpRequest;
@@ -162,8 +183,8 @@ Status open_all(Console& console, const ServeOptions& options, Running& r) {
   r.names = model_names(options);
   KVANT_ASSIGN(const serve::EngineOptions engine, engine_options(options, r.open, r.kv));
   KVANT_TRY(start_metrics(options, engine, r));
-  KVANT_ASSIGN(r.engine,
-               serve::Engine::create(*r.open.model, engine, &r.observers, r.metrics.get()));
+  KVANT_TRY(start_event_sender(options, engine, r));
+  KVANT_ASSIGN(r.engine, serve::Engine::create(*r.open.model, engine, &r.observers, &r.pages));
   serve::Engine& started = *r.engine;
   r.metrics->watch_engine([&started] { return started.stats(); });
   return {};
@@ -214,6 +235,10 @@ Status announce(Console& console, const Running& running) {
     json["max_model_len"] = runtime.context_tokens;
     json["max_num_seqs"] = runtime.max_sequences;
     json["max_num_batched_tokens"] = runtime.max_step_tokens;
+    if (running.events) {
+      json["kv_events"] = running.events->publisher->endpoint();
+      json["kv_events_replay"] = running.events->publisher->replay_endpoint();
+    }
     return print_json(console, json);
   }
   KVANT_TRY(console.print(fmt::format(

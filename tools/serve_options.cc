@@ -156,6 +156,7 @@ void add_serve_options(CLI::App& app, ServeOptions& options) {
   add_access_group(app, options.access);
   add_log_group(app, options.log);
   add_monitor_group(app, options.monitor);
+  add_event_group(app, options.events);
   app.add_option("--config", options.config,
                  "YAML file with these options by their long names; the command line wins")
       ->type_name("FILE");

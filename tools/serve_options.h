@@ -12,6 +12,7 @@
 #include "kvant/serve/engine.h"
 #include "kvant/serve/http/server.h"
 #include "tools/model_options.h"
+#include "tools/serve_events.h"
 
 namespace CLI {
 class App;
@@ -65,6 +66,7 @@ struct ServeOptions {
   AccessOptions access;
   LogOptions log;
   MonitorOptions monitor;
+  EventOptions events;
   std::string config;  // a YAML file with more options
 };
 
