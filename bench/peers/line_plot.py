@@ -1,4 +1,4 @@
-"""Time of a decoded token against depth, drawn as SVG: what depth_plot.py and bench/gpu/latency.py share."""
+"""Lines over a grid, drawn as SVG: what depth_plot.py, bench/gpu/latency.py and bench/serving/cache_budget.py share."""
 
 import math
 from xml.sax.saxutils import escape
@@ -49,7 +49,7 @@ class Plot:
     def text(self, x, y, text, style=""):
         self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" font-size="12" {style}>{escape(text)}</text>')
 
-    def axes(self):
+    def axes(self, x_label="tokens of context", y_label="ms per decoded token"):
         grid = 'stroke="#cbd5e1" stroke-width="1"'
         for value in _grid(self.max_x):
             self.line((value, 0), (value, self.max_y), grid)
@@ -57,8 +57,8 @@ class Plot:
         for value in _grid(self.max_y):
             self.line((0, value), (self.max_x, value), grid)
             self.text(LEFT - 8, self.y(value) + 4, f"{value:g}", 'text-anchor="end"')
-        self.text((LEFT + WIDTH) / 2, HEIGHT - 12, "tokens of context", 'text-anchor="middle"')
-        self.text(LEFT - 50, TOP - 4, "ms per decoded token")
+        self.text((LEFT + WIDTH) / 2, HEIGHT - 12, x_label, 'text-anchor="middle"')
+        self.text(LEFT - 50, TOP - 4, y_label)
 
     def svg(self):
         return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
