@@ -26,6 +26,7 @@
 #include "tools/option_file.h"
 #include "tools/serve_log.h"
 #include "tools/serve_options.h"
+#include "tools/serve_tiers.h"
 
 namespace kvant::tools {
 namespace {
@@ -184,7 +185,9 @@ Status open_all(Console& console, const ServeOptions& options, Running& r) {
   KVANT_ASSIGN(const serve::EngineOptions engine, engine_options(options, r.open, r.kv));
   KVANT_TRY(start_metrics(options, engine, r));
   KVANT_TRY(start_event_sender(options, engine, r));
-  KVANT_ASSIGN(r.engine, serve::Engine::create(*r.open.model, engine, &r.observers, &r.pages));
+  KVANT_ASSIGN(std::vector<serve::TierSetup> tiers, open_tiers(console, options.tiers));
+  KVANT_ASSIGN(r.engine, serve::Engine::create(*r.open.model, engine, &r.observers, &r.pages,
+                                               std::move(tiers)));
   serve::Engine& started = *r.engine;
   r.metrics->watch_engine([&started] { return started.stats(); });
   return {};

@@ -151,6 +151,7 @@ Result<int64_t> default_cache_bytes(const OpenModel& open, const model::RuntimeO
 void add_serve_options(CLI::App& app, ServeOptions& options) {
   add_model_group(app, options);
   add_cache_group(app, options.cache);
+  add_tier_options(app, options.tiers);
   add_scheduler_group(app, options.scheduler);
   add_network_group(app, options.network);
   add_access_group(app, options.access);
@@ -190,6 +191,10 @@ Result<serve::EngineOptions> engine_options(const ServeOptions& options, const O
   const auto ends = open.tokenizer->end_of_generation();
   engine.end_ids.assign(ends.begin(), ends.end());
   engine.max_waiting = scheduler.max_waiting;
+  engine.load_by_cost = !options.tiers.load_always;
+  if (options.tiers.leaves_process()) {
+    engine.identity = model::Model::Identity::kWithWeights;
+  }
   engine.speculation.max_draft_tokens = scheduler.speculative_tokens;
   return engine;
 }

@@ -13,6 +13,7 @@
 #include "kvant/serve/http/server.h"
 #include "tools/model_options.h"
 #include "tools/serve_events.h"
+#include "tools/serve_tiers.h"
 
 namespace CLI {
 class App;
@@ -67,6 +68,7 @@ struct ServeOptions {
   LogOptions log;
   MonitorOptions monitor;
   EventOptions events;
+  TierOptions tiers;
   std::string config;  // a YAML file with more options
 };
 
