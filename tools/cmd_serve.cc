@@ -292,6 +292,7 @@ const Command serve_command = {
     .examples =
         "kvant serve smollm2.gguf\n"
         "kvant serve smollm2.gguf --kv nvfp4 --cache-memory 2GiB --max-num-seqs 32 --port 9000\n"
+        "kvant serve smollm2.gguf --host-cache 8GiB --disk-cache /var/cache/kvant\n"
         "kvant serve --config serve.yaml --api-key-file keys.txt --host 0.0.0.0",
     .define = define,
 };

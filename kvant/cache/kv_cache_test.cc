@@ -6,50 +6,22 @@
 #include <vector>
 
 #include "kvant/cache/page_object.h"
-#include "kvant/cache/testing/cache_harness.h"
+#include "kvant/cache/testing/small_caches.h"
 
 namespace kvant::cache {
 namespace {
 
 using testing::CacheHarness;
+using testing::config_of;
+using testing::format_of;
+using testing::harness_of;
 using testing::NewTokens;
 using testing::random_tokens;
 using testing::StepEnd;
 
-formats::CacheFormat format_of(const std::string& spec) {
-  auto format = formats::parse_cache_format(spec);
-  EXPECT_TRUE(format.has_value()) << spec;
-  return format ? *format : formats::CacheFormat{};
-}
-
-// Two full-attention layers and, if asked, one window layer of other geometry.
-CacheConfig config_of(const std::string& spec, int window = 0) {
-  CacheConfig config;
-  config.layers = {{.num_kv_heads = 2, .head_dim = 32}, {.num_kv_heads = 2, .head_dim = 32}};
-  if (window > 0) config.layers.push_back({.num_kv_heads = 1, .head_dim = 16, .window = window});
-  config.format = format_of(spec);
-  config.page_tokens = 16;
-  config.max_tokens = 256;
-  config.max_sequences = 4;
-  config.max_step_tokens = 96;
-  return config;
-}
-
-std::unique_ptr<CacheHarness> harness_of(const CacheConfig& config) {
-  auto harness = CacheHarness::create(config);
-  EXPECT_TRUE(harness.has_value()) << (harness ? "" : harness.error().message());
-  return harness ? std::move(*harness) : nullptr;
-}
-
 int64_t closed_pages(int64_t length, int page_tokens, int recent_tokens) {
   return length / page_tokens - (recent_tokens + page_tokens - 1) / page_tokens;
 }
-
-#define ASSERT_OK(expression)                                          \
-  do {                                                                 \
-    const auto& ok_result = (expression);                              \
-    ASSERT_TRUE(ok_result.has_value()) << ok_result.error().message(); \
-  } while (false)
 
 TEST(KvCache, LayersAreGroupedByGeometryAndWindow) {
   const LayerGeometry full{1, 256, 0}, window{1, 256, 512};

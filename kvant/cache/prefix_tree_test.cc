@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "kvant/cache/testing/cache_harness.h"
+#include "kvant/cache/testing/small_caches.h"
 #include "kvant/cache/testing/tree_mirror.h"
 
 namespace kvant::cache {
@@ -14,12 +14,6 @@ namespace {
 
 using testing::CacheHarness;
 using testing::TreeMirror;
-
-#define ASSERT_OK(expression)                                          \
-  do {                                                                 \
-    const auto& ok_result = (expression);                              \
-    ASSERT_TRUE(ok_result.has_value()) << ok_result.error().message(); \
-  } while (false)
 
 constexpr int kPageTokens = 16;
 

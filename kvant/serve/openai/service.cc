@@ -50,6 +50,23 @@ std::string with_system_text(const std::string& messages_json, const std::string
   return dump_json(messages);
 }
 
+// Answers a body that is a JSON object with what `read` makes of its fields, or with the error.
+template <typename Read>
+void answer_object(const HttpRequest& request, http::ResponseWriter& writer, const Read& read) {
+  const Result<Json> body = parse_json(request.body);
+  std::optional<ApiError> error;
+  Json json;
+  if (!body) {
+    error = to_api_error(body.error());
+  } else if (!body->is_object()) {
+    error = ApiError{.message = "expected a JSON object"};
+  } else {
+    FieldReader reader(*body, "", error);
+    json = read(reader, error);
+  }
+  writer.send(error ? error_response(*error) : json_response(json));
+}
+
 double seconds_since(http::Clock::time_point time) {
   return std::chrono::duration<double>(http::Clock::now() - time).count();
 }
@@ -389,15 +406,7 @@ void Service::models(const RequestPtr& request, const Tenant&, const WriterPtr& 
 }
 
 void Service::tokenize(const RequestPtr& request, const Tenant&, const WriterPtr& writer) {
-  const Result<Json> body = parse_json(request->body);
-  std::optional<ApiError> error;
-  Json json;
-  if (!body) {
-    error = to_api_error(body.error());
-  } else if (!body->is_object()) {
-    error = ApiError{.message = "expected a JSON object"};
-  } else {
-    FieldReader reader(*body, "", error);
+  answer_object(*request, *writer, [this](FieldReader& reader, std::optional<ApiError>& error) {
     const bool with_strings = reader.boolean("return_token_strs").value_or(false);
     const bool add_special = reader.boolean("add_special_tokens").value_or(true);
     Result<std::vector<int32_t>> ids = std::vector<int32_t>();
@@ -412,37 +421,25 @@ void Service::tokenize(const RequestPtr& request, const Tenant&, const WriterPtr
       reader.fail("prompt", "expected a prompt or messages");
     }
     if (!ids && !error) error = to_api_error(ids.error());
-    if (!error) {
-      json["count"] = ids->size();
-      json["max_model_len"] = limits_.max_model_len;
-      json["tokens"] = *ids;
-      Json strings;
-      for (const int32_t id : with_strings ? *ids : std::vector<int32_t>()) {
-        strings.push_back(std::string(served_.tokenizer->token_text(id)));
-      }
-      json["token_strs"] = std::move(strings);
+    if (error) return Json();
+    Json strings;
+    for (const int32_t id : with_strings ? *ids : std::vector<int32_t>()) {
+      strings.push_back(std::string(served_.tokenizer->token_text(id)));
     }
-  }
-  writer->send(error ? error_response(*error) : json_response(json));
+    return Json{{"count", ids->size()},
+                {"max_model_len", limits_.max_model_len},
+                {"tokens", *ids},
+                {"token_strs", std::move(strings)}};
+  });
 }
 
 void Service::detokenize(const RequestPtr& request, const Tenant&, const WriterPtr& writer) {
-  const Result<Json> body = parse_json(request->body);
-  std::optional<ApiError> error;
-  Json json;
-  if (!body) {
-    error = to_api_error(body.error());
-  } else if (!body->is_object()) {
-    error = ApiError{.message = "expected a JSON object"};
-  } else {
-    FieldReader reader(*body, "", error);
+  answer_object(*request, *writer, [this](FieldReader& reader, std::optional<ApiError>& error) {
     if (reader.find("tokens") == nullptr) reader.fail("tokens", "expected an array of token ids");
-    const std::vector<int32_t> ids = reader.integers("tokens");
-    const Result<std::string> text = served_.tokenizer->decode(ids);
+    const Result<std::string> text = served_.tokenizer->decode(reader.integers("tokens"));
     if (!text && !error) error = to_api_error(text.error());
-    if (!error) json["prompt"] = *text;
-  }
-  writer->send(error ? error_response(*error) : json_response(json));
+    return error ? Json() : Json{{"prompt", *text}};
+  });
 }
 
 void Service::health(const RequestPtr&, const Tenant&, const WriterPtr& writer) {
