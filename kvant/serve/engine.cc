@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <exception>
+#include <future>
+#include <iterator>
 #include <random>
 #include <utility>
 
@@ -124,7 +126,13 @@ Result<std::unique_ptr<Engine>> Engine::create(model::Model& model, const Engine
   s.sampler = std::make_unique<RowSampler>(s.limits.vocab_size, options.end_ids);
   s.bitmask.resize((static_cast<size_t>(s.limits.vocab_size) + 31) / 32);
   s.publish_stats();
-  s.thread = std::thread([&s] { s.loop(); });
+  s.thread = std::thread([&s] {
+    try {
+      s.loop();
+    } catch (const std::exception& exception) {
+      s.fail(exception.what());
+    }
+  });
   return engine;
 }
 
@@ -179,6 +187,7 @@ Result<RequestNumber> Engine::submit(Request request) {
   sequence->request = std::move(request);
 
   const std::lock_guard lock(s.mutex);
+  if (s.failure) return *s.failure;
   if (s.draining || s.stopping) {
     return Error(ErrorCode::kCancelled, "the server is shutting down; ask another one");
   }
@@ -213,7 +222,7 @@ void Engine::drain(Clock::duration timeout) {
 
 bool Engine::draining() const {
   const std::lock_guard lock(state_->mutex);
-  return state_->draining;
+  return state_->draining || state_->failure;
 }
 
 EngineStats Engine::stats() const {
@@ -223,29 +232,30 @@ EngineStats Engine::stats() const {
   return stats;
 }
 
-void Engine::run_between_steps(
+Status Engine::run_between_steps(
     const std::function<void(cache::KvCache&, cache::PrefixTree*)>& work) {
   State& s = *state_;
-  std::mutex done_mutex;
-  std::condition_variable done_signal;
-  bool done = false;
+  std::future<void> done;
   {
     const std::lock_guard lock(s.mutex);
-    s.between_steps.push_back([&] {
+    if (s.failure) return *s.failure;
+    s.between_steps.emplace_back([&] {
       work(*s.cache, s.tree.get());
       s.publish_stats();  // whoever waited may look
-      const std::lock_guard done_lock(done_mutex);
-      done = true;
-      done_signal.notify_one();
     });
+    done = s.between_steps.back().get_future();
   }
   s.wake.notify_one();
-  std::unique_lock lock(done_mutex);
-  done_signal.wait(lock, [&] { return done; });
+  try {
+    done.get();
+  } catch (const std::exception& exception) {  // its own, or the engine ended before its turn
+    return Error(ErrorCode::kInternal, exception.what());
+  }
+  return {};
 }
 
-void Engine::reset_prefix_cache() {
-  run_between_steps([](cache::KvCache& cache, cache::PrefixTree* tree) {
+Status Engine::reset_prefix_cache() {
+  return run_between_steps([](cache::KvCache& cache, cache::PrefixTree* tree) {
     if (tree == nullptr || tree->clear()) return;
     // What requests use must stay; the rest goes class by class.
     for (int c = 0; c < cache.num_page_classes(); ++c)
@@ -314,7 +324,7 @@ Engine::State::Inbox Engine::State::wait_for_work() {
 }
 
 void Engine::State::take(Inbox inbox) {
-  for (const BetweenSteps& work : inbox.between_steps) work();
+  for (BetweenSteps& work : inbox.between_steps) work();
   for (SequencePtr& sequence : inbox.submitted) {
     fair_share.arrive(sequence->request.tenant);
     waiting.push_back(std::move(sequence));
@@ -329,6 +339,35 @@ void Engine::State::take(Inbox inbox) {
       finish(std::move(sequence), FinishReason::kCancelled);
     }
   }
+}
+
+// A bug: what cache and model are in the middle of is not known, so nothing goes on. Every request
+// is told, and later ones are refused.
+void Engine::State::fail(const char* what) {
+  const Error error(ErrorCode::kInternal,
+                    fmt::format("the engine has failed and takes no more requests: {}", what));
+  std::vector<SequencePtr> ended;
+  const auto take_from = [&ended](std::vector<SequencePtr>& list) {
+    std::ranges::move(list, std::back_inserter(ended));
+    list.clear();
+  };
+  take_from(waiting);
+  take_from(running);
+  {
+    const std::lock_guard lock(mutex);
+    failure = error;
+    take_from(submitted);
+    between_steps.clear();  // breaks their promises
+  }
+  for (const SequencePtr& sequence : ended) {
+    if (sequence == nullptr) continue;  // the one that was being ended
+    sequence->record.reason = FinishReason::kError;
+    sequence->record.error = error;
+    tell_finish(*sequence);
+  }
+  const std::lock_guard lock(mutex);
+  in_engine = 0;
+  idle.notify_all();
 }
 
 void Engine::State::end_expired() {

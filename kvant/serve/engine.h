@@ -126,19 +126,20 @@ class Engine {
   // ---- any thread ----
 
   // Queues the request. kInvalidArgument: prompt or parameters; kResourceExhausted: the queue is
-  // full (try again later) or the prompt can never fit; kCancelled: the engine is draining.
+  // full (try again later); kCancelled: the engine is draining; kInternal: it has failed.
   Result<RequestNumber> submit(Request request);
   // Its pages are free within one step; on_finish tells. Unknown and ended numbers are ignored.
   void cancel(RequestNumber number);
   // Takes no further requests; waits until all are done, or ends them after `timeout`.
   void drain(Clock::duration timeout);
-  bool draining() const;
+  bool draining() const;  // or failed: it takes no further requests
   EngineStats stats() const;
-  // Drops every page that no request uses; waits for the loop to have done it.
-  void reset_prefix_cache();
+  // Drops every page that no request uses; waits for the loop to have done it. kInternal if the
+  // engine has failed.
+  Status reset_prefix_cache();
   // Runs `work` on the engine thread between two steps and waits: for what must see the tree or
-  // the cache whole (tests, saving a session).
-  void run_between_steps(const std::function<void(cache::KvCache&, cache::PrefixTree*)>& work);
+  // the cache whole (tests, saving a session). kInternal: it threw, or the engine has failed.
+  Status run_between_steps(const std::function<void(cache::KvCache&, cache::PrefixTree*)>& work);
   // The part of submit() that needs no engine: prompt and parameters.
   Status check(const Request& request) const;
   const EngineOptions& options() const;

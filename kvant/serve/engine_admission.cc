@@ -1,6 +1,7 @@
 // Who runs: admission, preemption, and how requests end.
 #include <algorithm>
 #include <chrono>
+#include <exception>
 #include <limits>
 #include <utility>
 
@@ -177,9 +178,17 @@ void Engine::State::finish(SequencePtr sequence, FinishReason reason, std::optio
   record.error = std::move(error);
   record.total_seconds = seconds_between(sequence->submitted, Clock::now());
   observer->on_finish(record, sequence->request.sampling);
-  sequence->request.listener->on_finish(record);
+  tell_finish(*sequence);
   const std::lock_guard lock(mutex);
   if (--in_engine == 0) idle.notify_all();
+}
+
+void Engine::State::tell_finish(Sequence& sequence) {
+  try {
+    sequence.request.listener->on_finish(sequence.record);
+  } catch (const std::exception&) {
+    // It was told; what it makes of that is its own affair, and others are waiting.
+  }
 }
 
 }  // namespace kvant::serve

@@ -4,7 +4,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <deque>
-#include <functional>
+#include <future>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -22,7 +22,7 @@ namespace kvant::serve {
 
 struct Engine::State {
   using SequencePtr = std::unique_ptr<Sequence>;
-  using BetweenSteps = std::function<void()>;
+  using BetweenSteps = std::packaged_task<void()>;
 
   EngineOptions options;
   model::Model* model = nullptr;
@@ -44,8 +44,9 @@ struct Engine::State {
   bool tiers_done = false;  // they have something to poll
   bool stopping = false;
   bool draining = false;
-  bool ending_all = false;  // a drain ran out of time
-  int64_t in_engine = 0;    // submitted and not finished
+  bool ending_all = false;       // a drain ran out of time
+  std::optional<Error> failure;  // the engine's own; nothing runs any more
+  int64_t in_engine = 0;         // submitted and not finished
   RequestNumber last_number = 0;
   EngineStats stats;
 
@@ -72,6 +73,7 @@ struct Engine::State {
   void loop();
   Inbox wait_for_work();
   void take(Inbox inbox);
+  void fail(const char* what);
   void end_expired();
   void end_all(FinishReason reason);
   void publish_stats();
@@ -88,6 +90,7 @@ struct Engine::State {
   void preempt(size_t index);
   void release(Sequence& sequence);
   void finish(SequencePtr sequence, FinishReason reason, std::optional<Error> error = {});
+  void tell_finish(Sequence& sequence);
 
   // engine_loading.cc
   bool waits_for_load(size_t index, int64_t matched_pages, Clock::time_point now);
@@ -112,6 +115,7 @@ struct Engine::State {
   void settle(Sequence& sequence);
   Status publish_pages(Sequence& sequence);
   std::optional<Ending> hand_over(Sequence& sequence);
+  std::optional<Ending> tell_tokens(Sequence& sequence);
   void note_time(Sequence& sequence);
   bool ends_answer(const Sequence& sequence, int32_t id) const;
   SequencePtr take_running(const Sequence& sequence);

@@ -249,8 +249,19 @@ Status Engine::State::publish_pages(Sequence& sequence) {
   return tree->insert(sequence.lease, *sequence.id, sequence.tokens, sequence.request.cache_salt);
 }
 
-// Tells the listener what is new; how the request ends, if it does.
+// Tells the listener what is new; how the request ends, if it does. A listener that throws ends its
+// own request only.
 std::optional<Engine::State::Ending> Engine::State::hand_over(Sequence& sequence) {
+  try {
+    return tell_tokens(sequence);
+  } catch (const std::exception& exception) {
+    return Ending{FinishReason::kError,
+                  Error(ErrorCode::kInternal,
+                        std::string("the answer could not be handed over: ") + exception.what())};
+  }
+}
+
+std::optional<Engine::State::Ending> Engine::State::tell_tokens(Sequence& sequence) {
   RequestListener& listener = *sequence.request.listener;
   if (!sequence.prompt_told) {
     sequence.prompt_told = true;

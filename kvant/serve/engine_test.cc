@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <cmath>
 #include <random>
+#include <stdexcept>
 
+#include "kvant/base/check.h"
 #include "kvant/model/generate.h"
 #include "kvant/model/testing/engine.h"
 #include "kvant/model/testing/tiny_models.h"
@@ -35,13 +37,13 @@ struct Served {
   }
   // Nothing is used by requests any more, and the cache is whole.
   void expect_at_rest() {
-    engine->run_between_steps([](cache::KvCache& cache, cache::PrefixTree* tree) {
+    must(engine->run_between_steps([](cache::KvCache& cache, cache::PrefixTree* tree) {
       EXPECT_TRUE(cache.check_integrity()) << cache.check_integrity().error().message();
       EXPECT_EQ(cache.bytes().tokens_now, 0);
       if (tree == nullptr) return;
       EXPECT_TRUE(tree->check_invariants()) << tree->check_invariants().error().message();
       EXPECT_EQ(tree->stats().leased_nodes, 0);
-    });
+    }));
     EXPECT_EQ(engine->stats().running, 0);
     EXPECT_EQ(engine->stats().pages_used, 0);
   }
@@ -127,12 +129,12 @@ TEST_P(SameAnswer, InABatchWithPreemption) {
   std::vector<std::shared_ptr<Collector>> answers;
   std::vector<Ids> prompts;
   // At once, so that what happens does not depend on threads.
-  served.engine->run_between_steps([&](cache::KvCache&, cache::PrefixTree*) {
+  must(served.engine->run_between_steps([&](cache::KvCache&, cache::PrefixTree*) {
     for (uint32_t i = 0; i < 16; ++i) {
       prompts.push_back(random_tokens(5 + 3 * i, kVocab, 100 + i));
       answers.push_back(served.submit(greedy(prompts.back(), 60)));
     }
-  });
+  }));
   for (size_t i = 0; i < answers.size(); ++i) {
     EXPECT_EQ(answers[i]->wait().reason, FinishReason::kLength);
     if (i % 5 == 0) {
@@ -203,7 +205,7 @@ TEST(Engine, ResetForgetsPrefixes) {
   Served served(small_options("4bit"));
   const Ids prompt = random_tokens(100, kVocab, 5);
   served.submit(greedy(prompt, 2))->wait();
-  served.engine->reset_prefix_cache();
+  must(served.engine->reset_prefix_cache());
   EXPECT_EQ(served.engine->stats().tree.nodes, 0);
   EXPECT_EQ(served.submit(greedy(prompt, 2))->wait().cached_tokens, 0);
 }
@@ -370,6 +372,65 @@ TEST(Engine, DestructionEndsWhatRuns) {
   EXPECT_TRUE(answer->finished());
 }
 
+// ---- what must not happen ----
+
+// Throws at its `last` token.
+class Thrower : public Collector {
+ public:
+  explicit Thrower(size_t last) : last_(last) {}
+  bool on_token(const SampledToken& token, bool ends) override {
+    Collector::on_token(token, ends);
+    if (ids().size() == last_) throw std::runtime_error("no");
+    return true;
+  }
+
+ private:
+  const size_t last_;
+};
+
+TEST(Engine, AListenerThatThrowsEndsItsOwnRequest) {
+  Served served(small_options("4bit"));
+  const auto other = served.submit(greedy(random_tokens(20, kVocab, 2), 40));
+  const auto thrower =
+      served.submit(greedy(random_tokens(20, kVocab, 1), 40), std::make_shared<Thrower>(3));
+  EXPECT_EQ(thrower->wait().reason, FinishReason::kError);
+  EXPECT_EQ(other->wait().reason, FinishReason::kLength);
+  served.expect_at_rest();
+}
+
+// Throws after so many steps: a bug of the engine's own.
+class Failing : public EngineObserver {
+ public:
+  void on_step(const StepRecord&) override {
+    if (++steps_ == 3) throw InternalError("broken");
+  }
+
+ private:
+  int steps_ = 0;
+};
+
+TEST(Engine, AFailureOfItsOwnTellsEverybodyAndRefuses) {
+  model::testing::Engine model(model::testing::tiny_model("llama"), "cpu");
+  Failing failing;
+  const auto engine = must(Engine::create(model.model(), small_options("4bit"), &failing));
+  std::vector<std::shared_ptr<Collector>> answers;
+  for (uint32_t i = 0; i < 20; ++i) {
+    Request request = greedy(random_tokens(20, kVocab, i), 40);
+    request.listener = answers.emplace_back(std::make_shared<Collector>());
+    if (!engine->submit(std::move(request))) answers.pop_back();
+  }
+  for (const auto& answer : answers) {
+    ASSERT_TRUE(answer->wait().error);
+    EXPECT_EQ(answer->wait().error->code(), ErrorCode::kInternal);
+  }
+  Request late = greedy({1}, 1);
+  late.listener = std::make_shared<Collector>();
+  EXPECT_EQ(engine->submit(std::move(late)).error().code(), ErrorCode::kInternal);
+  EXPECT_TRUE(engine->draining());
+  EXPECT_FALSE(engine->reset_prefix_cache());
+  engine->drain(std::chrono::seconds(1));
+}
+
 // ---- refusals ----
 
 TEST(Engine, RefusesWhatCannotBeServed) {
@@ -386,11 +447,11 @@ TEST(Engine, RefusesWhatCannotBeServed) {
   Request bad = greedy({1}, 4);
   bad.sampling.top_p = 2;
   EXPECT_EQ(refusal(std::move(bad)).code(), ErrorCode::kInvalidArgument);
-  served.engine->run_between_steps([&](cache::KvCache&, cache::PrefixTree*) {
+  must(served.engine->run_between_steps([&](cache::KvCache&, cache::PrefixTree*) {
     served.submit(greedy({1}, 4));
     served.submit(greedy({1}, 4));
     EXPECT_EQ(refusal(greedy({1}, 4)).code(), ErrorCode::kResourceExhausted);
-  });
+  }));
 }
 
 TEST(Engine, RefusesOptionsThatContradict) {
@@ -430,7 +491,7 @@ TEST(Engine, RandomTrafficLeavesNothingBehind) {
     if (random() % 4 == 0) request.sampling.prompt_logprobs = 1;
     answers.push_back(served.submit(std::move(request)));
     if (random() % 3 == 0) served.engine->cancel(1 + random() % served.last_number);
-    if (random() % 20 == 0) served.engine->reset_prefix_cache();
+    if (random() % 20 == 0) must(served.engine->reset_prefix_cache());
     if (random() % 10 == 0) answers[random() % answers.size()]->wait();
   }
   for (const auto& answer : answers) {

@@ -100,9 +100,9 @@ void serve_batch_with_preemption(const std::string& spec) {
   Served alone(spec, {});
   std::vector<std::shared_ptr<Collector>> answers;
   // At once, so that what happens does not depend on threads.
-  served.engine().run_between_steps([&](cache::KvCache&, cache::PrefixTree*) {
+  must(served.engine().run_between_steps([&](cache::KvCache&, cache::PrefixTree*) {
     for (uint32_t i = 0; i < 6; ++i) answers.push_back(served.submit(prompt(9 + 7 * i, i), 50));
-  });
+  }));
   for (uint32_t i = 0; i < 6; ++i) {
     EXPECT_EQ(answers[i]->wait().reason, serve::FinishReason::kLength);
     if (i % 3 != 0) continue;
@@ -131,7 +131,7 @@ void serve_from_tier(const std::string& spec, std::unique_ptr<serve::PageStore> 
   Served served(spec, {}, std::move(tiers));
   const auto cold = served.submit(prompt(75, 1), 24);
   cold->wait();
-  served.engine().reset_prefix_cache();
+  must(served.engine().reset_prefix_cache());
   const auto warm = served.submit(prompt(75, 1), 24);
   EXPECT_EQ(warm->wait().cached_tokens, 4 * kPage);
   EXPECT_EQ(warm->ids(), cold->ids());

@@ -465,8 +465,9 @@ void Service::load(const RequestPtr&, const Tenant&, const WriterPtr& writer) {
 void Service::reset_prefix_cache(const RequestPtr&, const Tenant&, const WriterPtr& writer) {
   // The engine answers between two steps, which may take a while.
   tasks_.post_always([this, writer] {
-    served_.engine->reset_prefix_cache();
-    writer->send(json_response(Json{{"status", "ok"}}));
+    const Status reset = served_.engine->reset_prefix_cache();
+    writer->send(reset ? json_response(Json{{"status", "ok"}})
+                       : error_response(to_api_error(reset.error())));
   });
 }
 
