@@ -170,16 +170,21 @@ TEST(KvEventPublisher, ConnectsWhereTheSubscriberBinds) {
 TEST(KvEventPublisher, EveryRankHasItsOwnPortAndNumber) {
   KvEventsConfig config = local_config();
   config.replay_endpoint.clear();
-  std::string port;
-  {
-    const auto probe = make(config);
-    port = probe->endpoint().substr(probe->endpoint().rfind(':') + 1);
+  // A free port is easily found, one with a free neighbour by trying.
+  std::unique_ptr<KvEventPublisher> publisher;
+  int port = 0;
+  for (int attempt = 0; attempt < 50 && publisher == nullptr; ++attempt) {
+    config.endpoint = "tcp://127.0.0.1:*";
+    const std::string probed = make(config)->endpoint();
+    port = std::stoi(probed.substr(probed.rfind(':') + 1));
+    config.endpoint = "tcp://*:" + std::to_string(port);
+    auto made = KvEventPublisher::create(config, 1);
+    if (made) publisher = std::move(*made);
   }
-  config.endpoint = "tcp://*:" + port;
-  const auto publisher = make(config, 1);
   ASSERT_NE(publisher, nullptr);
-  EXPECT_TRUE(publisher->endpoint().ends_with(":" + std::to_string(std::stoi(port) + 1)));
-  Subscriber subscriber("tcp://127.0.0.1:" + std::to_string(std::stoi(port) + 1));
+  const std::string neighbour = ":" + std::to_string(port + 1);
+  EXPECT_TRUE(publisher->endpoint().ends_with(neighbour));
+  Subscriber subscriber("tcp://127.0.0.1" + neighbour);
   subscriber.wait_until_joined(*publisher);
   publisher->publish(removal(1));
   EXPECT_EQ(subscriber.next().rank, 1);
