@@ -96,7 +96,7 @@ void Engine::State::admit() {
     const std::optional<size_t> chosen = choose_waiting(views, options.max_overtaking_seconds);
     if (!chosen) break;
     // Alone it always fits: a sequence of full length does.
-    if (!running.empty() && !has_room(*waiting[*chosen], views[*chosen].cached_tokens)) return;
+    if (!running.empty() && !has_room(*waiting[*chosen], views[*chosen].cached_tokens)) break;
     SequencePtr sequence = std::move(waiting[*chosen]);
     waiting.erase(waiting.begin() + static_cast<std::ptrdiff_t>(*chosen));
     if (Status begun = start(*sequence); !begun) {
