@@ -93,22 +93,6 @@ class Packaging : public ::testing::Test {
     }
     return options;
   }
-  std::vector<std::string> command_names() {
-    std::vector<std::string> names;
-    std::istringstream lines(page({"--help"}));
-    bool inside = false;
-    for (std::string line; std::getline(lines, line);) {
-      if (line == "Commands:") {
-        inside = true;
-      } else if (line.empty()) {
-        inside = false;
-      } else if (inside) {
-        std::istringstream(line) >> names.emplace_back();
-      }
-    }
-    return names;
-  }
-
   fs::path folder_;
 };
 
@@ -118,7 +102,7 @@ TEST_F(Packaging, CompletionsKnowCommandsAndOptions) {
   EXPECT_TRUE(completions({"bench", ""}).contains("model"));
   EXPECT_TRUE(completions({"run", "m.gguf", "--kv", ""}).contains("4bit"));
   EXPECT_EQ(completions({"run", "m.gguf", "--device", "cu"}), (std::set<std::string>{"cuda"}));
-  for (const std::string& command : command_names()) {
+  for (const std::string& command : command_names(page({"--help"}))) {
     const std::set<std::string> offered = completions({command, "--"});
     const std::set<std::string> options = options_of(page({command, "--help"}));
     EXPECT_GT(options.size(), 0u) << command;
@@ -146,7 +130,7 @@ TEST_F(Packaging, CompletionsAreWellFormed) {
 TEST_F(Packaging, ManualPageIsCompleteAndWellFormed) {
   const std::string source = page({"man"});
   std::string plain = std::regex_replace(source, std::regex("\\\\-"), "-");
-  for (const std::string& command : command_names()) {
+  for (const std::string& command : command_names(page({"--help"}))) {
     EXPECT_NE(plain.find(".SS \"kvant " + command + "\""), std::string::npos) << command;
     for (const std::string& option : options_of(page({command, "--help"}))) {
       EXPECT_NE(plain.find(option + "\\fR"), std::string::npos) << command << " " << option;

@@ -5,6 +5,7 @@
 #include <csignal>
 #include <cstdlib>
 #include <filesystem>
+#include <sstream>
 #include <stdexcept>
 
 #include <fcntl.h>
@@ -125,6 +126,22 @@ ProgramResult run_kvant(const std::vector<std::string>& arguments, const Program
   waitpid(child, &status, 0);
   result.exit_code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
   return result;
+}
+
+std::vector<std::string> command_names(const std::string& help) {
+  std::istringstream lines(help);
+  std::vector<std::string> names;
+  bool inside = false;
+  for (std::string line; std::getline(lines, line);) {
+    if (line == "Commands:") {
+      inside = true;
+    } else if (line.empty()) {
+      inside = false;
+    } else if (inside) {
+      std::istringstream(line) >> names.emplace_back();
+    }
+  }
+  return names;
 }
 
 std::string model_path(const std::string& name) {

@@ -28,6 +28,9 @@ struct ProgramOptions {
 ProgramResult run_kvant(const std::vector<std::string>& arguments,
                         const ProgramOptions& options = {});
 
+// The commands that `kvant --help` lists, from its text.
+std::vector<std::string> command_names(const std::string& help);
+
 // The model files that tests use: a name of scripts/fetch_model.sh ("smollm2", "gemma3", "qwen")
 // gives the path in $KVANT_MODEL_DIR or models/, or "" if that model has not been fetched: skip the
 // test then.
