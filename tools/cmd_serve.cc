@@ -1,4 +1,6 @@
 // `kvant serve`: an OpenAI-compatible HTTP server over one model and one shared cache.
+#include <unistd.h>
+
 #include <fmt/format.h>
 #include <CLI/CLI.hpp>
 
@@ -193,6 +195,21 @@ Status open_all(Console& console, const ServeOptions& options, Running& r) {
   return {};
 }
 
+// On a host whose processors all compute, reading requests and writing tokens must not wait for the
+// end of a time slice: the threads that compute (those that open_all starts, which inherit from the
+// one that runs it) step back by so much. Raising the others instead would need a privilege.
+constexpr int kComputeNiceness = 5;
+
+Status open_computing(Console& console, const ServeOptions& options, Running& r) {
+  if (options.model.device != "cpu") return open_all(console, options, r);
+  Status status;
+  std::thread([&] {
+    static_cast<void>(::nice(kComputeNiceness));  // Linux: of this thread; no matter if it fails
+    status = open_all(console, options, r);
+  }).join();
+  return status;
+}
+
 Result<std::unique_ptr<Running>> start(Console& console, const ServeOptions& options) {
   serve::openai::ServiceOptions service;
   KVANT_ASSIGN(service.keys, read_keys(options.access.api_key_file));
@@ -207,7 +224,7 @@ Result<std::unique_ptr<Running>> start(Console& console, const ServeOptions& opt
   KVANT_ASSIGN(const serve::http::ServerOptions http, server_options(options.network));
   auto running = std::make_unique<Running>();
   Running& r = *running;
-  KVANT_TRY(open_all(console, options, r));
+  KVANT_TRY(open_computing(console, options, r));
   r.log = std::make_unique<ServeLog>(parse_log_level(options.log.level),
                                      !options.log.no_access_log && !console.quiet());
   r.watcher = std::make_unique<Watcher>(*r.log, *r.metrics);
