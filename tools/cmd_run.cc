@@ -15,6 +15,7 @@
 #include "tools/command.h"
 #include "tools/json_output.h"
 #include "tools/model_options.h"
+#include "tools/run_session.h"
 
 namespace kvant::tools {
 namespace {
@@ -36,6 +37,7 @@ struct Options {
   int64_t max_tokens = 512;
   std::optional<uint64_t> seed;
   model::SamplerOptions sampler;
+  SessionFileOptions session;
 };
 
 // A model ready to talk, with one cache.
@@ -78,6 +80,7 @@ Result<Engine> open_engine(Console& console, const Options& options) {
   Engine engine;
   KVANT_ASSIGN(const std::vector<KvChoice> kv, parse_kv(options.kv));
   engine.kv = kv.front();
+  KVANT_TRY(check_session_files(options.session, engine.kv.format));
   KVANT_ASSIGN(engine.open, open_model(console, options.model));
   KVANT_TRY(need_tokenizer(engine.open));
   KVANT_ASSIGN(engine.chat, open_template(options, engine.open));
@@ -85,7 +88,10 @@ Result<Engine> open_engine(Console& console, const Options& options) {
                runtime_options(options.model, engine.open, engine.kv.format));
   runtime.max_logit_rows = 1;
   KVANT_TRY(engine.open.model->reserve(runtime));
-  KVANT_ASSIGN(engine.cache, engine.open.model->create_cache(runtime));
+  // Pages that leave the process say which weights made them.
+  const auto identity = options.session.any() ? model::Model::Identity::kWithWeights
+                                              : model::Model::Identity::kGeometryOnly;
+  KVANT_ASSIGN(engine.cache, engine.open.model->create_cache(runtime, identity));
   return engine;
 }
 
@@ -134,6 +140,7 @@ Json stats_json(const GenerateOptions& options, const GenerateResult& result) {
           {"seed", options.sampler.seed},
           {"prompt_tokens", stats.prompt_tokens},
           {"generated_tokens", result.token_ids.size()},
+          {"reused_tokens", stats.reused_tokens},
           {"prefill_tokens", stats.prefill_tokens},
           {"prefill_seconds", stats.prefill_seconds},
           {"prefill_tokens_per_second", stats.prefill_tokens_per_second()},
@@ -199,8 +206,12 @@ Status run_once(Console& console, const Options& options, Engine& engine) {
   KVANT_ASSIGN(const std::vector<int32_t> prompt, encode_prompt(engine, text));
   const GenerateOptions generate = generate_options(options, engine);
   KVANT_ASSIGN(model::Session session, model::Session::create(*engine.open.model, *engine.cache));
+  SessionFiles files(options.session);
+  KVANT_TRY(files.restore(*engine.cache, session));
   KVANT_ASSIGN(const Answer done, answer(console, engine, session, prompt, generate));
   note_stats(console, engine, done.result.stats);
+  files.note_first_answer(console, done.result.stats);
+  KVANT_TRY(files.save(console, *engine.cache, session));
   if (console.json()) {
     Json json = json_object("run");
     json["model"] = options.model.model;
@@ -210,6 +221,7 @@ Status run_once(Console& console, const Options& options, Engine& engine) {
     json["token_ids"] = done.result.token_ids;
     json["text"] = done.text;
     json["stats"] = stats_json(generate, done.result);
+    if (options.session.any()) json["session"] = files.json();
     KVANT_TRY(print_json(console, json));
   }
   if (done.result.reason == StopReason::kContextFull) {
@@ -231,11 +243,9 @@ Result<bool> ask(Console& console, LineReader& lines, std::string& line) {
   return lines.next(line);
 }
 
-Status run_chat(Console& console, const Options& options, Engine& engine) {
-  if (console.json()) {
-    return Error(ErrorCode::kInvalidArgument, "--json prints one answer; use it with -p or -f");
-  }
-  KVANT_ASSIGN(model::Session session, model::Session::create(*engine.open.model, *engine.cache));
+// Asks and answers until the input or the context ends.
+Status chat(Console& console, const Options& options, Engine& engine, model::Session& session,
+            SessionFiles& files) {
   std::vector<model::ChatMessage> messages = opening(options);
   LineReader lines;
   std::string line;
@@ -251,6 +261,7 @@ Status run_chat(Console& console, const Options& options, Engine& engine) {
     ++generate.sampler.seed;  // another draw for another turn
     messages.push_back({"assistant", done.text});
     note_stats(console, engine, done.result.stats);
+    files.note_first_answer(console, done.result.stats);
     if (done.result.reason == StopReason::kCancelled) return Console::cancelled();
     if (done.result.reason == StopReason::kContextFull) {
       return Error(
@@ -260,6 +271,20 @@ Status run_chat(Console& console, const Options& options, Engine& engine) {
                       engine.open.model->context_tokens()));
     }
   }
+}
+
+Status run_chat(Console& console, const Options& options, Engine& engine) {
+  if (console.json()) {
+    return Error(ErrorCode::kInvalidArgument, "--json prints one answer; use it with -p or -f");
+  }
+  KVANT_ASSIGN(model::Session session, model::Session::create(*engine.open.model, *engine.cache));
+  SessionFiles files(options.session);
+  KVANT_TRY(files.restore(*engine.cache, session));
+  const Status ended = chat(console, options, engine, session, files);
+  // A chat that ended badly is kept all the same; why it did is what counts.
+  const Status saved = files.save(console, *engine.cache, session);
+  if (!ended && !saved) console.warn(saved.error().message());
+  return ended ? saved : ended;
 }
 
 CommandBody define(CLI::App& app) {
@@ -290,6 +315,7 @@ CommandBody define(CLI::App& app) {
       ->capture_default_str();
   app.add_flag("--context-shift", options->context_shift,
                "A full context drops its older half and goes on");
+  add_session_file_options(app, options->session);
   return [options](Console& console) -> Status {
     KVANT_TRY(check(*options));
     KVANT_ASSIGN(Engine engine, open_engine(console, *options));
@@ -306,6 +332,7 @@ const Command run_command = {
     .examples =
         "kvant run smollm2.gguf -p \"Why is the sky blue?\"\n"
         "kvant run smollm2.gguf -i --kv 8bit -c 4096\n"
+        "kvant run smollm2.gguf -f report.txt --save-session report.session\n"
         "kvant run smollm2.gguf -p \"Once upon a time\" --raw --temp 0 -n 50 --json",
     .define = define,
 };

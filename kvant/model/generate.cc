@@ -72,6 +72,18 @@ Session::~Session() {
   if (id_) cache_->remove_sequence(*id_);
 }
 
+Status Session::adopt(std::span<const int32_t> tokens) {
+  const int64_t held = cache_->length(*id_);
+  if (!tokens_.empty() || held != static_cast<int64_t>(tokens.size())) {
+    return Error(ErrorCode::kInvalidArgument,
+                 fmt::format("a session adopts the tokens of pages that were put into its empty "
+                             "sequence; there are {} tokens, it holds {} and had {}",
+                             tokens.size(), held, tokens_.size()));
+  }
+  tokens_.assign(tokens.begin(), tokens.end());
+  return {};
+}
+
 // Shortens the sequence to at most `length` tokens; a closed page goes as a whole.
 Status Session::rewind(int64_t length) {
   if (length >= static_cast<int64_t>(tokens_.size())) return {};

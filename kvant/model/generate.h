@@ -80,6 +80,10 @@ class Session {
   std::span<const int32_t> tokens() const { return tokens_; }
   cache::SequenceId sequence() const { return *id_; }
 
+  // What the pages hold that others have put into sequence(), which was empty: those of a session
+  // file or a page store. kInvalidArgument if the sequence does not have as many tokens.
+  Status adopt(std::span<const int32_t> tokens);
+
   // Continues `prompt` (at least one token): what it shares with tokens() is reused, page by page.
   // kResourceExhausted if the prompt is longer than the context, unless it may be shifted.
   Result<GenerateResult> generate(std::span<const int32_t> prompt, const GenerateOptions& options,

@@ -181,5 +181,25 @@ TEST_F(Generation, AnEmptyPromptIsAnError) {
   EXPECT_FALSE(chat.generate({}, options_, ignore()));
 }
 
+TEST_F(Generation, AdoptsPagesThatOthersPutIntoTheCache) {
+  const std::vector<int32_t> prompt = random_tokens(40, kVocab, 3);
+  Session first = session();
+  const GenerateResult cold = must(first.generate(prompt, options_, ignore()));
+  std::vector<cache::HeldPage> pages;
+  for (int64_t page = 0; page < 2; ++page)
+    pages.push_back(must(cache_->hold_page(first.sequence(), page)));
+  const std::vector<const cache::HeldPage*> both = {&pages[0], &pages[1]};
+
+  Session second = session();
+  EXPECT_EQ(second.adopt(std::span(prompt).first(32)).error().code(), ErrorCode::kInvalidArgument);
+  must(cache_->attach_pages(second.sequence(), both));
+  EXPECT_FALSE(second.adopt(std::span(prompt).first(31)));
+  must(second.adopt(std::span(prompt).first(32)));
+  EXPECT_FALSE(second.adopt(std::span(prompt).first(32))) << "it is not empty any more";
+  const GenerateResult warm = must(second.generate(prompt, options_, ignore()));
+  EXPECT_EQ(warm.token_ids, cold.token_ids);
+  EXPECT_EQ(warm.stats.reused_tokens, 32);
+}
+
 }  // namespace
 }  // namespace kvant::model

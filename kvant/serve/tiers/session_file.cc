@@ -74,6 +74,8 @@ Result<std::vector<int32_t>> fill(cache::KvCache& cache, cache::SequenceId id,
                                   std::span<const std::span<const std::byte>> objects,
                                   std::string_view salt) {
   const uint32_t t = static_cast<uint32_t>(cache.config().page_tokens);
+  const int64_t longest = cache.config().max_sequence_tokens;
+  const auto room = static_cast<size_t>(longest > 0 ? longest : cache.config().max_tokens);
   std::vector<int32_t> tokens;
   PageKey parent{};
   size_t next = 0;
@@ -85,6 +87,11 @@ Result<std::vector<int32_t>> fill(cache::KvCache& cache, cache::SequenceId id,
     while (next < objects.size()) {
       KVANT_ASSIGN(const cache::PageObject object, cache::parse_page_object(objects[next]));
       const cache::PageObjectHeader& header = object.header;
+      if (!std::ranges::equal(header.fingerprint, cache.fingerprint())) {
+        return Error(ErrorCode::kInvalidArgument,
+                     "the session was made by another model, or with other weights, another cache "
+                     "format, plan or page size; only the same can go on from it");
+      }
       if (header.first_position != tokens.size() || header.layer_group >= page.size()) break;
       if (header.num_tokens != t || (next > first && header.key != key)) break;
       page[header.layer_group] = objects[next];
@@ -97,11 +104,16 @@ Result<std::vector<int32_t>> fill(cache::KvCache& cache, cache::SequenceId id,
       return Error(ErrorCode::kInvalidArgument,
                    where + " is missing, or was made with another page size or model");
     }
+    if (tokens.size() + t > room) {
+      return Error(ErrorCode::kResourceExhausted,
+                   "the session has more tokens than the " + std::to_string(room) +
+                       " that a sequence may have here; raise the context");
+    }
     if (key != cache::page_key(parent, cache.fingerprint(), salt, ids)) {
       return Error(ErrorCode::kInvalidArgument,
                    where +
-                       ": its key is another one: it was made by another model, cache format "
-                       "or salt, or is not the next page");
+                       ": its key is another one: it was made with another salt, or is not the "
+                       "next page");
     }
     const Status imported = cache.import_page(id, page);
     if (!imported) return imported.error().with_context(where);

@@ -20,7 +20,8 @@ Result<int64_t> save_session(const std::string& path, const cache::KvCache& cach
                              std::string_view salt = {});
 
 // Fills an empty sequence from such a file and returns its tokens. kCorruptData and
-// kInvalidArgument (another model or format) name the page; the sequence is empty then.
+// kInvalidArgument (another model, format or salt) name the page, kResourceExhausted says how many
+// tokens the cache takes; the sequence is empty then.
 Result<std::vector<int32_t>> restore_session(const std::string& path, cache::KvCache& cache,
                                              cache::SequenceId id, std::string_view salt = {});
 

@@ -97,6 +97,15 @@ TEST(SessionFile, DamagedOrForeignFilesAreRefused) {
     file.put('\xaa');
   }
   refused(cut, ErrorCode::kCorruptData);
+  // A longer session than a sequence of the cache may have.
+  cache::CacheConfig config = h->cache().config();
+  config.max_tokens = config.max_sequence_tokens = 48;
+  const auto small = CacheHarness::create(config);
+  ASSERT_TRUE(small.has_value());
+  const SequenceId one = *(*small)->add();
+  EXPECT_EQ(restore_session(path, (*small)->cache(), one).error().code(),
+            ErrorCode::kResourceExhausted);
+  EXPECT_EQ((*small)->cache().length(one), 0);
   // Another format.
   const auto other = harness_of("8bit", 0);
   const SequenceId there = *other->add();
