@@ -53,31 +53,41 @@ PageTiers::~PageTiers() = default;
 
 void PageTiers::set_observer(cache::PageObserver* observer) {
   observer_ = observer;
-  for (const auto& kept : std::exchange(kept_, {})) {
-    const size_t tier = kept.first;
-    const cache::PageObjectHeader& header = kept.second;
-    if (parent_known(header) && held_[tier].insert({header.key, header.layer_group}).second)
-      tell_stored(tier, header);
-  }
+  for (const auto& [tier, header] : std::exchange(kept_, {})) tell_stored(tier, header, {});
 }
 
 void PageTiers::set_wakeup(const std::function<void()>& wakeup) {
   for (const auto& tier : tiers_) tier->set_wakeup(wakeup);
 }
 
-bool PageTiers::parent_known(const cache::PageObjectHeader& header) const {
-  if (header.first_position == 0 || in_tree_.contains(header.parent_key)) return true;
-  const bool windowed = cache_.group(static_cast<int>(header.layer_group)).geometry.window > 0;
-  return std::ranges::any_of(held_, [&](const auto& names) {
-    if (names.contains({header.parent_key, header.layer_group})) return true;
+std::optional<std::string> PageTiers::parent_salt(const PageKey& parent_key, uint32_t group) const {
+  if (const auto found = in_tree_.find(parent_key); found != in_tree_.end()) return found->second;
+  const bool windowed = cache_.group(static_cast<int>(group)).geometry.window > 0;
+  for (const auto& names : held_) {
+    if (const auto found = names.find({parent_key, group}); found != names.end())
+      return found->second;
     for (int g = 0; windowed && g < num_groups(); ++g) {
-      if (names.contains({header.parent_key, static_cast<uint32_t>(g)})) return true;
+      const auto found = names.find({parent_key, static_cast<uint32_t>(g)});
+      if (found != names.end()) return found->second;
     }
-    return false;
-  });
+  }
+  return std::nullopt;
 }
 
-void PageTiers::tell_stored(size_t tier, const cache::PageObjectHeader& header) {
+void PageTiers::tell_stored(size_t tier, const cache::PageObjectHeader& header,
+                            std::optional<std::string_view> root_salt) {
+  const PageName name{header.key, header.layer_group};
+  if (held_[tier].contains(name)) return;
+  std::optional<std::string> salt;
+  if (header.first_position > 0) {
+    salt = parent_salt(header.parent_key, header.layer_group);
+  } else if (root_salt) {
+    salt = *root_salt;
+  } else if (header.key == cache::page_key({}, cache_.fingerprint(), {}, header.token_ids)) {
+    salt.emplace();
+  }
+  if (!salt) return;
+  const std::string& told = held_[tier].emplace(name, std::move(*salt)).first->second;
   if (observer_ == nullptr) return;
   const int group = static_cast<int>(header.layer_group);
   observer_->pages_stored({.medium = tiers_[tier]->medium(),
@@ -86,7 +96,28 @@ void PageTiers::tell_stored(size_t tier, const cache::PageObjectHeader& header) 
                            .parent_key = header.parent_key,
                            .keys = std::span(&header.key, 1),
                            .token_ids = header.token_ids,
-                           .salt = {}});
+                           .salt = told});
+}
+
+// What a request finds in a tier without its having been told is from earlier, under a salt that
+// only the request knows.
+void PageTiers::tell_found(size_t tier, const Prefetch& prefetch, const std::vector<bool>& found) {
+  if (tiers_[tier]->medium() == Medium::kRemote) return;
+  const int64_t t = cache_.config().page_tokens;
+  const std::span<const uint32_t> tokens = as_u32(prefetch.request.tokens);
+  for (size_t i = 0; i < found.size(); ++i) {
+    const PageName page = name(prefetch, static_cast<int64_t>(i));
+    if (!found[i] || held_[tier].contains(page)) continue;
+    const int64_t index = static_cast<int64_t>(i) / num_groups();
+    const auto ids = tokens.subspan(index * t, t);
+    cache::PageObjectHeader header;
+    header.key = page.key;
+    header.parent_key = index == 0 ? prefetch.request.parent_key : prefetch.keys[index - 1];
+    header.layer_group = page.group;
+    header.first_position = static_cast<uint64_t>((prefetch.request.first_page + index) * t);
+    header.token_ids.assign(ids.begin(), ids.end());
+    tell_stored(tier, header, prefetch.request.salt);
+  }
 }
 
 void PageTiers::forget(size_t tier, const PageName& name) {
@@ -100,16 +131,12 @@ void PageTiers::forget(size_t tier, const PageName& name) {
 
 // ---- writing ----
 
-bool PageTiers::give(size_t tier, const PageName& name, const ObjectBytes& object) {
-  if (held_[tier].contains(name)) return true;
-  if (!tiers_[tier]->put(name, object)) return false;
-  if (tiers_[tier]->medium() == Medium::kRemote) return true;
+void PageTiers::give(size_t tier, const PageName& name, const ObjectBytes& object,
+                     std::optional<std::string_view> salt) {
+  if (held_[tier].contains(name) || !tiers_[tier]->put(name, object)) return;
+  if (tiers_[tier]->medium() == Medium::kRemote) return;
   const auto info = cache::parse_page_object_header(*object);
-  if (info && parent_known(info->header)) {
-    held_[tier].insert(name);
-    tell_stored(tier, info->header);
-  }
-  return true;
+  if (info) tell_stored(tier, info->header, salt);
 }
 
 void PageTiers::offer(const cache::TreePage& page, std::span<const size_t> tiers, int group) {
@@ -126,12 +153,12 @@ void PageTiers::offer(const cache::TreePage& page, std::span<const size_t> tiers
     auto object = cache_.export_held(page.held, g, identity, cache_.config().layout);
     if (!object) continue;
     const auto bytes = std::make_shared<const std::vector<std::byte>>(std::move(*object));
-    for (const size_t tier : tiers) give(tier, name, bytes);
+    for (const size_t tier : tiers) give(tier, name, bytes, page.salt);
   }
 }
 
 void PageTiers::page_inserted(const cache::TreePage& page) {
-  in_tree_.insert(page.key);
+  in_tree_.emplace(page.key, page.salt);
   std::vector<size_t> wanting;
   for (size_t tier = 0; tier < tiers_.size(); ++tier) {
     if (tiers_[tier]->options().policy == WritePolicy::kWriteThrough) wanting.push_back(tier);
@@ -341,7 +368,12 @@ void PageTiers::take_in(size_t tier, Tier::Completion completion) {
   for (const EvictedPage& evicted : completion.evicted) {
     const bool write_back =
         tier + 1 < tiers_.size() && tiers_[tier + 1]->options().policy == WritePolicy::kWriteBack;
-    if (write_back && evicted.object != nullptr) give(tier + 1, evicted.name, evicted.object);
+    if (write_back && evicted.object != nullptr) {
+      const auto told = held_[tier].find(evicted.name);
+      std::optional<std::string_view> salt;
+      if (told != held_[tier].end()) salt = told->second;
+      give(tier + 1, evicted.name, evicted.object, salt);
+    }
     forget(tier, evicted.name);
   }
   if (completion.kind == Tier::Kind::kPut) {
@@ -358,6 +390,7 @@ void PageTiers::take_in(size_t tier, Tier::Completion completion) {
     --prefetch.gets_left;
     return;
   }
+  tell_found(tier, prefetch, completion.found);
   for (size_t i = 0; i < completion.found.size(); ++i) {
     int& source = prefetch.source[i];
     const int from = static_cast<int>(tier);

@@ -12,8 +12,10 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
-#include <unordered_set>
+#include <string_view>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -53,8 +55,10 @@ class PageTiers final : public cache::PageListener {
   // Not owned, may be null. Told at once of the pages that tiers kept from earlier, where their
   // parents were kept too. A page is told when it is given to a tier, while its parent is known,
   // and taken back should the tier fail; a page whose parent is gone from everywhere is of no use
-  // to anybody and not told. Pages in remote stores are not told: others write and
-  // expire them. Salts are not told, keys differ by them.
+  // to anybody and not told. Pages in remote stores are not told: others write and expire them.
+  // Each page is told with the salt of its sequence, as the tree tells it. A store does not keep
+  // salts: what a salted sequence left there from earlier is told once a request of that salt finds
+  // it.
   void set_observer(cache::PageObserver* observer);
   // Called on tiers' threads when poll has something to do.
   void set_wakeup(const std::function<void()>& wakeup);
@@ -119,21 +123,27 @@ class PageTiers final : public cache::PageListener {
   bool make_room(cache::PrefixTree& tree, std::span<const std::span<const std::byte>> objects,
                  int64_t page) const;
   void offer(const cache::TreePage& page, std::span<const size_t> tiers, int group);
-  // Gives an object to a tier unless that has it.
-  bool give(size_t tier, const PageName& name, const ObjectBytes& object);
+  // Gives an object to a tier unless that has it; `salt` of its sequence, where it is known.
+  void give(size_t tier, const PageName& name, const ObjectBytes& object,
+            std::optional<std::string_view> salt);
   void forget(size_t tier, const PageName& name);
-  bool parent_known(const cache::PageObjectHeader& header) const;
+  // The salt of the page before it, if that is known: in the tree or in a tier.
+  std::optional<std::string> parent_salt(const cache::PageKey& parent_key, uint32_t group) const;
   void take_in(size_t tier, Tier::Completion completion);
-  void tell_stored(size_t tier, const cache::PageObjectHeader& header);
+  // Tells that the tier holds a page, unless it has been told, or its salt or parent is unknown.
+  // `root_salt` of a page that begins a sequence: without it, none if the key says so.
+  void tell_stored(size_t tier, const cache::PageObjectHeader& header,
+                   std::optional<std::string_view> root_salt);
+  void tell_found(size_t tier, const Prefetch& prefetch, const std::vector<bool>& found);
 
   cache::KvCache& cache_;
   std::vector<std::unique_ptr<Tier>> tiers_;
   struct KeyHash {
     size_t operator()(const cache::PageKey& key) const { return PageNameHash()({key, 0}); }
   };
-  std::unordered_set<cache::PageKey, KeyHash> in_tree_;
-  // What tiers but remote ones hold or were given, as told to the observer: [tiers].
-  std::vector<std::unordered_set<PageName, PageNameHash>> held_;
+  std::unordered_map<cache::PageKey, std::string, KeyHash> in_tree_;  // to its salt
+  // What tiers but remote ones hold or were given, as told to the observer, and its salt: [tiers].
+  std::vector<std::unordered_map<PageName, std::string, PageNameHash>> held_;
   std::vector<std::pair<size_t, cache::PageObjectHeader>> kept_;  // from earlier, not yet told
   cache::PageObserver* observer_ = nullptr;
   cache::EvictionCosts costs_{.token_seconds = 0, .token_context_seconds = 0};

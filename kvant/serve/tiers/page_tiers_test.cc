@@ -118,6 +118,14 @@ class PageTiersTest : public ::testing::TestWithParam<std::string> {
       pages += std::get<0>(place) == medium ? 1 : 0;
     return pages;
   }
+  // Every page's key follows from the salt that it is told with.
+  void expect_salts() const {
+    for (const auto& [place, page] : mirror_->pages()) {
+      EXPECT_EQ(std::get<2>(place),
+                cache::page_key(page.parent, h_->cache().fingerprint(), page.salt, page.tokens))
+          << "medium " << static_cast<int>(std::get<0>(place)) << ", salt '" << page.salt << "'";
+    }
+  }
   int64_t loaded_from(Medium medium) const {
     return tiers_->prefetch_stats().loaded_tokens[static_cast<size_t>(medium)];
   }
@@ -179,6 +187,51 @@ TEST_P(PageTiersTest, PagesGoFromHostToDiskAndSurviveARestart) {
   EXPECT_GE(told(Medium::kDisk), 14) << "a restart tells what the disk kept";
   EXPECT_EQ(serve(tokens_of({1, 2, 3, 4, 5, 6, 7, 8}, 3)), 8 * kPageTokens);
   EXPECT_EQ(loaded_from(Medium::kDisk), 8 * kPageTokens);
+}
+
+// The same tokens of two tenants and of nobody: each page is told with its own salt, and after a
+// restart only once that is known.
+TEST_P(PageTiersTest, PagesAreToldWithTheirSalts) {
+  const TemporaryFolder folder;
+  const auto tokens = tokens_of({1, 2, 3, 4, 5, 6, 7, 8}, 3);
+  const auto pages_of = [&](Medium medium, const std::string& salt) {
+    int64_t pages = 0;
+    for (const auto& [place, page] : mirror_->pages())
+      pages += std::get<0>(place) == medium && page.salt == salt ? 1 : 0;
+    return pages;
+  };
+  build(setups(host(20000), disk(folder.path())));
+  for (const char* salt : {"", "alice", "bob"}) {
+    serve(tokens, salt);
+    evict_all();
+  }
+  expect_salts();
+  tiers_->store_all(*tree_);
+  tiers_->wait_idle();
+  for (const char* salt : {"", "alice", "bob"}) {
+    EXPECT_EQ(serve(tokens, salt), 8 * kPageTokens);
+    EXPECT_GT(pages_of(Medium::kHost, salt) + pages_of(Medium::kDisk, salt), 0) << salt;
+  }
+  tiers_->store_all(*tree_);
+  tiers_->wait_idle();
+  expect_salts();
+  EXPECT_EQ(told(Medium::kDisk), tiers_->tier(1).stats().usage.pages);
+  const int64_t of_alice = pages_of(Medium::kDisk, "alice");
+  const int64_t of_nobody = pages_of(Medium::kDisk, "");
+  EXPECT_GT(of_alice, 0);
+
+  tree_.reset();
+  tiers_.reset();
+  build(setups(host(), disk(folder.path())));
+  EXPECT_EQ(told(Medium::kDisk), of_nobody);
+  expect_salts();
+  EXPECT_EQ(serve(tokens, "alice"), 8 * kPageTokens);
+  EXPECT_EQ(pages_of(Medium::kDisk, "alice"), of_alice);
+  EXPECT_EQ(pages_of(Medium::kDisk, "bob"), 0) << "nobody has said that salt yet";
+  EXPECT_EQ(serve(tokens, "carol"), 0);
+  EXPECT_EQ(serve(tokens, "bob"), 8 * kPageTokens);
+  expect_salts();
+  EXPECT_EQ(told(Medium::kDisk), tiers_->tier(1).stats().usage.pages);
 }
 
 TEST_P(PageTiersTest, SelectiveTiersTakeWhatWasAskedForAgain) {
@@ -327,6 +380,7 @@ TEST_P(PageTiersTest, EventsFollowSmallTiersThroughManyRequests) {
     int64_t in_tree = 0;
     for (int g = 0; g < h_->cache().num_groups(); ++g) in_tree += tree_->group_pages(g);
     ASSERT_EQ(told(Medium::kDevice), in_tree);
+    expect_salts();
     if (HasFailure()) return;
   }
   EXPECT_LE(most_hidden, 6);
