@@ -11,49 +11,24 @@ computes its whole history again. Prints Markdown, writes JSON lines and two plo
 """
 import argparse
 import json
-import re
-import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from servers import ROOT, bench, kvant_server, metric, scrape
+
 sys.path.insert(0, str(ROOT / "bench" / "peers"))
 
 from line_plot import COLOURS, LEFT, TOP, Plot  # noqa: E402
 
 
-def metric(text, name):
-    """Sum of a counter over its labels; error if the server does not have it."""
-    values = re.findall(rf"^{re.escape(name)}(?:{{[^}}]*}})? ([0-9.e+-]+)$", text, re.MULTILINE)
-    if not values:
-        sys.exit(f"the server has no metric {name}")
-    return sum(map(float, values))
-
-
 def measure_one(options, kv, budget):
-    program = str(Path(options.build) / "kvant")
-    command = [program, "serve", options.model, "--kv", kv, "--cache-memory", f"{budget}MiB", "--port", "0", "--json",
-               "--max-model-len", str(options.max_model_len), "--max-num-seqs", str(options.concurrency),
-               "--no-access-log"]
-    print("$", " ".join(command), file=sys.stderr)
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        line = server.stdout.readline()
-        if not line:
-            sys.exit(f"kvant serve did not start (exit code {server.wait()})")
-        started = json.loads(line)
-        load = [program, "bench", "serve", started["url"], "--workload", "multi-turn", "--json", "--quiet",
-                "-n", str(options.conversations), "--turns", str(options.turns), "-c", str(options.concurrency),
-                "--prefix-tokens", str(options.prefix), "--input-tokens", str(options.input),
-                "--output-tokens", str(options.output), "--seed", str(options.seed)]
-        print("$", " ".join(load), file=sys.stderr)
-        report = json.loads(subprocess.run(load, check=True, stdout=subprocess.PIPE, text=True).stdout)
-        with urllib.request.urlopen(started["url"] + "/metrics") as response:
-            text = response.read().decode()
-    finally:
-        server.terminate()
-        server.wait()
+    program = options.build + "/kvant"
+    with kvant_server(program, options.model, "--kv", kv, "--cache-memory", f"{budget}MiB", "--no-access-log",
+                      "--max-model-len", options.max_model_len, "--max-num-seqs", options.concurrency) as started:
+        report = bench(program, started["url"], "--workload", "multi-turn", "-n", options.conversations,
+                       "--turns", options.turns, "-c", options.concurrency, "--prefix-tokens", options.prefix,
+                       "--input-tokens", options.input, "--output-tokens", options.output, "--seed", options.seed)
+        text = scrape(started["url"])
     queries, hits = (metric(text, f"vllm:prefix_cache_{name}_total") for name in ("queries", "hits"))
     return {"kv": kv, "budget_mib": budget, "cache_tokens": started["cache_tokens"], "hit_rate": hits / queries,
             "ttft_ms": report["ttft_ms"], "output_tokens_per_second": report["output_tokens_per_second"],

@@ -1,0 +1,83 @@
+"""What the programs of this folder share: servers that they start and stop, metrics, requests. Standard library only."""
+import contextlib
+import json
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def metric(text, name):
+    """Sum of a counter or gauge over its labels; error if the server does not have it."""
+    values = re.findall(rf"^{re.escape(name)}(?:{{[^}}]*}})? ([0-9.eE+-]+)$", text, re.MULTILINE)
+    if not values:
+        sys.exit(f"the server has no metric {name}")
+    return sum(map(float, values))
+
+
+def scrape(url):
+    with urllib.request.urlopen(url + "/metrics", timeout=30) as response:
+        return response.read().decode()
+
+
+def post(url, body, timeout=600):
+    """A request whose answer is one JSON object."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=timeout) as response:
+        return json.load(response)
+
+
+@contextlib.contextmanager
+def kvant_server(program, model, *arguments, log=None):
+    """`kvant serve` on a free port: what it says of itself, an object with "url". `log`: a file for its stderr."""
+    command = [str(program), "serve", str(model), "--port", "0", "--json", *map(str, arguments)]
+    print("$", " ".join(command), file=sys.stderr)
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+    try:
+        line = server.stdout.readline()
+        if not line:
+            sys.exit(f"kvant serve did not start (exit code {server.wait()})")
+        yield json.loads(line) | {"pid": server.pid}
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@contextlib.contextmanager
+def other_server(command, port, log):
+    """Another engine's server, ready when its /health says 200: its URL."""
+    print("$", " ".join(map(str, command)), file=sys.stderr)
+    server = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            if server.poll() is not None:
+                sys.exit(f"{command[0]} did not start (exit code {server.returncode})")
+            with contextlib.suppress(OSError):
+                with urllib.request.urlopen(url + "/health", timeout=5):
+                    break
+            time.sleep(0.1)
+        else:
+            sys.exit(f"{command[0]} is not ready after a minute")
+        yield url
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def bench(program, url, *arguments):
+    """The report of `kvant bench serve` against `url`."""
+    command = [str(program), "bench", "serve", url, "--json", "--quiet", *map(str, arguments)]
+    print("$", " ".join(command), file=sys.stderr)
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
