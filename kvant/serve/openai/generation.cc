@@ -334,6 +334,8 @@ void Generation::send_response() {
   for (const std::unique_ptr<Choice>& choice : choices_) list.push_back(choice->json());
   json["choices"] = std::move(list);
   json["usage"] = usage_json(usage());
+  // Routers of separate prefill and decode workers read it: there is nothing to hand on.
+  json["kv_transfer_params"] = nullptr;
   if (request().chat && request().sampling.prompt_logprobs) {
     json["prompt_logprobs"] =
         prompt_logprobs_json(*context_.tokenizer, choices_[0]->prompt_logprobs_);

@@ -132,6 +132,8 @@ void read_common(FieldReader& reader, GenerationRequest& request, std::optional<
   request.user = reader.text("user").value_or("");
   request.cache_salt = reader.text("cache_salt").value_or("");
   read_int(reader, "priority", request.priority);
+  // No page comes from another worker or is kept for one, whatever is in it.
+  reader.object("kv_transfer_params");
   read_sampling(reader, request.sampling);
   read_bool(reader, "stream", request.stream);
   read_bool(reader, "echo", request.echo);

@@ -108,6 +108,7 @@ TEST(ParseCompletion, BlamesTheFieldThatIsWrong) {
   EXPECT_EQ(wrong_completion(R"(, "logit_bias": {"99999999999": 1})"), "logit_bias");
   EXPECT_EQ(wrong_completion(R"(, "logprobs": 100000)"), "logprobs");
   EXPECT_EQ(wrong_completion(R"(, "use_beam_search": true)"), "use_beam_search");
+  EXPECT_EQ(wrong_completion(R"(, "kv_transfer_params": [])"), "kv_transfer_params");
   EXPECT_EQ(wrong_completion(R"(, "response_format": {"type": "yaml"})"), "response_format.type");
   EXPECT_EQ(wrong_completion(R"(, "max_tokens": 0, "echo": true)"), "nothing");
 }

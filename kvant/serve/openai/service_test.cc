@@ -468,6 +468,26 @@ TEST_F(OpenAiService, CacheSaltSeparatesRequests) {
   EXPECT_EQ(cached(""), 0);
 }
 
+// A router of separate prefill and decode workers gets the answer, and learns that nothing is kept.
+TEST_F(OpenAiService, KvTransferParamsTransferNothing) {
+  start();
+  const std::string remote =
+      R"("max_tokens": 8, "kv_transfer_params": {"do_remote_prefill": true, "do_remote_decode": )"
+      R"(false, "remote_engine_id": "e", "remote_block_ids": [1, 2], "remote_host": "h", )"
+      R"("remote_port": 5600, "tp_size": 1})";
+  const Json plain = complete(R"("max_tokens": 8)");
+  const Json json = complete(remote);
+  EXPECT_EQ(json["choices"][0]["text"], plain["choices"][0]["text"]);
+  for (const Json& response : {plain, json, complete(R"("kv_transfer_params": null)")}) {
+    ASSERT_TRUE(response.contains("kv_transfer_params"));
+    EXPECT_TRUE(response["kv_transfer_params"].is_null());
+  }
+  for (const char* wrong : {"[]", "true", "\"x\"", "1"}) {
+    const Json error = complete(R"("kv_transfer_params": )" + std::string(wrong), 400);
+    EXPECT_EQ(error["error"]["param"], "kv_transfer_params");
+  }
+}
+
 TEST_F(OpenAiService, AClientThatLeavesFreesItsPages) {
   start({}, {}, long_answers);
   for (const bool stream : {true, false}) {
