@@ -76,7 +76,9 @@ constexpr size_t kOutputBufferBytes = 64 * 1024;
 void Console::install_signal_handlers() {
   struct sigaction ignore = {};
   ignore.sa_handler = SIG_IGN;
-  sigaction(SIGPIPE, &ignore, nullptr);  // a closed pipe is an error of write(2) instead
+  // A closed pipe, or a file that a limit does not let grow, is an error of write(2) instead.
+  sigaction(SIGPIPE, &ignore, nullptr);
+  sigaction(SIGXFSZ, &ignore, nullptr);
   struct sigaction stop = {};
   stop.sa_handler = on_stop_signal;
   sigemptyset(&stop.sa_mask);

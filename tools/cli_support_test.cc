@@ -2,10 +2,14 @@
 
 #include <gtest/gtest.h>
 
+#include <cerrno>
 #include <filesystem>
 #include <fstream>
 #include <string>
 
+#include <fcntl.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 namespace kvant::tools {
@@ -24,6 +28,24 @@ class TemporaryFolder {
  private:
   std::string path_;
 };
+
+TEST(Signals, AFileThatMayNotGrowIsAnErrorAndNotTheEnd) {
+  const TemporaryFolder folder;
+  const std::string path = folder.file("limited");
+  const pid_t child = ::fork();  // limits and handlers are the process's
+  if (child == 0) {
+    Console::install_signal_handlers();
+    const rlimit limit{1, 1};
+    ::setrlimit(RLIMIT_FSIZE, &limit);
+    const int file = ::open(path.c_str(), O_WRONLY | O_CREAT, 0600);
+    const bool refused = ::write(file, "a", 1) == 1 && ::write(file, "b", 1) < 0 && errno == EFBIG;
+    ::_exit(refused ? 0 : 1);
+  }
+  int status = 0;
+  ASSERT_EQ(::waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFEXITED(status)) << "signal " << WTERMSIG(status);
+  EXPECT_EQ(WEXITSTATUS(status), 0);
+}
 
 TEST(Bytes, FormatsInBinaryUnits) {
   EXPECT_EQ(format_bytes(0), "0 B");

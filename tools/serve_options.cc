@@ -4,6 +4,7 @@
 #include <CLI/CLI.hpp>
 
 #include <algorithm>
+#include <chrono>
 
 namespace kvant::tools {
 namespace {
@@ -92,6 +93,15 @@ void add_network_group(CLI::App& app, NetworkOptions& options) {
       ->type_name("SIZE")
       ->capture_default_str()
       ->group(group);
+  app.add_option("--header-timeout", options.header_seconds,
+                 "Seconds in which the headers of a request must arrive; later ones are told 408")
+      ->check(CLI::Range(0.1, 1e6))
+      ->capture_default_str()
+      ->group(group);
+  app.add_option("--body-timeout", options.body_seconds, "The same for its body")
+      ->check(CLI::Range(0.1, 1e6))
+      ->capture_default_str()
+      ->group(group);
   app.add_option("--drain-timeout", options.drain_seconds,
                  "Seconds that requests get to end after SIGTERM or Ctrl-C")
       ->check(CLI::Range(0.0, 1e6))
@@ -130,6 +140,10 @@ void add_monitor_group(CLI::App& app, MonitorOptions& options) {
       ->check(CLI::Range(int64_t{0}, int64_t{1} << 40))
       ->capture_default_str()
       ->group("Monitoring");
+}
+
+std::chrono::milliseconds milliseconds(double seconds) {
+  return std::chrono::milliseconds(static_cast<int64_t>(seconds * 1000));
 }
 
 // The bytes that pages may take by default.
@@ -208,6 +222,8 @@ Result<serve::http::ServerOptions> server_options(const NetworkOptions& options)
   KVANT_ASSIGN(const int64_t body, parse_bytes(options.max_body));
   server.max_body_bytes = static_cast<size_t>(body);
   server.max_bodies_bytes = std::max(server.max_bodies_bytes, 4 * body);
+  server.header_timeout = milliseconds(options.header_seconds);
+  server.body_timeout = milliseconds(options.body_seconds);
   return server;
 }
 

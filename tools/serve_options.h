@@ -41,6 +41,8 @@ struct NetworkOptions {
   int threads = 1;
   int64_t max_connections = 1024;
   std::string max_body = "8MiB";
+  double header_seconds = 10;
+  double body_seconds = 60;
   double drain_seconds = 30;
 };
 

@@ -69,6 +69,12 @@ Result<std::vector<serve::TierSetup>> open_tiers(Console& console, const TierOpt
     const serve::DiskStore::Recovery& found = store->recovery();
     console.note(fmt::format("{}: {} pages from earlier, {} damaged ones dropped",
                              options.disk_cache, found.pages, found.bad_slots));
+    if (found.bad_files > 0) {
+      console.warn(fmt::format(
+          "{}: {} files are not slab files of this version or are damaged at their beginning; "
+          "pages of their size are not kept until you remove them",
+          options.disk_cache, found.bad_files));
+    }
     add(std::move(store), policy);
   }
   if (!options.remote_cache.empty()) {

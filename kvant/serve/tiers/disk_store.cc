@@ -107,7 +107,12 @@ Result<ObjectBytes> DiskStore::get(const PageName& name) {
   if (found == pages_.end()) return not_stored();
   uses_.splice(uses_.end(), uses_, found->second.use);
   auto object = slabs_.at(found->second.slot_bytes).file.read(found->second.slot);
-  if (!object) return object.error();
+  if (!object) {
+    // Somebody emptied the slot. Called damage, the page is dropped and may be written again.
+    if (object.error().code() == ErrorCode::kNotFound)
+      return Error(ErrorCode::kCorruptData, "a page has gone from its slot");
+    return object.error();
+  }
   return std::make_shared<const std::vector<std::byte>>(std::move(*object));
 }
 

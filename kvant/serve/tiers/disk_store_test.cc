@@ -16,6 +16,7 @@
 
 #include "kvant/serve/tiers/host_store.h"
 #include "kvant/serve/tiers/testing/test_pages.h"
+#include "kvant/serve/tiers/tier.h"
 
 namespace kvant::serve {
 namespace {
@@ -146,6 +147,27 @@ TEST(DiskStore, EveryFlippedBitIsAMissOrHarmless) {
     for (uint32_t i = 0; i < 4; ++i) ASSERT_TRUE(store->put(test_name(i), test_object(i)));
   }
   EXPECT_GT(misses, 30);
+}
+
+TEST(DiskStore, AFileThatIsCutWhileInUseLosesPagesThatMayComeAgain) {
+  const TemporaryFolder folder;
+  Tier tier(open_store(folder.path()), {});
+  for (uint32_t i = 0; i < 4; ++i) ASSERT_TRUE(tier.put(test_name(i), test_object(i)));
+  tier.wait_idle();
+  for (const std::string& file : slab_files(folder.path()))
+    std::filesystem::resize_file(file, kSlabAlignment);
+  for (int round = 0; round < 2; ++round) {
+    for (uint32_t i = 0; i < 4; ++i) tier.get(i, test_name(i));
+    tier.wait_idle();
+    int found = 0;
+    for (const Tier::Completion& done : tier.poll())
+      found += done.kind == Tier::Kind::kGet && done.object != nullptr ? 1 : 0;
+    EXPECT_EQ(found, 4 * round) << "gone the first time, back the second";
+    for (uint32_t i = 0; i < 4; ++i) ASSERT_TRUE(tier.put(test_name(i), test_object(i)));
+    tier.wait_idle();
+  }
+  EXPECT_EQ(tier.stats().failures, 4);
+  EXPECT_EQ(tier.stats().puts, 8);
 }
 
 TEST(DiskStore, AFullDiskIsARefusalAndNothingElse) {
