@@ -17,7 +17,7 @@ bool Engine::State::waits_for_load(size_t index, int64_t matched_pages, Clock::t
   if (loading.id) {
     if (tiers->ready(*loading.id)) return false;
     if (now - loading.since < std::chrono::duration<double>(options.max_load_seconds)) return true;
-    tiers->cancel(*std::exchange(loading.id, std::nullopt));  // a miss
+    tiers->give_up(*std::exchange(loading.id, std::nullopt));  // a miss
     return false;
   }
   if (loading.asked_from == matched_pages) return false;  // no tier had them

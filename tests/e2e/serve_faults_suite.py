@@ -8,7 +8,7 @@ Starts the servers itself, with a cache so small that most pages live in the tie
 exit code 1 if one fails, 77 (skipped) without the model. The long run:
 
   tests/e2e/serve_faults_suite.py build/kvant models/SmolLM2-135M-Instruct.Q4_1.gguf \
-    --rounds 100 --seconds 20 --pairs 9 --pair-tokens 1500
+    --rounds 100 --seconds 10 --pairs 9 --pair-tokens 1500
 """
 import argparse
 import http.client
@@ -18,6 +18,7 @@ import pathlib
 import random
 import re
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -193,14 +194,17 @@ class Suite:
             slot = self.random.randrange((file.stat().st_size - 4096) // slot_bytes + 1)
             flips += flip_bits(file, self.random, 4096 + slot * slot_bytes, 64)
         with self.start(*options) as server:
-            load = self.load(server)
-            self.wait(load, lambda m: m.tier("failures_total", "disk") > 0)
-            load.finish()
             torn = int(re.search(r"(\d+) damaged", wait_for_log(server))[1])
+            load = self.load(server)
+            self.wait(load, lambda m: m.tier("failures_total", "disk") > torn)
+            load.finish()
             failures = server.metrics().tier("failures_total", "disk")
-        self.report("slabs damaged while stopped", load.ok() and failures > 0, **load.says(), bits_flipped=flips,
+        self.report("slabs damaged while stopped", load.ok() and failures > torn, **load.says(), bits_flipped=flips,
                     damaged_at_start=torn, failures_counted=failures)
+        self.check_damage_while_running(options, files)
+        self.check_unusable_files(options, files)
 
+    def check_damage_while_running(self, options, files):
         stop, flipped = threading.Event(), [0]
 
         def damage():
@@ -230,6 +234,20 @@ class Suite:
                     hits > 0, **load.says(), bits_flipped=flipped[0], failures_counted=failures,
                     failures_after_cut=lost, stores_after_cut=stores, disk_hit_tokens=hits)
 
+    def check_unusable_files(self, options, files):
+        """Whose first bytes are wrong: left alone, and the server goes on without them."""
+        for file in files:
+            flip_bits(file, self.random, first=0, size=8)
+        with self.start(*options) as server:
+            wait_for_log(server)
+            load = self.load(server)
+            self.wait(load, lambda m: m.tier("failures_total", "disk") > 5)
+            load.finish()
+            failures = server.metrics().tier("failures_total", "disk")
+        warned = any("until you remove them" in line for line in server.log)
+        self.report("slab files that are none", load.ok() and failures > 0 and warned, **load.says(), files=len(files),
+                    failures_counted=failures)
+
     # ---- Redis
 
     def check_redis(self):
@@ -253,6 +271,25 @@ class Suite:
             hits = metrics.tier("hit_tokens_total", "remote")
             self.report(name, load.ok() and failures > 0 and hits > 0, **load.says(), values_damaged=damaged,
                         failures_counted=failures, remote_hit_tokens=hits)
+            self.check_hanging_redis(redis, server)
+
+    def check_hanging_redis(self, redis, server):
+        """It takes commands and answers none; then it does again."""
+        load = self.load(server, fresh=0.1)
+        before = server.metrics()
+        redis.processes[0].send_signal(signal.SIGSTOP)
+        try:
+            self.wait(load, lambda m: m.tier("failures_total", "remote") > before.tier("failures_total", "remote") + 5)
+            hung = server.metrics()
+        finally:
+            redis.processes[0].send_signal(signal.SIGCONT)
+        self.wait(load, lambda m: m.tier("hit_tokens_total", "remote") > hung.tier("hit_tokens_total", "remote"))
+        load.finish()
+        hits = server.metrics().tier("hit_tokens_total", "remote") - hung.tier("hit_tokens_total", "remote")
+        failures = hung.tier("failures_total", "remote") - before.tier("failures_total", "remote")
+        self.report("redis hangs", load.ok() and failures > 0 and hits > 0 and load.slowest < 20, **load.says(),
+                    failures_counted=failures, hit_tokens_afterwards=hits,
+                    seconds_of_the_slowest=round(load.slowest, 2))
 
     def damage_values(self, redis):
         """A flipped byte, rubbish, another page's value, a shorter one, each for a part of the keys."""

@@ -215,7 +215,7 @@ class Load:
         return self.right + len(self.wrong) + len(self.unchecked)
 
     def until(self, condition, least=1.0, most=30.0, answers=8):
-        """Goes on for `least` seconds and some answers, and until the condition holds for the metrics or `most` seconds."""
+        """Goes on for `least` seconds and some answers, until the metrics satisfy the condition or `most` is over."""
         begin = time.monotonic()
         wanted = self.answered() + answers
         while True:

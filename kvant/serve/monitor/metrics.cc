@@ -163,7 +163,8 @@ std::vector<TierMetrics> make_tiers(MetricTable& t, const std::string& format) {
   Series<Counter> dropped =
       counters("kvant:cache_dropped_stores_total", "Pages that a tier was too busy to take.");
   Series<Counter> failures = counters("kvant:cache_failures_total",
-                                      "Pages that a tier refused, lost or spoilt; each is a miss.");
+                                      "Pages that a tier refused, spoilt or did not bring in "
+                                      "time; each is a miss.");
   Series<Counter> evictions =
       counters("kvant:cache_tier_evictions_total", "Pages that left a tier below the device.");
   Series<Counter> stored =
@@ -386,7 +387,8 @@ void Metrics::State::refresh_tier(cache::Medium medium, const TierStats& stats,
   tier.store_bytes.follow(static_cast<double>(stats.put_bytes));
   tier.dropped.follow(static_cast<double>(stats.dropped));
   tier.lower_evictions.follow(static_cast<double>(stats.evictions));
-  tier.failures.follow(static_cast<double>(stats.failures + stats.put_failures));
+  tier.failures.follow(
+      static_cast<double>(stats.failures + stats.put_failures + prefetch.late_answers[index]));
 }
 
 // What lower tiers gave; on_lookup has counted what the device lacked. Queries first, as always.

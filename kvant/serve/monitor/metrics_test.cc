@@ -223,6 +223,7 @@ TEST(Metrics, FollowsTheSourcesThatItWatches) {
   disk.usage.bytes = 4096;
   disk.failures = 2;
   engine.tiers = {{cache::Medium::kDisk, disk}};
+  engine.prefetch.late_answers[static_cast<size_t>(cache::Medium::kDisk)] = 3;
   engine.prefetch.loaded_tokens[static_cast<size_t>(cache::Medium::kDisk)] = 128;
   metrics.watch_events([] { return EventCounts{.batches = 9, .dropped = 1}; });
   metrics.text();
@@ -239,7 +240,7 @@ TEST(Metrics, FollowsTheSourcesThatItWatches) {
   EXPECT_EQ(scrape.value("kvant:cache_evictions_total", "cause=\"" + cause + "\""), 8);
   EXPECT_EQ(scrape.value("kvant:cache_bytes", "tier=\"disk\""), 4096);
   EXPECT_EQ(scrape.value("kvant:cache_hit_tokens_total", "tier=\"disk\""), 128);
-  EXPECT_EQ(scrape.value("kvant:cache_failures_total", "tier=\"disk\""), 2);
+  EXPECT_EQ(scrape.value("kvant:cache_failures_total", "tier=\"disk\""), 5);
   EXPECT_EQ(scrape.value("vllm:external_prefix_cache_queries_total"), 128 + 100);
   EXPECT_EQ(scrape.value("vllm:external_prefix_cache_hits_total"), 128);
   EXPECT_EQ(scrape.value("kvant:kv_event_batches_total"), 9);

@@ -30,6 +30,7 @@ class DiskStore final : public PageStore {
 
   const Recovery& recovery() const { return recovery_; }
   std::vector<cache::PageObjectHeader> headers() const override;
+  int64_t damaged_pages() const override { return recovery_.bad_slots; }
 
   cache::Medium medium() const override { return cache::Medium::kDisk; }
   Result<ObjectBytes> get(const PageName& name) override;

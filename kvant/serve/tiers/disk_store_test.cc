@@ -170,6 +170,22 @@ TEST(DiskStore, AFileThatIsCutWhileInUseLosesPagesThatMayComeAgain) {
   EXPECT_EQ(tier.stats().puts, 8);
 }
 
+TEST(DiskStore, WhatIsFoundDamagedIsAFailureOfTheTier) {
+  const TemporaryFolder folder;
+  {
+    const auto store = open_store(folder.path());
+    for (uint32_t i = 0; i < 4; ++i) ASSERT_TRUE(store->put(test_name(i), test_object(i)));
+  }
+  std::fstream file(slab_files(folder.path()).at(0),
+                    std::ios::in | std::ios::out | std::ios::binary);
+  file.seekp(kSlabAlignment);
+  file << "not a header";
+  file.close();
+  const Tier tier(open_store(folder.path()), {});
+  EXPECT_EQ(tier.stats().failures, 1);
+  EXPECT_EQ(tier.stats().usage.pages, 3);
+}
+
 TEST(DiskStore, AFullDiskIsARefusalAndNothingElse) {
   const TemporaryFolder folder;
   // A child, as the limit is the process's.

@@ -50,6 +50,7 @@ struct EvictedPage {
 class PageStore {
  public:
   enum class Put { kStored, kAlreadyThere };
+  enum class Held { kNo, kYes, kUnknown };  // kUnknown: because of a fault
 
   virtual ~PageStore() = default;
   virtual cache::Medium medium() const = 0;
@@ -63,6 +64,8 @@ class PageStore {
   virtual StoreUsage usage() const = 0;
   // Of pages that were there when the store was opened.
   virtual std::vector<cache::PageObjectHeader> headers() const { return {}; }
+  // Pages that were found damaged then, and dropped.
+  virtual int64_t damaged_pages() const { return 0; }
   // Pages evicted since the last call, oldest first.
   virtual std::vector<EvictedPage> take_evicted() { return {}; }
   // The same for several at once, for stores that save round trips: one result each. Last first, so
@@ -72,9 +75,9 @@ class PageStore {
     for (size_t i = names.size(); i-- > 0;) objects[i] = get(names[i]);
     return objects;
   }
-  virtual std::vector<bool> contains_many(std::span<const PageName> names) {
-    std::vector<bool> found;
-    for (const PageName& name : names) found.push_back(contains(name));
+  virtual std::vector<Held> contains_many(std::span<const PageName> names) {
+    std::vector<Held> found;
+    for (const PageName& name : names) found.push_back(contains(name) ? Held::kYes : Held::kNo);
     return found;
   }
 };

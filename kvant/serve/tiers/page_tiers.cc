@@ -247,6 +247,7 @@ PageTiers::PrefetchId PageTiers::prefetch(PrefetchRequest request) {
   std::vector<PageName> asked;
   for (int64_t i = 0; i < names; ++i) asked.push_back(name(prefetch, i));
   prefetch.probes_left = num_tiers();
+  prefetch.answers_left.assign(tiers_.size(), 1);
   for (const auto& tier : tiers_) tier->probe(ticket_of(id, 0), asked);
   return id;
 }
@@ -293,8 +294,10 @@ void PageTiers::choose(uint64_t id, Prefetch& prefetch) {
   }
   prefetch.num_pages = pages;
   prefetch.gets_left = static_cast<int64_t>(wanted.size());
-  for (const int64_t index : wanted)
+  for (const int64_t index : wanted) {
+    ++prefetch.answers_left[prefetch.source[index]];
     tiers_[prefetch.source[index]]->get(ticket_of(id, index), name(prefetch, index));
+  }
 }
 
 bool PageTiers::ready(PrefetchId id) const {
@@ -309,6 +312,15 @@ int64_t PageTiers::expected_pages(PrefetchId id) const {
 
 void PageTiers::cancel(PrefetchId id) {
   prefetches_.erase(id);
+}
+
+void PageTiers::give_up(PrefetchId id) {
+  const auto found = prefetches_.find(id);
+  if (found == prefetches_.end()) return;
+  const std::vector<int64_t>& left = found->second.answers_left;
+  for (size_t tier = 0; tier < left.size(); ++tier)
+    stats_.late_answers[static_cast<size_t>(tiers_[tier]->medium())] += left[tier];
+  prefetches_.erase(found);
 }
 
 bool PageTiers::make_room(cache::PrefixTree& tree,
@@ -384,6 +396,7 @@ void PageTiers::take_in(size_t tier, Tier::Completion completion) {
   const auto found = prefetches_.find(id);
   if (found == prefetches_.end()) return;  // cancelled
   Prefetch& prefetch = found->second;
+  --prefetch.answers_left[tier];
   if (completion.kind == Tier::Kind::kGet) {
     prefetch.objects[completion.ticket & ((uint64_t{1} << kIndexBits) - 1)] =
         std::move(completion.object);

@@ -43,6 +43,7 @@ struct PrefetchStats {
   int64_t prefetches = 0;
   int64_t skipped_by_cost = 0;                           // computing was expected to be faster
   int64_t failed_pages = 0;                              // promised by a tier and not delivered
+  std::array<int64_t, cache::kNumMedia> late_answers{};  // by medium: nobody waited for them
   std::array<int64_t, cache::kNumMedia> loaded_pages{};  // by medium
   std::array<int64_t, cache::kNumMedia> loaded_tokens{};
 };
@@ -86,6 +87,8 @@ class PageTiers final : public cache::PageListener {
   // it: then match again, as window groups may lack pages at that length.
   int64_t install(PrefetchId id, cache::PrefixTree& tree, cache::PrefixLease& lease);
   void cancel(PrefetchId id);
+  // The same because it takes too long: counts what has not come as late.
+  void give_up(PrefetchId id);
 
   // Takes in what tiers have done; once a step.
   void poll();
@@ -106,6 +109,7 @@ class PageTiers final : public cache::PageListener {
     int64_t num_pages = 0;             // to load
     int probes_left = 0;
     int64_t gets_left = 0;
+    std::vector<int64_t> answers_left;  // [tiers]: both
     bool ready() const { return probes_left == 0 && gets_left == 0; }
   };
 

@@ -349,6 +349,28 @@ TEST_P(PageTiersTest, ACancelledPrefetchLeavesNothingBehind) {
   EXPECT_EQ(serve(tokens_of({1, 2, 3}, 3)), 0);
 }
 
+TEST_P(PageTiersTest, WhatComesTooLateIsCounted) {
+  build(setups(host()));
+  serve(tokens_of({1, 2, 3}, 3));
+  evict_all();
+  const auto late = [&] {
+    return tiers_->prefetch_stats().late_answers[static_cast<size_t>(Medium::kHost)];
+  };
+  const auto ask = [&] {
+    return tiers_->prefetch(
+        {.first_page = 0, .parent_key = {}, .tokens = tokens_of({1, 2, 3}), .salt = ""});
+  };
+  tiers_->give_up(ask());  // before the tier has said what it holds
+  EXPECT_EQ(late(), 1);
+  const auto id = ask();
+  while (tiers_->expected_pages(id) == 0) tiers_->poll();
+  tiers_->give_up(id);  // before any page is taken in
+  EXPECT_GE(late(), 1 + 3);
+  const int64_t counted = late();
+  EXPECT_EQ(serve(tokens_of({1, 2, 3}, 3)), 3 * kPageTokens);
+  EXPECT_EQ(late(), counted);
+}
+
 // Many requests over small tiers: what readers of the events know is what the tiers hold, and every
 // page that comes back holds what its tokens say.
 TEST_P(PageTiersTest, EventsFollowSmallTiersThroughManyRequests) {

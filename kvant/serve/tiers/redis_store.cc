@@ -59,10 +59,14 @@ std::vector<Result<ObjectBytes>> RedisStore::get_many(std::span<const PageName> 
   return objects;
 }
 
-std::vector<bool> RedisStore::contains_many(std::span<const PageName> names) {
-  std::vector<bool> found;
-  for (const Result<RedisReply>& reply : each("EXISTS", names))
-    found.push_back(reply && reply->kind == RedisReply::Kind::kInteger && reply->integer > 0);
+std::vector<PageStore::Held> RedisStore::contains_many(std::span<const PageName> names) {
+  std::vector<Held> found;
+  for (const Result<RedisReply>& reply : each("EXISTS", names)) {
+    if (!reply || reply->kind != RedisReply::Kind::kInteger)
+      found.push_back(Held::kUnknown);
+    else
+      found.push_back(reply->integer > 0 ? Held::kYes : Held::kNo);
+  }
   return found;
 }
 
@@ -71,7 +75,7 @@ Result<ObjectBytes> RedisStore::get(const PageName& name) {
 }
 
 bool RedisStore::contains(const PageName& name) {
-  return contains_many(std::span(&name, 1)).front();
+  return contains_many(std::span(&name, 1)).front() == Held::kYes;
 }
 
 void RedisStore::remove(const PageName& name) {

@@ -32,7 +32,7 @@ class RedisStore final : public PageStore {
   Status clear() override { return {}; }
   StoreUsage usage() const override { return {}; }
   std::vector<Result<ObjectBytes>> get_many(std::span<const PageName> names) override;
-  std::vector<bool> contains_many(std::span<const PageName> names) override;
+  std::vector<Held> contains_many(std::span<const PageName> names) override;
 
  private:
   RedisStore(RedisUrl url, int64_t lifetime_seconds, const RedisOptions& options)

@@ -86,7 +86,8 @@ TEST(RedisStore, OneServerHoldsPagesForAWhile) {
   EXPECT_TRUE(holds(*store, 1));
   EXPECT_GT(std::stoi(servers.cli(0, "PTTL " + shell_key(1))), 3000000);
   const std::vector<PageName> names = {test_name(0), test_name(1), test_name(2)};
-  EXPECT_EQ(store->contains_many(names), (std::vector<bool>{false, true, false}));
+  using Held = PageStore::Held;
+  EXPECT_EQ(store->contains_many(names), (std::vector<Held>{Held::kNo, Held::kYes, Held::kNo}));
   store->remove(test_name(1));
   EXPECT_FALSE(store->contains(test_name(1)));
   // A server that has no memory left refuses.
@@ -134,6 +135,26 @@ TEST(RedisStore, DamagedAndSwappedValuesAreMissesAndGo) {
   EXPECT_EQ(tier.stats().failures, 3);
   EXPECT_EQ(servers.cli(0, "EXISTS " + shell_key(0) + " " + shell_key(1) + " " + shell_key(2)),
             "0");
+}
+
+TEST(RedisStore, AServerThatCannotSayWhatItHoldsIsCounted) {
+  SKIP_WITHOUT_REDIS(RedisServers::installed());
+  RedisServers servers(1, false);
+  ASSERT_EQ(servers.error(), "");
+  Tier tier(store_of(servers), {});
+  ASSERT_TRUE(tier.put(test_name(0), test_object(0)));
+  tier.probe(1, {test_name(0), test_name(1)});
+  tier.wait_idle();
+  EXPECT_EQ(tier.stats().failures, 0);
+  servers.kill(0);
+  tier.probe(2, {test_name(0), test_name(1)});
+  tier.wait_idle();
+  EXPECT_EQ(tier.stats().failures, 2);
+  std::vector<std::vector<bool>> found;
+  for (const Tier::Completion& done : tier.poll()) {
+    if (done.kind == Tier::Kind::kProbe) found.push_back(done.found);
+  }
+  EXPECT_EQ(found, (std::vector<std::vector<bool>>{{true, false}, {false, false}}));
 }
 
 TEST(RedisStore, AServerThatIsGoneCostsLittleAndComesBack) {
@@ -297,7 +318,8 @@ TEST_F(RedisCluster, LoadGoesOnWhileSlotsMoveAndANodeDies) {
   EXPECT_EQ(asked, answered) << "every request is answered, if by a miss";
   EXPECT_GT(hits, asked / 10);
   const TierStats stats = tier.stats();
-  EXPECT_EQ(stats.hits + stats.misses + stats.failures, stats.gets);
+  EXPECT_LE(stats.hits + stats.misses, stats.gets);
+  EXPECT_GE(stats.hits + stats.misses + stats.failures, stats.gets);
   EXPECT_GT(stats.failures, 0);
 }
 

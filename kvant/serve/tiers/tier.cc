@@ -44,6 +44,7 @@ Tier::Tier(std::unique_ptr<PageStore> store, const TierOptions& options, Convert
       on_put_(std::move(on_put)),
       on_get_(std::move(on_get)) {
   stats_.usage = store_->usage();
+  stats_.failures = store_->damaged_pages();
   thread_ = std::thread([this] { run(); });
 }
 
@@ -173,15 +174,7 @@ void Tier::run() {
           do_put(taken.front());
         break;
       case Kind::kGet: do_gets(taken); break;
-      case Kind::kProbe:
-        finish({.kind = Kind::kProbe,
-                .ticket = taken.front().ticket,
-                .name = {},
-                .object = nullptr,
-                .failed = false,
-                .found = store_->contains_many(taken.front().names),
-                .evicted = {}});
-        break;
+      case Kind::kProbe: do_probe(taken.front()); break;
     }
     lock.lock();
     stats_.usage = store_->usage();
@@ -246,6 +239,26 @@ void Tier::do_remove(const PageName& name) {
           .failed = false,
           .found = {},
           .evicted = {{name, nullptr}}});
+}
+
+void Tier::do_probe(const Task& task) {
+  std::vector<bool> found;
+  int64_t failures = 0;
+  for (const PageStore::Held held : store_->contains_many(task.names)) {
+    found.push_back(held == PageStore::Held::kYes);
+    failures += held == PageStore::Held::kUnknown ? 1 : 0;
+  }
+  {
+    const std::lock_guard lock(mutex_);
+    stats_.failures += failures;
+  }
+  finish({.kind = Kind::kProbe,
+          .ticket = task.ticket,
+          .name = {},
+          .object = nullptr,
+          .failed = false,
+          .found = std::move(found),
+          .evicted = {}});
 }
 
 Result<ObjectBytes> Tier::verified(const PageName& name, Result<ObjectBytes> object) {

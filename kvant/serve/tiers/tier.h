@@ -41,7 +41,9 @@ struct TierStats {
   int64_t put_failures = 0;         // disk full, node down
   int64_t dropped = 0;              // the queue was full
   int64_t gets = 0, hits = 0, misses = 0;
-  int64_t failures = 0;  // gets that failed otherwise: damaged, node down, timeout
+  // Pages that gets and probes failed on otherwise: damaged, node down, timeout. Those that were
+  // damaged when the store was opened, too.
+  int64_t failures = 0;
   int64_t hit_bytes = 0;
   double get_seconds = 0;  // spent in gets
   int64_t evictions = 0;
@@ -105,6 +107,7 @@ class Tier {
   void submit(Task task);
   void do_put(Task& task);
   void do_remove(const PageName& name);
+  void do_probe(const Task& task);
   void do_gets(std::vector<Task>& tasks);
   void finish(Completion completion);
   Result<ObjectBytes> verified(const PageName& name, Result<ObjectBytes> object);
