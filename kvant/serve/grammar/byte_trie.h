@@ -34,12 +34,15 @@ class ByteTrie {
   }
   // Of the strings that go on below it.
   std::span<const int32_t> ids_below(size_t index) const {
-    return ids_between(nodes_[index + 1].first_id, nodes_[nodes_[index].subtree_end].first_id);
+    return ids_between(first_id_below(index), nodes_[nodes_[index].subtree_end].first_id);
   }
+  // Where these begin among all ids, which are in the order of their strings.
+  size_t first_id_below(size_t index) const { return nodes_[index + 1].first_id; }
+  size_t num_ids() const { return ids_.size(); }
 
   // Calls next(state, byte) down the trie and visit(node index, state) for each node with a state;
-  // a negative state leaves out everything below, as does a depth above `max_depth`. `states` is
-  // scratch memory.
+  // a negative state leaves out everything below, as do a depth above `max_depth` and a visit that
+  // returns false. `states` is scratch memory.
   template <typename Next, typename Visit>
   void walk(int32_t start, size_t max_depth, std::vector<int32_t>& states, Next next,
             Visit visit) const {
@@ -53,13 +56,12 @@ class ByteTrie {
         continue;
       }
       states[node.depth] = state;
-      visit(i, state);
-      ++i;
+      i = visit(i, state) ? i + 1 : node.subtree_end;
     }
   }
 
  private:
-  std::span<const int32_t> ids_between(uint32_t begin, uint32_t end) const {
+  std::span<const int32_t> ids_between(size_t begin, size_t end) const {
     return std::span(ids_).subspan(begin, end - begin);
   }
   std::vector<Node> nodes_;  // and one behind the last

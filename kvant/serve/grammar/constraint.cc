@@ -100,6 +100,7 @@ Vocabulary::Vocabulary(std::vector<std::string> tokens, std::vector<int32_t> end
     if (!tokens_[id].empty()) strings.emplace_back(tokens_[id], static_cast<int32_t>(id));
   }
   trie_ = ByteTrie(std::move(strings));
+  characters_ = TrieCharacters(trie_);
 }
 
 Result<Grammar> compile_grammar(const ConstraintSpec& spec) {

@@ -6,7 +6,8 @@
 // once and kept: tokens that stay within the rule are a bitmask, and what tokens that leave it
 // spell afterwards is a small trie of its own, which is walked with the real stack at every step
 // (the idea of XGrammar, arXiv:2411.15100, section 3.1). Places within counted repetitions are told
-// apart only where the count is near its end.
+// apart only where the count is near its end. Parts of the trie that a loop takes as a whole are
+// not walked (trie_characters.h).
 #pragma once
 
 #include <cstddef>
@@ -21,6 +22,7 @@
 #include "kvant/serve/grammar/byte_trie.h"
 #include "kvant/serve/grammar/grammar.h"
 #include "kvant/serve/grammar/json_schema.h"
+#include "kvant/serve/grammar/trie_characters.h"
 #include "kvant/serve/token_constraint.h"
 
 namespace kvant::serve::grammar {
@@ -37,11 +39,13 @@ class Vocabulary {
   std::string_view token(int32_t id) const { return tokens_[id]; }  // empty: never allowed
   std::span<const int32_t> end_tokens() const { return end_tokens_; }
   const ByteTrie& trie() const { return trie_; }
+  const TrieCharacters& characters() const { return characters_; }
 
  private:
   std::vector<std::string> tokens_;
   std::vector<int32_t> end_tokens_;
   ByteTrie trie_;
+  TrieCharacters characters_;
 };
 
 // One piece of a ConstraintSpec::kSequences: fixed text, or a value that satisfies a schema.

@@ -10,7 +10,8 @@ namespace kvant::serve::grammar {
 namespace {
 
 constexpr auto kWarmUpTime = std::chrono::milliseconds(100);
-constexpr int kWideBytes = 64;  // a node that reads so many bytes fits much of a vocabulary
+constexpr size_t kFewNodes = 4;  // up to so many below a node are walked in any case
+constexpr int kWideBytes = 64;   // a node that reads so many bytes fits much of a vocabulary
 
 void set_bit(std::span<uint32_t> bitmask, int32_t id) {
   bitmask[static_cast<size_t>(id) / 32] |= 1u << (id % 32);
@@ -126,6 +127,25 @@ std::shared_ptr<const PlaceMask> GrammarSource::build(const Key& key) const {
   size_t count = 0;
   std::vector<std::pair<std::string_view, int32_t>> rest;
   std::vector<int32_t> path;
+  StateLoops loops(machine);
+  const TrieCharacters& characters = vocabulary_->characters();
+  // Adds what lies below a node without a walk, if it can be said of all of it together.
+  const auto take_below = [&](size_t node, StateId state) {
+    const ByteTrie::Node& at = trie.node(node);
+    if (at.subtree_end - node <= kFewNodes) return false;
+    size_t most = loops.characters_taken(state, characters.kinds(node),
+                                         std::min(characters.height(node), max_bytes - at.depth));
+    if (most == StateLoops::kUnknown) return false;
+    most += characters.depth(node);
+    size_t index = trie.first_id_below(node);
+    for (const int32_t id : trie.ids_below(node)) {
+      const TrieCharacters::Length& length = characters.length(index++);
+      if (length.bytes > max_bytes || length.characters > most) continue;
+      set_bit(bits, id);
+      ++count;
+    }
+    return true;
+  };
   trie.walk(
       start, max_bytes, path,
       [&](StateId state, uint8_t byte) { return machine.next(state, byte); },
@@ -134,11 +154,13 @@ std::shared_ptr<const PlaceMask> GrammarSource::build(const Key& key) const {
           set_bit(bits, id);
           ++count;
         }
-        if (!machine.ends(state) || key[1] != 0) return;
+        if (take_below(node, state)) return false;
+        if (!machine.ends(state) || key[1] != 0) return true;
         for (const int32_t id : trie.ids_below(node)) {
           const std::string_view token = vocabulary_->token(id);
           if (token.size() <= max_bytes) rest.emplace_back(token.substr(trie.node(node).depth), id);
         }
+        return true;
       });
   auto mask = std::make_shared<PlaceMask>();
   if (count * 8 < bits.size()) {
@@ -190,6 +212,7 @@ void GrammarConstraint::add_place(const Config& config, std::span<uint32_t> bitm
       [&](StateId state, uint8_t byte) { return machine_->next(state, byte); },
       [&](size_t node, StateId) {
         for (const int32_t id : mask.rest.ids_at(node)) set_bit(bitmask, id);
+        return true;
       });
 }
 
