@@ -1,10 +1,11 @@
 // Where the time of a decode step goes: per kind of operator, what it costs the host to enqueue it
 // and the device to run it alone, beside the time of whole steps.
 //
-//   kvant_cuda_step_bench llama-3.1-8b Q4_0 4bit [DEPTH [BATCH [DEVICE]]]
+//   kvant_cuda_step_bench llama-3.1-8b Q4_0 4bit [DEPTH [BATCH [DEVICE [ROWS]]]]
 //
-// Random weights of a geometry that kvant knows. "alone" waits for the device after every operator:
-// it includes launching and waiting, and so is more than an operator's share of a step.
+// ROWS: what comes back of each sequence, logits (default) or greatest. Random weights of a
+// geometry that kvant knows. "alone" waits for the device after every operator: it includes
+// launching and waiting, and so is more than an operator's share of a step.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -108,6 +109,11 @@ class TimedBackend final : public Backend {
   Status gather_rows(const void* x, std::span<const int64_t> rows, int dim, void* out) override {
     return timed("gather_rows", [&] { return inner_.gather_rows(x, rows, dim, out); });
   }
+  Status greatest_in_rows(const void* x, int64_t num_rows, int64_t num_cols,
+                          backend::RowMaximum* maxima) override {
+    return timed("greatest",
+                 [&] { return inner_.greatest_in_rows(x, num_rows, num_cols, maxima); });
+  }
   Status append(const backend::AppendArgs& args) override {
     return timed(args.group_layer == 0 ? "append, first layer" : "append",
                  [&] { return inner_.append(args); });
@@ -138,11 +144,14 @@ class TimedBackend final : public Backend {
   std::invoke_result_t<F> timed(const std::string& name, F&& f) {
     const Clock::time_point start = Clock::now();
     auto result = f();
+    count(name, start);
+    return result;
+  }
+  void count(const std::string& name, Clock::time_point start) {
     if (alone_) static_cast<void>(inner_.synchronize());
     Cost& cost = costs_[name];
     cost.us += since(start);
     ++cost.calls;
-    return result;
   }
 
   Backend& inner_;
@@ -157,6 +166,7 @@ struct Options {
   int64_t depth = 0;
   int batch = 1;
   std::string device = "cuda";
+  bool only_greatest = false;
 };
 
 class StepBench {
@@ -179,10 +189,10 @@ class StepBench {
     return {};
   }
   // Microseconds a step, each.
-  Result<std::vector<double>> steps(int count) {
+  Result<std::vector<double>> steps(int count, bool only_greatest) {
     const std::vector<int32_t> token(1, 17);
     std::vector<model::ForwardSequence> step;
-    for (const auto id : ids_) step.push_back({id, token, 1});
+    for (const auto id : ids_) step.push_back({id, token, 1, only_greatest});
     std::vector<double> times;
     for (int i = 0; i < count; ++i) {
       const Clock::time_point start = Clock::now();
@@ -193,8 +203,8 @@ class StepBench {
   }
 
  private:
-  static model::LogitsSink ignore() {
-    return [](int64_t, std::span<const float>) { return Status(); };
+  static model::RowsSink ignore() {
+    return [](std::span<const model::LogitsRow>) { return Status(); };
   }
   TimedBackend& backend_;
   model::Model& model_;
@@ -226,6 +236,7 @@ Status run(const Options& options) {
   runtime.context_tokens = options.depth + 4 * kSteps;
   runtime.max_sequences = options.batch;
   runtime.max_step_tokens = 512;
+  runtime.max_logit_rows = options.batch;
   KVANT_ASSIGN(const auto model, model::Model::load(std::move(source), backend, {}));
   KVANT_TRY(model->reserve(runtime));
   KVANT_ASSIGN(const auto cache, model->create_cache(runtime));
@@ -235,15 +246,15 @@ Status run(const Options& options) {
 
   StepBench bench(backend, *model, *cache);
   KVANT_TRY(bench.fill(options.batch, options.depth));
-  KVANT_TRY(bench.steps(8));
+  KVANT_TRY(bench.steps(8, options.only_greatest));
   backend.start(false);
-  KVANT_ASSIGN(std::vector<double> times, bench.steps(kSteps));
+  KVANT_ASSIGN(std::vector<double> times, bench.steps(kSteps, options.only_greatest));
   std::sort(times.begin(), times.end());
   std::printf("step: median %.1f us, least %.1f, longest %.1f\n", times[times.size() / 2],
               times.front(), times.back());
   print(backend, "host", kSteps);
   backend.start(true);
-  KVANT_TRY(bench.steps(kSteps));
+  KVANT_TRY(bench.steps(kSteps, options.only_greatest));
   print(backend, "alone", kSteps);
   return {};
 }
@@ -253,13 +264,15 @@ Status run(const Options& options) {
 
 int main(int argc, char** argv) {
   if (argc < 4) {
-    std::fprintf(stderr, "usage: %s GEOMETRY WEIGHTS KV [DEPTH [BATCH [DEVICE]]]\n", argv[0]);
+    std::fprintf(stderr, "usage: %s GEOMETRY WEIGHTS KV [DEPTH [BATCH [DEVICE [ROWS]]]]\n",
+                 argv[0]);
     return 64;
   }
   kvant::Options options{.model = argv[1], .weights = argv[2], .kv = argv[3]};
   if (argc > 4) options.depth = std::atoll(argv[4]);
   if (argc > 5) options.batch = std::atoi(argv[5]);
   if (argc > 6) options.device = argv[6];
+  if (argc > 7) options.only_greatest = std::string(argv[7]) == "greatest";
   const kvant::Status done = kvant::run(options);
   if (!done) std::fprintf(stderr, "%s\n", done.error().message().c_str());
   return done ? 0 : 70;

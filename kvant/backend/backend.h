@@ -139,6 +139,14 @@ struct AttentionArgs {
   void* out = nullptr;      // like q
 };
 
+// The greatest of a row of values: of equals the first.
+struct RowMaximum {
+  float value = 0.0f;
+  int32_t index = -1;  // -1: some value of the row is infinite or not a number
+};
+// On the host.
+RowMaximum greatest_value(std::span<const float> values);
+
 struct WorkspaceNeeds {
   int num_layers = 0;
   int64_t max_rows = 0;     // rows of one step
@@ -190,6 +198,12 @@ class Backend {
   virtual Status moe(const MoeArgs& args) = 0;
   // out[i] = x[rows[i]], `dim` values each; `rows` in host memory.
   virtual Status gather_rows(const void* x, std::span<const int64_t> rows, int dim, void* out) = 0;
+
+  // maxima[i] = the greatest of row i of x [num_rows][num_cols], once synchronize() or another
+  // operator that waits has returned. `maxima` is memory of MemoryUse::kTables or, of a backend of
+  // the host, any.
+  virtual Status greatest_in_rows(const void* x, int64_t num_rows, int64_t num_cols,
+                                  RowMaximum* maxima);
 
   // ---- cache operators ----
   virtual Status append(const AppendArgs& args) = 0;

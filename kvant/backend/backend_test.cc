@@ -11,6 +11,7 @@
 #include "kvant/backend/cpu/moe.h"
 #include "kvant/backend/cpu/rope_table.h"
 #include "kvant/backend/reference/reference_backend.h"
+#include "kvant/backend/testing/hard_rows.h"
 #include "kvant/backend/testing/random_matrix.h"
 
 namespace kvant::backend {
@@ -91,6 +92,24 @@ TEST_F(CpuOperators, RmsNorm) {
       return out;
     });
   }
+}
+
+TEST_F(CpuOperators, GreatestInRows) {
+  for (const int64_t cols : {1, 3, 16, 17, 50, 64, 9001}) {
+    const testing::HardRows rows = testing::hard_rows(cols);
+    const std::vector<RowMaximum> expected = rows.maxima();
+    const auto check = [&](Backend& backend) {
+      std::vector<RowMaximum> found(static_cast<size_t>(rows.num_rows));
+      EXPECT_TRUE(backend.greatest_in_rows(rows.values.data(), rows.num_rows, cols, found.data()));
+      for (size_t i = 0; i < found.size(); ++i) {
+        EXPECT_EQ(found[i].index, expected[i].index) << cols << ", row " << i;
+        EXPECT_EQ(found[i].value, expected[i].value) << cols << ", row " << i;
+      }
+    };
+    check(reference_);
+    for (const int threads : {1, 3}) check(*make_cpu(CpuLevel::kScalar, threads));
+  }
+  EXPECT_EQ(greatest_value({}).index, -1);
 }
 
 TEST_F(CpuOperators, Rope) {

@@ -3,7 +3,9 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <tuple>
+#include <utility>
 
 #include "kvant/model/model.h"
 #include "kvant/model/testing/engine.h"

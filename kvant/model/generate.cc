@@ -93,7 +93,7 @@ Status Session::rewind(int64_t length) {
 }
 
 Status Session::prefill(std::span<const int32_t> prompt, const GenerateOptions& options,
-                        const LogitsSink& sink, GenerateStats& stats) {
+                        const RowsSink& sink, GenerateStats& stats) {
   const Stopwatch watch;
   const int64_t total = static_cast<int64_t>(prompt.size());
   const auto shared = std::ranges::mismatch(prompt, tokens_);
@@ -105,7 +105,8 @@ Status Session::prefill(std::span<const int32_t> prompt, const GenerateOptions& 
     const int64_t count = std::min<int64_t>(model_->max_step_tokens(), total - done);
     const ForwardSequence step{.id = *id_,
                                .tokens = prompt.subspan(done, count),
-                               .num_logit_rows = done + count == total ? 1 : 0};
+                               .num_logit_rows = done + count == total ? 1 : 0,
+                               .only_greatest = takes_greatest(options.sampler)};
     KVANT_TRY(model_->forward(std::span(&step, 1), *cache_, sink, options.cancel));
     tokens_.insert(tokens_.end(), step.tokens.begin(), step.tokens.end());
     done += count;
@@ -122,7 +123,7 @@ Status Session::shift(const GenerateOptions& options, GenerateStats& stats) {
   ++stats.context_shifts;
   GenerateStats of_shift;
   KVANT_TRY(prefill(
-      kept, options, [](int64_t, std::span<const float>) { return Status(); }, of_shift));
+      kept, options, [](std::span<const LogitsRow>) { return Status(); }, of_shift));
   stats.prefill_tokens += of_shift.prefill_tokens;
   stats.prefill_seconds += of_shift.prefill_seconds;
   return {};
@@ -156,8 +157,10 @@ Result<GenerateResult> Session::generate(std::span<const int32_t> prompt,
   int32_t next = 0;
   std::vector<int32_t> history(prompt.begin(), prompt.end());  // what repeat penalties look at
   history.reserve(context + 1);
-  const LogitsSink choose = [&](int64_t, std::span<const float> logits) -> Status {
-    next = sampler.sample(logits, history);
+  const bool only_greatest = takes_greatest(options.sampler);
+  const RowsSink choose = [&](std::span<const LogitsRow> rows) -> Status {
+    const LogitsRow& row = rows.front();
+    next = only_greatest ? row.greatest.index : sampler.sample(row.logits, history);
     return {};
   };
   const auto finish = [&](StopReason reason) {
@@ -194,7 +197,10 @@ Result<GenerateResult> Session::generate(std::span<const int32_t> prompt,
     }
     const Stopwatch watch;
     const int32_t token = next;
-    const ForwardSequence step{.id = *id_, .tokens = std::span(&token, 1), .num_logit_rows = 1};
+    const ForwardSequence step{.id = *id_,
+                               .tokens = std::span(&token, 1),
+                               .num_logit_rows = 1,
+                               .only_greatest = only_greatest};
     const Status stepped = model_->forward(std::span(&step, 1), *cache_, choose, options.cancel);
     if (!stepped) {
       if (stepped.error().code() == ErrorCode::kCancelled) return finish(StopReason::kCancelled);

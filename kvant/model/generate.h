@@ -89,10 +89,10 @@ class Session {
   Result<GenerateResult> generate(std::span<const int32_t> prompt, const GenerateOptions& options,
                                   const TokenCallback& on_token);
 
-  // Makes the context equal to `prompt` and calls `sink` for the logits of its last token; the part
-  // of generate() before the first token.
+  // Makes the context equal to `prompt` and calls `sink` for its last token, without its logits if
+  // the sampler takes the greatest; the part of generate() before the first token.
   Status prefill(std::span<const int32_t> prompt, const GenerateOptions& options,
-                 const LogitsSink& sink, GenerateStats& stats);
+                 const RowsSink& sink, GenerateStats& stats);
 
  private:
   Session(Model& model, cache::KvCache& cache) : model_(&model), cache_(&cache) {}

@@ -52,11 +52,13 @@ backend::WorkspaceNeeds workspace_needs(const ModelConfig& config, const Runtime
   return needs;
 }
 
-int64_t host_logit_bytes(const ModelConfig& config, const backend::Backend& backend,
-                         const RuntimeOptions& runtime) {
+HostRowBytes host_row_bytes(const ModelConfig& config, const backend::Backend& backend,
+                            const RuntimeOptions& runtime) {
   const backend::BackendInfo& info = backend.info();
-  if (info.host_memory && info.activation_type == backend::ActivationType::kF32) return 0;
-  return int64_t{runtime.max_logit_rows} * config.vocab_size * int64_t{sizeof(float)};
+  if (info.host_memory && info.activation_type == backend::ActivationType::kF32) return {};
+  const int64_t rows = runtime.max_logit_rows;
+  const int64_t maxima = rows * int64_t{sizeof(backend::RowMaximum)};
+  return {(maxima + 255) / 256 * 256, rows * config.vocab_size * int64_t{sizeof(float)}};
 }
 
 Status check_formats(const backend::Backend& backend, const ModelConfig& config,
@@ -157,7 +159,7 @@ Result<MemoryPlan> plan_memory(const ModelSource& source, const backend::Backend
   plan.activations =
       layout_activations(config, backend.info().activation_type, step_tokens(runtime),
                          runtime.max_logit_rows, nullptr, nullptr) +
-      host_logit_bytes(config, backend, runtime);
+      host_row_bytes(config, backend, runtime).total();
   plan.backend_workspace = backend.workspace_bytes(workspace_needs(config, runtime));
   return plan;
 }

@@ -25,10 +25,16 @@ Status check_formats(const backend::Backend& backend, const ModelConfig& config,
 // New tokens of the largest step.
 int step_tokens(const RuntimeOptions& runtime);
 backend::WorkspaceNeeds workspace_needs(const ModelConfig& config, const RuntimeOptions& runtime);
-// Logits on their way to the caller, in the host memory that devices copy to fastest (that of
-// tables); 0 where the backend's own can be read.
-int64_t host_logit_bytes(const ModelConfig& config, const backend::Backend& backend,
-                         const RuntimeOptions& runtime);
+// Rows on their way to the caller, in the host memory that devices write to (that of tables): their
+// greatest logits [max_logit_rows], then logits [max_logit_rows][vocab_size]. 0 where the backend's
+// own memory can be read.
+struct HostRowBytes {
+  int64_t maxima = 0;
+  int64_t logits = 0;
+  int64_t total() const { return maxima + logits; }
+};
+HostRowBytes host_row_bytes(const ModelConfig& config, const backend::Backend& backend,
+                            const RuntimeOptions& runtime);
 
 // The plan as the layers' formats read it, checked against the model; nothing without a plan.
 Result<std::optional<formats::QuantPlan>> fitted_plan(const ModelConfig& config,

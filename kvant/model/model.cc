@@ -3,7 +3,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstring>
 #include <utility>
@@ -16,21 +15,6 @@
 #include "kvant/model/weights.h"
 
 namespace kvant::model {
-namespace {
-
-// Inf and NaN have all bits of the exponent. (A loop that compilers make vectors of: it runs over
-// the vocabulary for every token.)
-bool all_finite(std::span<const float> values) {
-  constexpr uint32_t kExponent = 0x7f800000u;
-  uint32_t found = 0;
-  for (const float value : values) {
-    found |= (std::bit_cast<uint32_t>(value) & kExponent) == kExponent ? 1u : 0u;
-  }
-  return found == 0;
-}
-
-}  // namespace
-
 struct Model::State {
   std::unique_ptr<ModelSource> source;
   backend::Backend* backend = nullptr;
@@ -42,11 +26,16 @@ struct Model::State {
   Buffer activation_buffer;
   Activations activations;
   // Filled per step, never grown.
-  std::vector<int64_t> positions;    // [max_step_tokens]
-  std::vector<int32_t> ids;          // [max_step_tokens]
-  std::vector<int64_t> wanted_rows;  // rows whose logits are wanted
+  std::vector<int64_t> positions;      // [max_step_tokens]
+  std::vector<int32_t> ids;            // [max_step_tokens]
+  std::vector<int64_t> wanted_rows;    // rows whose logits are wanted
+  std::vector<uint8_t> only_greatest;  // of wanted_rows
   std::vector<cache::StepSequence> step_sequences;
-  Buffer host_logits;  // [max_logit_rows][vocab_size]; empty where the backend's can be read
+  Buffer host_rows;                       // HostRowBytes
+  float* host_logits = nullptr;           // there, or null: the backend's can be read
+  backend::RowMaximum* maxima = nullptr;  // there, or in own_maxima
+  std::vector<backend::RowMaximum> own_maxima;
+  std::vector<LogitsRow> turn;  // rows that are computed at once
 
   LayerObserver observer;                                 // may be empty
   std::vector<float> observed_q, observed_k, observed_v;  // LayerRows
@@ -60,10 +49,11 @@ struct Model::State {
   Status append_rows(const cache::KvCache& cache, RandomRows& rows);
   template <typename Work>
   Status transact(cache::KvCache& cache, const Work& work);
-  Status run_head(const Activations& act, const LogitsSink& sink);
+  Status run_head(const Activations& act, const RowsSink& sink);
   Result<float*> fetch_logits(void* device_logits, int64_t num_rows);
-  Status deliver(int64_t row, std::span<float> logits, const LogitsSink& sink);
-  Status step(const cache::KvCache& cache, const LogitsSink& sink, const std::atomic<bool>* cancel);
+  Status read_turn(void* device_logits, int64_t first, int64_t count);
+  void cap(std::span<float> logits) const;
+  Status step(const cache::KvCache& cache, const RowsSink& sink, const std::atomic<bool>* cancel);
 };
 
 Model::~Model() = default;
@@ -119,14 +109,23 @@ Status Model::reserve(const RuntimeOptions& runtime) {
                    MemoryUse::kWorkspace));
   layout_activations(config, type, rows, runtime.max_logit_rows, state.activation_buffer.data(),
                      &state.activations);
-  state.host_logits = Buffer();
-  if (const int64_t bytes = host_logit_bytes(config, backend, runtime); bytes > 0) {
-    KVANT_ASSIGN(state.host_logits, Buffer::create(backend.memory(), bytes, MemoryUse::kTables));
+  state.host_rows = Buffer();
+  state.host_logits = nullptr;
+  if (const HostRowBytes bytes = host_row_bytes(config, backend, runtime); bytes.total() > 0) {
+    KVANT_ASSIGN(state.host_rows,
+                 Buffer::create(backend.memory(), bytes.total(), MemoryUse::kTables));
+    state.maxima = state.host_rows.as<backend::RowMaximum>();
+    state.host_logits = reinterpret_cast<float*>(state.host_rows.data() + bytes.maxima);
+  } else {
+    state.own_maxima.resize(static_cast<size_t>(runtime.max_logit_rows));
+    state.maxima = state.own_maxima.data();
   }
   KVANT_TRY(backend.reserve_workspace(workspace_needs(config, runtime)));
   state.positions.reserve(rows);
   state.ids.reserve(rows);
   state.wanted_rows.reserve(rows);
+  state.only_greatest.reserve(rows);
+  state.turn.reserve(static_cast<size_t>(runtime.max_logit_rows));
   state.step_sequences.reserve(runtime.max_sequences);
   state.runtime = runtime;
   state.reserved = true;
@@ -169,6 +168,7 @@ Status Model::State::collect(std::span<const ForwardSequence> sequences,
   positions.clear();
   ids.clear();
   wanted_rows.clear();
+  only_greatest.clear();
   step_sequences.clear();
   if (sequences.empty() || static_cast<int>(sequences.size()) > runtime.max_sequences) {
     return bad(fmt::format("a step of {} sequences; reserved for 1 to {}", sequences.size(),
@@ -193,6 +193,7 @@ Status Model::State::collect(std::span<const ForwardSequence> sequences,
       }
       if (i >= count - sequence.num_logit_rows) {
         wanted_rows.push_back(static_cast<int64_t>(ids.size()));
+        only_greatest.push_back(sequence.only_greatest ? 1 : 0);
       }
       ids.push_back(id);
       positions.push_back(first + i);
@@ -255,25 +256,57 @@ Status Model::State::run_layers(const cache::KvCache& cache, const std::atomic<b
 
 // [num_rows][vocab_size] in host memory. Waits for the layers and the head.
 Result<float*> Model::State::fetch_logits(void* device_logits, int64_t num_rows) {
-  if (host_logits.bytes() == 0) {
+  if (host_logits == nullptr) {
     KVANT_TRY(backend->synchronize());
     return static_cast<float*>(device_logits);
   }
-  KVANT_TRY(backend->download_f32(device_logits, num_rows * config().vocab_size,
-                                  host_logits.as<float>()));
-  return host_logits.as<float>();
+  KVANT_TRY(backend->download_f32(device_logits, num_rows * config().vocab_size, host_logits));
+  return host_logits;
 }
 
-Status Model::State::deliver(int64_t row, std::span<float> logits, const LogitsSink& sink) {
-  const float cap = config().logit_softcap;
-  if (cap > 0) {
-    for (float& logit : logits) logit = cap * std::tanh(logit / cap);
+void Model::State::cap(std::span<float> logits) const {
+  const float most = config().logit_softcap;
+  for (float& logit : logits) logit = most * std::tanh(logit / most);
+}
+
+// What is wanted of the rows from `first` on whose logits are in `device_logits`: fills `turn`.
+Status Model::State::read_turn(void* device_logits, int64_t first, int64_t count) {
+  const int64_t width = config().vocab_size;
+  const bool capped = config().logit_softcap > 0;  // logits that differ may not, once capped
+  if (!capped) KVANT_TRY(backend->greatest_in_rows(device_logits, count, width, maxima));
+  // The host gets all rows from the first to the last that it needs.
+  int64_t begin = count;
+  int64_t end = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (!capped && only_greatest[first + i] != 0) continue;
+    begin = std::min(begin, i);
+    end = i + 1;
   }
-  if (!all_finite(logits)) {
-    return Error(ErrorCode::kNumericError,
-                 "the model's output is infinite or not a number; its weights may be damaged");
+  float* logits = nullptr;
+  if (begin < end) {
+    const backend::ActivationType type = backend->info().activation_type;
+    std::byte* from =
+        static_cast<std::byte*>(device_logits) + backend::activation_bytes(type, begin * width);
+    KVANT_ASSIGN(logits, fetch_logits(from, end - begin));
   }
-  return sink(row, logits);
+  if (first == 0) KVANT_TRY(check_appended());
+  if (logits == nullptr) KVANT_TRY(backend->synchronize());
+  turn.clear();
+  for (int64_t i = 0; i < count; ++i) {
+    std::span<float> row;
+    if (begin <= i && i < end) row = {logits + (i - begin) * width, static_cast<size_t>(width)};
+    if (capped) {
+      cap(row);
+      maxima[i] = backend::greatest_value(row);
+    }
+    if (maxima[i].index < 0) {
+      return Error(ErrorCode::kNumericError,
+                   "the model's output is infinite or not a number; its weights may be damaged");
+    }
+    if (only_greatest[first + i] != 0) row = {};
+    turn.push_back({.index = first + i, .greatest = maxima[i], .logits = row});
+  }
+  return {};
 }
 
 // Waits for the layers.
@@ -287,7 +320,7 @@ Status Model::State::check_appended() {
 }
 
 // Logits of the rows in act.x, `max_logit_rows` at a time.
-Status Model::State::run_head(const Activations& act, const LogitsSink& sink) {
+Status Model::State::run_head(const Activations& act, const RowsSink& sink) {
   const int64_t num_rows = static_cast<int64_t>(wanted_rows.size());
   const backend::ActivationType type = backend->info().activation_type;
   const ModelConfig& model = config();
@@ -303,16 +336,13 @@ Status Model::State::run_head(const Activations& act, const LogitsSink& sink) {
                                     .dim = model.dim,
                                     .epsilon = model.norm_epsilon},
                                    std::span(&target, 1)));
-    KVANT_ASSIGN(float* const logits, fetch_logits(act.logits, count));
-    if (first == 0) KVANT_TRY(check_appended());
-    const auto width = static_cast<size_t>(model.vocab_size);
-    for (int64_t i = 0; i < count; ++i)
-      KVANT_TRY(deliver(first + i, {logits + i * model.vocab_size, width}, sink));
+    KVANT_TRY(read_turn(act.logits, first, count));
+    KVANT_TRY(sink(turn));
   }
   return {};
 }
 
-Status Model::State::step(const cache::KvCache& cache, const LogitsSink& sink,
+Status Model::State::step(const cache::KvCache& cache, const RowsSink& sink,
                           const std::atomic<bool>* cancel) {
   Activations act = activations;
   KVANT_TRY(run_layers(cache, cancel, act));
@@ -342,11 +372,23 @@ Status Model::State::transact(cache::KvCache& cache, const Work& work) {
 }
 
 Status Model::forward(std::span<const ForwardSequence> sequences, cache::KvCache& cache,
-                      const LogitsSink& sink, const std::atomic<bool>* cancel) {
+                      const RowsSink& sink, const std::atomic<bool>* cancel) {
   State& state = *state_;
   KVANT_CHECK(state.reserved, "reserve() comes before forward()");
   KVANT_TRY(state.collect(sequences, cache));
   return state.transact(cache, [&] { return state.step(cache, sink, cancel); });
+}
+
+Status Model::forward(std::span<const ForwardSequence> sequences, cache::KvCache& cache,
+                      const LogitsSink& sink, const std::atomic<bool>* cancel) {
+  const RowsSink each = [&sink](std::span<const LogitsRow> rows) -> Status {
+    for (const LogitsRow& row : rows) {
+      KVANT_CHECK(!row.logits.empty(), "sinks of single rows get their logits");
+      KVANT_TRY(sink(row.index, row.logits));
+    }
+    return {};
+  };
+  return forward(sequences, cache, each, cancel);
 }
 
 // One step of random keys and values, in every layer.

@@ -61,7 +61,7 @@ struct MemoryPlan {
   WeightBytes weights;
   cache::CacheBytes cache;
   std::vector<cache::GroupBytes> groups;  // what the pages in `cache` are made of
-  int64_t activations = 0;                // and, of a device, the host's copy of logits
+  int64_t activations = 0;                // and, of a device, what the host gets of logits
   int64_t backend_workspace = 0;
   int64_t total() const;
   // Highest total at any time, loading included: what the allocator's high-water mark will show.
@@ -84,11 +84,22 @@ struct ForwardSequence {
   cache::SequenceId id = 0;
   std::span<const int32_t> tokens;  // new tokens, at least one
   int num_logit_rows = 0;           // logits of the last so many tokens are wanted
+  bool only_greatest = false;       // of these rows, nothing but which logit is the greatest
 };
 
 // Called once per wanted row, in batch order: `row` counts them over the whole batch, `logits` is
 // [vocab_size] and valid during the call. An error ends the step and is returned.
 using LogitsSink = std::function<Status(int64_t row, std::span<const float> logits)>;
+
+// A wanted row, valid during a call of RowsSink.
+struct LogitsRow {
+  int64_t index = 0;              // counts the wanted rows over the whole batch, in batch order
+  backend::RowMaximum greatest;   // of its logits, ties to the lowest id
+  std::span<const float> logits;  // [vocab_size]; empty with ForwardSequence::only_greatest
+};
+// Called with all rows that are computed at once (up to max_logit_rows), in batch order, which may
+// be read by several threads. An error ends the step and is returned.
+using RowsSink = std::function<Status(std::span<const LogitsRow> rows)>;
 
 // What one layer works with in a step, in host memory: rows of the batch, valid during the call.
 struct LayerRows {
@@ -139,6 +150,9 @@ class Model {
   // One step: appends the tokens to the cache, calls `sink` for the wanted logits, commits. On any
   // error (kInvalidArgument, kResourceExhausted, kNumericError, kCancelled) the cache is unchanged.
   // `cancel` may be null; it is looked at between layers.
+  Status forward(std::span<const ForwardSequence> sequences, cache::KvCache& cache,
+                 const RowsSink& sink, const std::atomic<bool>* cancel = nullptr);
+  // Row by row; not with only_greatest.
   Status forward(std::span<const ForwardSequence> sequences, cache::KvCache& cache,
                  const LogitsSink& sink, const std::atomic<bool>* cancel = nullptr);
   // Appends tokens to each sequence whose keys and values are random normal numbers, the same for

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <limits>
@@ -70,6 +71,43 @@ TEST_P(AnyModel, ChunksDoNotChangeABit) {
     const auto chunked = whole.cache(runtime);
     EXPECT_EQ(whole.logits(*chunked, must(chunked->add_sequence()), tokens, chunk), want) << chunk;
     must(chunked->check_integrity());
+  }
+}
+
+// Which of the rows' logits is the greatest, with and without the logits beside it.
+TEST_P(AnyModel, TheGreatestIsThatOfTheLogits) {
+  for (const char* backend : {"cpu", "reference"}) {
+    Engine one = engine(backend, 2);
+    const std::vector<int32_t> first = random_tokens(30, kVocab, 21);
+    const std::vector<int32_t> second = random_tokens(19, kVocab, 22);
+    const auto run = [&](bool first_only, bool second_only) {
+      const auto cache = one.cache(small_runtime(kv()));  // 8 rows at once
+      const std::vector<ForwardSequence> step = {
+          {must(cache->add_sequence()), first, 11, first_only},
+          {must(cache->add_sequence()), second, 9, second_only}};
+      std::vector<int32_t> greatest;
+      const RowsSink keep = [&](std::span<const LogitsRow> rows) -> Status {
+        EXPECT_LE(rows.size(), 8);
+        for (const LogitsRow& row : rows) {
+          EXPECT_EQ(row.index, static_cast<int64_t>(greatest.size()));
+          EXPECT_EQ(row.logits.empty(), row.index < 11 ? first_only : second_only);
+          if (!row.logits.empty()) {
+            const auto best = std::ranges::max_element(row.logits);
+            EXPECT_EQ(row.greatest.index, best - row.logits.begin());
+            EXPECT_EQ(row.greatest.value, *best);
+          }
+          greatest.push_back(row.greatest.index);
+        }
+        return {};
+      };
+      must(one.model().forward(step, *cache, keep));
+      EXPECT_EQ(greatest.size(), 20);
+      return greatest;
+    };
+    const auto want = run(false, false);
+    EXPECT_EQ(run(true, false), want);
+    EXPECT_EQ(run(false, true), want);
+    EXPECT_EQ(run(true, true), want);
   }
 }
 
@@ -325,6 +363,26 @@ TEST(Model, ValuesThatAreNotFiniteFailTheStep) {
   EXPECT_EQ(cache->length(id), 0);
   EXPECT_EQ(cache->bytes().stored_pages_now, 0);
   must(cache->check_integrity());
+}
+
+TEST(Model, LogitsThatAreNotFiniteFailTheStep) {
+  std::vector<std::byte> file = tiny_model("llama");
+  const Gguf gguf = must(Gguf::parse(file, "test"));
+  const std::span<const std::byte> norm = must(gguf.tensor("output_norm.weight")).bytes;
+  const float infinity = std::numeric_limits<float>::infinity();
+  std::memcpy(file.data() + (norm.data() - file.data()), &infinity, sizeof(infinity));
+  Engine engine(std::move(file), "cpu");
+  const std::vector<int32_t> tokens = random_tokens(40, kVocab, 14);
+  for (const bool only_greatest : {false, true}) {
+    const auto cache = engine.cache(small_runtime("4bit"));
+    const cache::SequenceId id = must(cache->add_sequence());
+    const ForwardSequence sequence{id, tokens, 2, only_greatest};
+    const Status status = engine.model().forward(
+        std::span(&sequence, 1), *cache, [](std::span<const LogitsRow>) { return Status(); });
+    ASSERT_FALSE(status);
+    EXPECT_EQ(status.error().code(), ErrorCode::kNumericError);
+    EXPECT_EQ(cache->length(id), 0);
+  }
 }
 
 TEST(Model, LoadingNamesTheTensorThatIsWrong) {

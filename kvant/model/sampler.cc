@@ -33,6 +33,10 @@ Status check_sampler_options(const SamplerOptions& options) {
   return {};
 }
 
+bool takes_greatest(const SamplerOptions& options) {
+  return options.temperature == 0 && options.repeat_penalty == 1;
+}
+
 Sampler::Sampler(const SamplerOptions& options, int vocab_size)
     : options_(options), random_(options.seed), vocab_size_(vocab_size) {
   candidates_.reserve(vocab_size_);

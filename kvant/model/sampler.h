@@ -25,6 +25,8 @@ struct SamplerOptions {
 
 // kInvalidArgument names the first option out of range.
 Status check_sampler_options(const SamplerOptions& options);
+// Whether every choice is the token with the greatest logit, whatever the history.
+bool takes_greatest(const SamplerOptions& options);
 
 class Sampler {
  public:

@@ -188,6 +188,15 @@ Status CpuBackend::gather_rows(const void* x, std::span<const int64_t> rows, int
   return {};
 }
 
+Status CpuBackend::greatest_in_rows(const void* x, int64_t num_rows, int64_t num_cols,
+                                    RowMaximum* maxima) {
+  for_range(num_rows, 4 * rows_per_task(num_cols), [&](int64_t first, int64_t count) {
+    const float* from = static_cast<const float*>(x) + first * num_cols;
+    static_cast<void>(Backend::greatest_in_rows(from, count, num_cols, maxima + first));
+  });
+  return {};
+}
+
 // ---- cache operators ----
 
 Status CpuBackend::append(const AppendArgs& args) {

@@ -50,6 +50,9 @@ class CpuBackend final : public Backend {
   Status moe(const MoeArgs& args) override;
   Status gather_rows(const void* x, std::span<const int64_t> rows, int dim, void* out) override;
 
+  Status greatest_in_rows(const void* x, int64_t num_rows, int64_t num_cols,
+                          RowMaximum* maxima) override;
+
   Status append(const AppendArgs& args) override;
   Result<formats::EncodeStats> take_encode_stats() override {
     return std::exchange(encode_stats_, {});

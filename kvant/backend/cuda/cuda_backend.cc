@@ -293,6 +293,11 @@ Status CudaBackend::gather_rows(const void* x, std::span<const int64_t> rows, in
   return cuda::gather_rows(floats(x), row_indices_, num_rows, dim, floats(out), stream_);
 }
 
+Status CudaBackend::greatest_in_rows(const void* x, int64_t num_rows, int64_t num_cols,
+                                     RowMaximum* maxima) {
+  return cuda::greatest_in_rows(floats(x), num_rows, num_cols, maxima, stream_);
+}
+
 // ---- cache operators ----
 
 Status CudaBackend::append(const AppendArgs& args) {

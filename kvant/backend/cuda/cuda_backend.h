@@ -49,6 +49,8 @@ class CudaBackend final : public Backend {
   Status add(const void* x, void* y, int64_t num_values) override;
   Status moe(const MoeArgs& args) override;
   Status gather_rows(const void* x, std::span<const int64_t> rows, int dim, void* out) override;
+  Status greatest_in_rows(const void* x, int64_t num_rows, int64_t num_cols,
+                          RowMaximum* maxima) override;
 
   Status append(const AppendArgs& args) override;
   Status rope_append(const RopeArgs& rope, const AppendArgs& args) override;

@@ -13,6 +13,7 @@
 
 #include "kvant/backend/cuda/testing/cache_on_device.h"
 #include "kvant/backend/reference/reference_backend.h"
+#include "kvant/backend/testing/hard_rows.h"
 #include "kvant/backend/testing/random_matrix.h"
 
 namespace kvant::backend::cuda {
@@ -210,6 +211,24 @@ TEST_F(CudaDense, AddAndGatherRows) {
     EXPECT_TRUE(backend.gather_rows(a.data(), rows, 999, out.data()));
     return out.get();
   });
+}
+
+TEST_F(CudaDense, GreatestInRows) {
+  for (const int64_t cols : {1, 3, 16, 17, 1000, 1023, 1024, 4100, 49152, 151936, 151937}) {
+    const backend::testing::HardRows rows = backend::testing::hard_rows(cols);
+    const std::vector<RowMaximum> expected = rows.maxima();
+    Values x(*cuda_, rows.values);
+    const int64_t bytes = rows.num_rows * int64_t{sizeof(RowMaximum)};
+    auto buffer = Buffer::create(cuda_->memory(), bytes, MemoryUse::kTables);
+    ASSERT_TRUE(buffer);
+    auto* found = buffer->as<RowMaximum>();
+    ASSERT_TRUE(cuda_->greatest_in_rows(x.data(), rows.num_rows, cols, found));
+    ASSERT_TRUE(cuda_->synchronize());
+    for (size_t i = 0; i < expected.size(); ++i) {
+      EXPECT_EQ(found[i].index, expected[i].index) << cols << ", row " << i;
+      EXPECT_EQ(found[i].value, expected[i].value) << cols << ", row " << i;
+    }
+  }
 }
 
 TEST_F(CudaDense, Embed) {
