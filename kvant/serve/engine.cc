@@ -30,6 +30,8 @@ std::string_view finish_reason_name(FinishReason reason) {
 
 namespace {
 
+// More gain little: a step waits for its slowest row. Each holds some vectors of the vocabulary.
+constexpr int kMostSamplingThreads = 8;
 // How often deadlines are looked at while everything waits for lower tiers.
 constexpr std::chrono::milliseconds kDeadlineInterval(20);
 
@@ -123,8 +125,11 @@ Result<std::unique_ptr<Engine>> Engine::create(model::Model& model, const Engine
     }
     s.ends[static_cast<size_t>(id)] = true;
   }
-  s.sampler = std::make_unique<RowSampler>(s.limits.vocab_size, options.end_ids);
-  s.bitmask.resize((static_cast<size_t>(s.limits.vocab_size) + 31) / 32);
+  s.sampling_pool = std::make_unique<ThreadPool>(
+      options.sampling_threads > 0
+          ? options.sampling_threads
+          : std::min(kMostSamplingThreads, ThreadPool::available_processors()));
+  s.sampling_workers.resize(static_cast<size_t>(s.sampling_pool->num_threads()));
   s.publish_stats();
   s.thread = std::thread([&s] {
     try {

@@ -53,6 +53,7 @@ struct EngineOptions {
   // A request waits at most so long for pages from lower tiers; then it computes them.
   double max_load_seconds = 5.0;
   SpeculationOptions speculation;
+  int sampling_threads = 0;  // that choose tokens; 0: one per processor, but no more than 8
 };
 
 // The engine at one moment.

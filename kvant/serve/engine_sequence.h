@@ -62,6 +62,12 @@ struct Sequence {
   bool scores_prompt() const {
     return request.sampling.prompt_logprobs.has_value() && !prompt_told;
   }
+  // Of all rows that a step gives, nothing but the greatest logit is needed.
+  bool takes_greatest() const {
+    return !scores_prompt() &&
+           serve::takes_greatest(request.sampling, constraint != nullptr,
+                                 tokens.size() - static_cast<size_t>(prompt_tokens));
+  }
   void undo_step() {
     tokens.resize(static_cast<size_t>(step.known));
     random = step.random;

@@ -12,9 +12,11 @@
 #include <thread>
 #include <vector>
 
+#include "kvant/base/thread_pool.h"
 #include "kvant/serve/engine.h"
 #include "kvant/serve/engine_sequence.h"
 #include "kvant/serve/prefill_cost.h"
+#include "kvant/serve/sampling.h"
 #include "kvant/serve/scheduler.h"
 #include "kvant/serve/tiers/page_tiers.h"
 
@@ -57,10 +59,14 @@ struct Engine::State {
   bool all_wait = false;  // nothing runs, and what waits does so for tiers
   FairShare fair_share;
   PrefillCost prefill_cost;
-  std::unique_ptr<RowSampler> sampler;
-  std::vector<uint32_t> bitmask;  // [vocab bits], while a constrained row is sampled
-  std::vector<bool> ends;         // [vocab]: the model's end-of-generation tokens
-  EngineStats totals;             // counters; copied into `stats` after each step
+  std::unique_ptr<ThreadPool> sampling_pool;
+  struct SamplingWorker {
+    std::unique_ptr<RowSampler> sampler;  // made when it is first needed
+    std::vector<uint32_t> bitmask;        // [vocab bits], while a constrained row is sampled
+  };
+  std::vector<SamplingWorker> sampling_workers;  // one for each thread of the pool
+  std::vector<bool> ends;                        // [vocab]: the model's end-of-generation tokens
+  EngineStats totals;                            // counters; copied into `stats` after each step
 
   // engine.cc
   struct Inbox {
@@ -111,7 +117,16 @@ struct Engine::State {
   int64_t max_known(const Sequence& sequence) const;
   Status run(std::span<Sequence* const> batch);
   void run_alone(std::span<Sequence* const> batch, const Error& error);
-  Status sample(Sequence& sequence, int64_t position, std::span<const float> logits);
+  struct WantedRow {
+    Sequence* sequence;
+    int64_t position;  // of the token whose successor the logits are of
+  };
+  Status sample_turn(std::span<const model::LogitsRow> turn, std::span<const WantedRow> rows);
+  Status sample(Sequence& sequence, int64_t position, const model::LogitsRow& row,
+                SamplingWorker& worker);
+  Result<SampledToken> choose(Sequence& sequence, std::span<const float> logits,
+                              SamplingWorker& worker);
+  RowSampler& sampler_of(SamplingWorker& worker) const;
   void settle(Sequence& sequence);
   Status publish_pages(Sequence& sequence);
   std::optional<Ending> hand_over(Sequence& sequence);

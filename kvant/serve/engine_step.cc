@@ -116,12 +116,8 @@ int64_t Engine::State::max_known(const Sequence& sequence) const {
 // ---- the model ----
 
 Status Engine::State::run(std::span<Sequence* const> batch) {
-  struct Row {
-    Sequence* sequence;
-    int64_t position;  // of the token whose successor the logits are of
-  };
   std::vector<model::ForwardSequence> items;
-  std::vector<Row> rows;
+  std::vector<WantedRow> rows;
   for (Sequence* sequence : batch) {
     Sequence::Step& step = sequence->step;
     step.known = sequence->known();
@@ -142,16 +138,16 @@ Status Engine::State::run(std::span<Sequence* const> batch) {
     for (int64_t position = first; position < end; ++position) rows.push_back({sequence, position});
     items.push_back({.id = *sequence->id,
                      .tokens = step.input,
-                     .num_logit_rows = static_cast<int>(end - first)});
+                     .num_logit_rows = static_cast<int>(end - first),
+                     .only_greatest = sequence->takes_greatest()});
   }
   const Clock::time_point begin = Clock::now();
   double sampling_seconds = 0;
   Status done;
   try {
-    done = model->forward(items, *cache, [&](int64_t row, std::span<const float> logits) {
+    done = model->forward(items, *cache, [&](std::span<const model::LogitsRow> turn) {
       const Clock::time_point sampling = Clock::now();
-      const Row& target = rows[static_cast<size_t>(row)];
-      Status sampled = sample(*target.sequence, target.position, logits);
+      Status sampled = sample_turn(turn, rows);
       sampling_seconds += seconds_since(sampling);
       return sampled;
     });
@@ -184,11 +180,46 @@ void Engine::State::run_alone(std::span<Sequence* const> batch, const Error& err
 
 // ---- what comes out ----
 
-Status Engine::State::sample(Sequence& sequence, int64_t position, std::span<const float> logits) {
+// Sequences side by side, the rows of one in order.
+Status Engine::State::sample_turn(std::span<const model::LogitsRow> turn,
+                                  std::span<const WantedRow> rows) {
+  struct Part {
+    Sequence* sequence;
+    size_t begin;  // in `turn`
+    size_t end;
+    Status done;
+  };
+  std::vector<Part> parts;
+  for (size_t i = 0; i < turn.size(); ++i) {
+    Sequence* const sequence = rows[static_cast<size_t>(turn[i].index)].sequence;
+    if (parts.empty() || parts.back().sequence != sequence) parts.push_back({sequence, i, i, {}});
+    parts.back().end = i + 1;
+  }
+  const auto sample_part = [&](Part& part, SamplingWorker& worker) {
+    for (size_t i = part.begin; i < part.end && part.done; ++i) {
+      const int64_t position = rows[static_cast<size_t>(turn[i].index)].position;
+      part.done = sample(*part.sequence, position, turn[i], worker);
+    }
+  };
+  // What the device has chosen is not worth waking a thread for.
+  const auto has_work = [](const model::LogitsRow& row) { return !row.logits.empty(); };
+  if (std::ranges::any_of(turn, has_work)) {
+    sampling_pool->parallel_for(static_cast<int64_t>(parts.size()), [&](int64_t part, int worker) {
+      sample_part(parts[static_cast<size_t>(part)], sampling_workers[static_cast<size_t>(worker)]);
+    });
+  } else {
+    for (Part& part : parts) sample_part(part, sampling_workers.front());
+  }
+  for (Part& part : parts) KVANT_TRY(std::move(part.done));
+  return {};
+}
+
+Status Engine::State::sample(Sequence& sequence, int64_t position, const model::LogitsRow& row,
+                             SamplingWorker& worker) {
   if (position + 1 < sequence.prompt_tokens) {
     sequence.prompt_record.logprobs.push_back(
-        sampler->score(logits, sequence.tokens[static_cast<size_t>(position) + 1],
-                       *sequence.request.sampling.prompt_logprobs));
+        sampler_of(worker).score(row.logits, sequence.tokens[static_cast<size_t>(position) + 1],
+                                 *sequence.request.sampling.prompt_logprobs));
     return {};
   }
   if (sequence.request.sampling.max_tokens == 0) return {};
@@ -199,21 +230,39 @@ Status Engine::State::sample(Sequence& sequence, int64_t position, std::span<con
       sequence.step.draft[draft_index] != sequence.tokens.back()) {
     return {};
   }
-  std::span<const uint32_t> allowed;
-  if (sequence.constraint != nullptr) {
-    sequence.constraint->allowed(bitmask);
-    allowed = bitmask;
+  SampledToken token;
+  if (row.logits.empty()) {
+    token.id = row.greatest.index;
+  } else {
+    KVANT_ASSIGN(token, choose(sequence, row.logits, worker));
   }
-  KVANT_ASSIGN(SampledToken token,
-               sampler->sample({.logits = logits,
-                                .params = &sequence.request.sampling,
-                                .tokens = sequence.tokens,
-                                .num_prompt_tokens = static_cast<size_t>(sequence.prompt_tokens),
-                                .bitmask = allowed,
-                                .random = &sequence.random}));
   sequence.tokens.push_back(token.id);
   sequence.step.sampled.push_back(std::move(token));
   return {};
+}
+
+Result<SampledToken> Engine::State::choose(Sequence& sequence, std::span<const float> logits,
+                                           SamplingWorker& worker) {
+  std::span<const uint32_t> allowed;
+  if (sequence.constraint != nullptr) {
+    worker.bitmask.resize((static_cast<size_t>(limits.vocab_size) + 31) / 32);
+    sequence.constraint->allowed(worker.bitmask);
+    allowed = worker.bitmask;
+  }
+  return sampler_of(worker).sample(
+      {.logits = logits,
+       .params = &sequence.request.sampling,
+       .tokens = sequence.tokens,
+       .num_prompt_tokens = static_cast<size_t>(sequence.prompt_tokens),
+       .bitmask = allowed,
+       .random = &sequence.random});
+}
+
+RowSampler& Engine::State::sampler_of(SamplingWorker& worker) const {
+  if (worker.sampler == nullptr) {
+    worker.sampler = std::make_unique<RowSampler>(limits.vocab_size, options.end_ids);
+  }
+  return *worker.sampler;
 }
 
 // After a step that succeeded. May end the request, which is gone then.

@@ -245,6 +245,65 @@ TEST(Engine, SeedsDecideWhateverRunsBeside) {
   EXPECT_EQ(sampled(7), alone);
 }
 
+// Only these of the vocabulary's first 32 tokens, whichever came before.
+class Allowing : public TokenConstraint, public ConstraintSource {
+ public:
+  explicit Allowing(uint32_t mask) : mask_(mask) {}
+  void allowed(std::span<uint32_t> bitmask) override {
+    std::ranges::fill(bitmask, 0u);
+    bitmask[0] = mask_;
+  }
+  bool accept(int32_t token) override { return token < 32 && (mask_ >> token & 1) != 0; }
+  bool is_complete() const override { return false; }
+  std::unique_ptr<TokenConstraint> clone() const override {
+    return std::make_unique<Allowing>(mask_);
+  }
+  std::unique_ptr<TokenConstraint> create() const override { return clone(); }
+
+ private:
+  const uint32_t mask_;
+};
+
+// Every kind of choice side by side in one step.
+TEST(Engine, ThreadsThatSampleDoNotChangeATokenOrALogProbability) {
+  const auto answers_of = [](int threads) {
+    EngineOptions options = small_options("4bit");
+    options.sampling_threads = threads;
+    options.runtime.max_logit_rows = 16;
+    options.speculation.max_draft_tokens = 2;
+    Served served(options);
+    std::vector<std::shared_ptr<Collector>> answers;
+    must(served.engine->run_between_steps([&](cache::KvCache&, cache::PrefixTree*) {
+      for (uint32_t i = 0; i < 24; ++i) {
+        Request request = greedy(random_tokens(6 + i, kVocab, 60 + i), 40);
+        SamplingParams& sampling = request.sampling;
+        sampling.seed = i;
+        if (i % 2 == 0) sampling.temperature = 1.2f;
+        if (i % 3 == 0) sampling.top_p = 0.8f;
+        if (i % 4 == 1) sampling.logprobs = 3;
+        if (i % 5 == 2) sampling.repetition_penalty = 1.3f;
+        if (i % 6 == 4) sampling.prompt_logprobs = 2;
+        if (i % 6 == 5) sampling.min_tokens = 7;
+        if (i % 8 == 3) request.constraint = std::make_shared<Allowing>(0xf0f0u << (i / 8));
+        answers.push_back(served.submit(std::move(request)));
+      }
+    }));
+    std::vector<std::pair<Ids, std::vector<float>>> found;
+    for (const auto& answer : answers) {
+      EXPECT_EQ(answer->wait().reason, FinishReason::kLength);
+      std::vector<float> logprobs;
+      for (const SampledToken& token : answer->tokens()) logprobs.push_back(token.logprob);
+      for (const SampledToken& token : answer->prompt().logprobs) logprobs.push_back(token.logprob);
+      found.emplace_back(answer->ids(), logprobs);
+    }
+    served.expect_at_rest();
+    return found;
+  };
+  const auto one = answers_of(1);
+  EXPECT_EQ(answers_of(3), one);
+  EXPECT_EQ(answers_of(7), one);
+}
+
 TEST(Engine, LogProbabilitiesOfPromptAndAnswer) {
   Served served(small_options("bf16"));
   const Ids prompt = random_tokens(90, kVocab, 8);  // more than one step

@@ -69,15 +69,17 @@ double exponentials(std::span<const float> values, float scale, float max, float
   return sum;
 }
 
-bool changes_logits(const SamplingRow& row) {
-  const SamplingParams& p = *row.params;
-  return !row.bitmask.empty() || !p.allowed_token_ids.empty() || !p.bad_token_ids.empty() ||
+bool changes_logits(const SamplingParams& p, bool constrained, size_t num_output) {
+  return constrained || !p.allowed_token_ids.empty() || !p.bad_token_ids.empty() ||
          !p.logit_bias.empty() || p.presence_penalty != 0 || p.frequency_penalty != 0 ||
-         p.repetition_penalty != 1 ||
-         row.tokens.size() - row.num_prompt_tokens < static_cast<size_t>(p.min_tokens);
+         p.repetition_penalty != 1 || num_output < static_cast<size_t>(p.min_tokens);
 }
 
 }  // namespace
+
+bool takes_greatest(const SamplingParams& params, bool constrained, size_t num_output) {
+  return params.is_greedy() && !params.logprobs && !changes_logits(params, constrained, num_output);
+}
 
 bool RowSampler::before(const Candidate& a, const Candidate& b) {
   return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
@@ -129,7 +131,8 @@ Result<SampledToken> RowSampler::sample(const SamplingRow& row) {
 }
 
 std::span<const float> RowSampler::adjust(const SamplingRow& row, MinTokens min_tokens) {
-  if (!changes_logits(row)) return row.logits;
+  const size_t num_output = row.tokens.size() - row.num_prompt_tokens;
+  if (!changes_logits(*row.params, !row.bitmask.empty(), num_output)) return row.logits;
   std::copy(row.logits.begin(), row.logits.end(), adjusted_.begin());
   mask(row, min_tokens);
   for (const auto& [id, bias] : row.params->logit_bias) adjusted_[id] += bias;

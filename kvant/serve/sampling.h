@@ -43,11 +43,15 @@ struct SamplingRow {
   model::SplitMix64* random = nullptr;  // of this choice; advanced by one draw unless greedy
 };
 
+// Whether the choice is the token with the greatest logit, the lowest of equals: the row itself is
+// not needed. `num_output`: tokens of the output so far; more of them change no yes to a no.
+bool takes_greatest(const SamplingParams& params, bool constrained, size_t num_output);
+
 // The random state of choice `index` of a request with `seed`.
 model::SplitMix64 choice_random(uint64_t seed, int index);
 
 // Holds the memory that a row needs on the way, 12 bytes a token of the vocabulary at least; one
-// for all rows of an engine. Single-thread. Allocates nothing per token after the first ones unless
+// for all rows of a thread. Single-thread. Allocates nothing per token after the first ones unless
 // log-probabilities are asked for.
 class RowSampler {
  public:

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <map>
 #include <numeric>
@@ -92,6 +93,30 @@ TEST(Sampling, GreedyTakesTheBestAndTheFirstOfEquals) {
   std::vector<float> many = random_logits(1003, 1, 3);
   many[1002] = 9;
   EXPECT_EQ(greedy({.logits = many}), 1002);
+}
+
+TEST(Sampling, NothingButTheGreatestIsNeededOfPlainGreedyRows) {
+  const auto takes = [](const std::function<void(SamplingParams&)>& change,
+                        bool constrained = false, size_t num_output = 5) {
+    SamplingParams params;
+    params.temperature = 0;
+    change(params);
+    return takes_greatest(params, constrained, num_output);
+  };
+  const auto nothing = [](SamplingParams&) {};
+  EXPECT_TRUE(takes(nothing));
+  EXPECT_FALSE(takes(nothing, true));
+  EXPECT_TRUE(takes([](SamplingParams& p) { p.top_k = 3, p.top_p = 0.5f, p.min_p = 0.1f; }));
+  EXPECT_FALSE(takes([](SamplingParams& p) { p.temperature = 1; }));
+  EXPECT_FALSE(takes([](SamplingParams& p) { p.logprobs = 0; }));
+  EXPECT_FALSE(takes([](SamplingParams& p) { p.logit_bias = {{1, 2.0f}}; }));
+  EXPECT_FALSE(takes([](SamplingParams& p) { p.allowed_token_ids = {1}; }));
+  EXPECT_FALSE(takes([](SamplingParams& p) { p.bad_token_ids = {1}; }));
+  EXPECT_FALSE(takes([](SamplingParams& p) { p.presence_penalty = 1; }));
+  EXPECT_FALSE(takes([](SamplingParams& p) { p.frequency_penalty = 1; }));
+  EXPECT_FALSE(takes([](SamplingParams& p) { p.repetition_penalty = 1.1f; }));
+  EXPECT_FALSE(takes([](SamplingParams& p) { p.min_tokens = 6; }));
+  EXPECT_TRUE(takes([](SamplingParams& p) { p.min_tokens = 5; }));
 }
 
 TEST(Sampling, DrawsFromWhatTheFiltersLeave) {

@@ -12,7 +12,7 @@
 
 namespace kvant::serve {
 
-// The state of one choice. Single-thread: the engine's.
+// The state of one choice. One thread of the engine at a time.
 class TokenConstraint {
  public:
   virtual ~TokenConstraint() = default;
