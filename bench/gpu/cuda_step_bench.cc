@@ -1,15 +1,18 @@
 // Where the time of a decode step goes: per kind of operator, what it costs the host to enqueue it
 // and the device to run it alone, beside the time of whole steps.
 //
-//   kvant_cuda_step_bench llama-3.1-8b Q4_0 4bit [DEPTH [BATCH [DEVICE [ROWS]]]]
+//   kvant_cuda_step_bench llama-3.1-8b Q4_0 4bit [DEPTH [BATCH [DEVICE [ROWS [GRAPHS]]]]]
 //
-// ROWS: what comes back of each sequence, logits (default) or greatest. Random weights of a
-// geometry that kvant knows. "alone" waits for the device after every operator: it includes
-// launching and waiting, and so is more than an operator's share of a step.
+// ROWS: what comes back of each sequence, logits (default) or greatest. GRAPHS: whether dense
+// operators are enqueued as CUDA graphs, pays (default: where the backend would), always or never.
+// What a graph enqueues is one operator ("repeat") here. Random weights of a geometry that kvant
+// knows. "alone" waits for the device after every operator: it includes launching and waiting, and
+// so is more than an operator's share of a step.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -114,6 +117,17 @@ class TimedBackend final : public Backend {
     return timed("greatest",
                  [&] { return inner_.greatest_in_rows(x, num_rows, num_cols, maxima); });
   }
+  // The operators of a run that is enqueued one by one count for themselves.
+  Status repeat(const backend::RepeatKey& key, const std::function<Status()>& enqueue) override {
+    bool one_by_one = false;
+    const Clock::time_point start = Clock::now();
+    const Status done = inner_.repeat(key, [&] {
+      one_by_one = true;
+      return enqueue();
+    });
+    if (!one_by_one) count("repeat", start);
+    return done;
+  }
   Status append(const backend::AppendArgs& args) override {
     return timed(args.group_layer == 0 ? "append, first layer" : "append",
                  [&] { return inner_.append(args); });
@@ -167,7 +181,13 @@ struct Options {
   int batch = 1;
   std::string device = "cuda";
   bool only_greatest = false;
+  backend::Repetition repetition = backend::Repetition::kWherePays;
 };
+
+backend::Repetition repetition_of(const std::string& name) {
+  if (name == "always") return backend::Repetition::kWherePossible;
+  return name == "never" ? backend::Repetition::kNever : backend::Repetition::kWherePays;
+}
 
 class StepBench {
  public:
@@ -226,7 +246,8 @@ void print(const TimedBackend& backend, const char* what, int steps) {
 
 Status run(const Options& options) {
   constexpr int kSteps = 48;
-  KVANT_ASSIGN(const auto inner, backend::create_backend({.name = options.device}));
+  KVANT_ASSIGN(const auto inner,
+               backend::create_backend({.name = options.device, .repetition = options.repetition}));
   TimedBackend backend(*inner);
   KVANT_ASSIGN(model::ModelConfig config, model::load_config(options.model));
   KVANT_ASSIGN(const auto type, model::parse_dummy_type(options.weights));
@@ -264,7 +285,7 @@ Status run(const Options& options) {
 
 int main(int argc, char** argv) {
   if (argc < 4) {
-    std::fprintf(stderr, "usage: %s GEOMETRY WEIGHTS KV [DEPTH [BATCH [DEVICE [ROWS]]]]\n",
+    std::fprintf(stderr, "usage: %s GEOMETRY WEIGHTS KV [DEPTH [BATCH [DEVICE [ROWS [GRAPHS]]]]]\n",
                  argv[0]);
     return 64;
   }
@@ -273,6 +294,7 @@ int main(int argc, char** argv) {
   if (argc > 5) options.batch = std::atoi(argv[5]);
   if (argc > 6) options.device = argv[6];
   if (argc > 7) options.only_greatest = std::string(argv[7]) == "greatest";
+  if (argc > 8) options.repetition = kvant::repetition_of(argv[8]);
   const kvant::Status done = kvant::run(options);
   if (!done) std::fprintf(stderr, "%s\n", done.error().message().c_str());
   return done ? 0 : 70;

@@ -31,6 +31,10 @@ Status Backend::greatest_in_rows(const void* x, int64_t num_rows, int64_t num_co
   return {};
 }
 
+Status Backend::repeat(const RepeatKey&, const std::function<Status()>& enqueue) {
+  return enqueue();
+}
+
 Status Backend::rope_append(const RopeArgs& rope_args, const AppendArgs& args) {
   KVANT_TRY(rope(rope_args));
   return append(args);

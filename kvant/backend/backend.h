@@ -15,10 +15,12 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
 #include <string_view>
+#include <tuple>
 
 #include "kvant/attention/problem.h"
 #include "kvant/base/memory.h"
@@ -147,6 +149,16 @@ struct RowMaximum {
 // On the host.
 RowMaximum greatest_value(std::span<const float> values);
 
+// What repeat() tells calls apart by.
+struct RepeatKey {
+  const void* owner = nullptr;  // whose operators they are; it outlives its last call
+  int64_t part = 0;             // which of the owner's
+  int64_t num_rows = 0;
+  friend bool operator<(const RepeatKey& a, const RepeatKey& b) {
+    return std::tie(a.num_rows, a.owner, a.part) < std::tie(b.num_rows, b.owner, b.part);
+  }
+};
+
 struct WorkspaceNeeds {
   int num_layers = 0;
   int64_t max_rows = 0;     // rows of one step
@@ -204,6 +216,11 @@ class Backend {
   // the host, any.
   virtual Status greatest_in_rows(const void* x, int64_t num_rows, int64_t num_cols,
                                   RowMaximum* maxima);
+  // Calls `enqueue`, or does what its last call with this key did. It calls dense operators but
+  // moe() and what takes or gives host memory; with the same key always the same ones in the same
+  // order, with the same arguments, until reserve_workspace(). That a device may keep, and enqueue
+  // it as a whole.
+  virtual Status repeat(const RepeatKey& key, const std::function<Status()>& enqueue);
 
   // ---- cache operators ----
   virtual Status append(const AppendArgs& args) = 0;
@@ -223,6 +240,9 @@ class Backend {
 
 int64_t activation_bytes(ActivationType type, int64_t num_values);
 
+// Whether a device keeps what repeat() is given.
+enum class Repetition { kWherePays, kWherePossible, kNever };
+
 // Whether pages that sequences of a batch have in common are read once for all of them.
 enum class PageSharing { kWherePays, kWherePossible, kNever };
 
@@ -234,7 +254,9 @@ struct BackendOptions {
   // piece by piece. 0: 512 MiB, or what the context needs if that is less.
   int64_t prefill_workspace = 0;
   bool deterministic = false;
-  PageSharing page_sharing = PageSharing::kWherePays;  // GPUs; for tests and measurements
+  // GPUs; for tests and measurements.
+  PageSharing page_sharing = PageSharing::kWherePays;
+  Repetition repetition = Repetition::kWherePays;
 };
 
 // Explicit table of backends (registry.cc); kUnsupported names those that exist in this build.

@@ -67,6 +67,21 @@ Status mixture_of_experts(const StepContext& step, const LayerWeights& layer) {
   return step.backend.add(act.branch, act.x, step.num_rows * config.dim);
 }
 
+Status join_feed_forward(const StepContext& step, const LayerWeights& layer) {
+  const Activations& act = step.act;
+  if (layer.router != nullptr) {
+    KVANT_TRY(norm(step, act.x, layer.ffn_norm, act.normed));
+    return mixture_of_experts(step, layer);
+  }
+  KVANT_TRY(step.backend.norm_gated({.norm = norm_args(step, act.x, layer.ffn_norm, act.normed),
+                                     .kind = step.config.gate,
+                                     .gate = layer.gate.get(),
+                                     .up = layer.up.get(),
+                                     .out = act.gate,
+                                     .up_scratch = act.up}));
+  return join(step, act.gate, layer.down.get(), layer.post_ffn_norm);
+}
+
 }  // namespace
 
 int64_t layout_activations(const ModelConfig& config, backend::ActivationType type,
@@ -97,9 +112,7 @@ int64_t layout_activations(const ModelConfig& config, backend::ActivationType ty
   return bytes;
 }
 
-Status project_and_append(const StepContext& step, const LayerWeights& layer,
-                          const attention::RopeParams& rope, const cache::KvCache& cache, int index,
-                          Projections projections) {
+Status project(const StepContext& step, const LayerWeights& layer, Projections projections) {
   const Activations& act = step.act;
   const ModelConfig& config = step.config;
   const bool queries = projections == Projections::kAll;
@@ -116,6 +129,14 @@ Status project_and_append(const StepContext& step, const LayerWeights& layer,
   if (layer.k_norm != nullptr) {
     KVANT_TRY(norm_heads(step, act.k, config.num_kv_heads, layer.k_norm));
   }
+  return {};
+}
+
+Status append_rotated(const StepContext& step, const attention::RopeParams& rope,
+                      const cache::KvCache& cache, int index, Projections projections) {
+  const Activations& act = step.act;
+  const ModelConfig& config = step.config;
+  const bool queries = projections == Projections::kAll;
   const cache::KvCache::LayerPlace place = cache.place(index);
   const cache::GroupView& view = cache.view(place.group);
   // With +prerope the cache holds keys as they are here; attention rotates what it reads.
@@ -147,23 +168,9 @@ Status attend(const StepContext& step, const attention::RopeParams& rope,
   return step.backend.attention(args);
 }
 
-Status join_attention(const StepContext& step, const LayerWeights& layer) {
-  return join(step, step.act.attended, layer.attention_out.get(), layer.post_attention_norm);
-}
-
-Status join_feed_forward(const StepContext& step, const LayerWeights& layer) {
-  const Activations& act = step.act;
-  if (layer.router != nullptr) {
-    KVANT_TRY(norm(step, act.x, layer.ffn_norm, act.normed));
-    return mixture_of_experts(step, layer);
-  }
-  KVANT_TRY(step.backend.norm_gated({.norm = norm_args(step, act.x, layer.ffn_norm, act.normed),
-                                     .kind = step.config.gate,
-                                     .gate = layer.gate.get(),
-                                     .up = layer.up.get(),
-                                     .out = act.gate,
-                                     .up_scratch = act.up}));
-  return join(step, act.gate, layer.down.get(), layer.post_ffn_norm);
+Status join_layer(const StepContext& step, const LayerWeights& layer) {
+  KVANT_TRY(join(step, step.act.attended, layer.attention_out.get(), layer.post_attention_norm));
+  return join_feed_forward(step, layer);
 }
 
 }  // namespace kvant::model

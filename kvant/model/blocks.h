@@ -44,18 +44,16 @@ struct StepContext {
   std::span<const int64_t> positions;  // [num_rows]
 };
 
-// Fills act.k and act.v (and act.q unless `keys_only`), appends K and V to the cache. kNumericError
-// if values were not finite.
+// Fills act.k and act.v (and act.q unless kKeysAndValues), before RoPE.
 enum class Projections { kAll, kKeysAndValues };
-Status project_and_append(const StepContext& step, const LayerWeights& layer,
-                          const attention::RopeParams& rope, const cache::KvCache& cache, int index,
-                          Projections projections);
+Status project(const StepContext& step, const LayerWeights& layer, Projections projections);
+// Rotates what project() made, and appends K and V to the cache.
+Status append_rotated(const StepContext& step, const attention::RopeParams& rope,
+                      const cache::KvCache& cache, int index, Projections projections);
 // act.attended = attention of act.q over the cache.
 Status attend(const StepContext& step, const attention::RopeParams& rope,
               const cache::KvCache& cache, int index);
-// x += post_norm(attention_out(act.attended))
-Status join_attention(const StepContext& step, const LayerWeights& layer);
-// x += post_norm(feed_forward(norm(x)))
-Status join_feed_forward(const StepContext& step, const LayerWeights& layer);
+// x += post_norm(attention_out(act.attended)), then x += post_norm(feed_forward(norm(x)))
+Status join_layer(const StepContext& step, const LayerWeights& layer);
 
 }  // namespace kvant::model

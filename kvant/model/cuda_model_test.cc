@@ -175,6 +175,53 @@ TEST_P(OnCuda, RaggedBatchesGiveTheCpusLogits) {
   EXPECT_LT(mean_error(run("cuda"), run("cpu")), bf16_rounding());
 }
 
+// Parts of steps that the device keeps give the bits that their operators give, in batches of one
+// size and of others; and the greatest logits are those of the logits.
+TEST_P(OnCuda, KeptPartsGiveTheSameBits) {
+  RuntimeOptions runtime = small_runtime(kv());
+  runtime.max_sequences = 48;
+  runtime.max_logit_rows = 48;
+  runtime.total_tokens = 48 * 64;
+  const auto run = [&](backend::Repetition repetition, bool only_greatest) {
+    Engine engine(model_bytes(arch()),
+                  backend::BackendOptions{.name = "cuda", .repetition = repetition});
+    const auto cache = engine.cache(runtime);
+    std::vector<ForwardSequence> all;
+    const std::vector<int32_t> prompt = random_tokens(5, kVocab, 31);
+    for (size_t i = 0; i < 48; ++i) all.push_back({must(cache->add_sequence()), prompt, 0});
+    for (size_t i = 0; i < 48; i += 16) {
+      engine.step(*cache, {all.begin() + static_cast<std::ptrdiff_t>(i),
+                           all.begin() + static_cast<std::ptrdiff_t>(i + 16)});
+    }
+    std::vector<std::vector<float>> rows;
+    std::vector<int32_t> greatest;
+    const std::vector<int32_t> tokens = random_tokens(48, kVocab, 32);
+    for (const size_t batch : {48, 48, 48, 48, 48, 3, 3, 3, 3, 3, 40, 48, 3, 1, 40, 40, 40, 40}) {
+      std::vector<ForwardSequence> step(all.begin(),
+                                        all.begin() + static_cast<std::ptrdiff_t>(batch));
+      for (size_t i = 0; i < batch; ++i) {
+        step[i] = {all[i].id, std::span(tokens).subspan(i, 1), 1, only_greatest};
+      }
+      must(engine.model().forward(step, *cache, [&](std::span<const LogitsRow> turn) -> Status {
+        for (const LogitsRow& row : turn) {
+          greatest.push_back(row.greatest.index);
+          if (only_greatest) continue;
+          rows.emplace_back(row.logits.begin(), row.logits.end());
+          const auto best = std::ranges::max_element(row.logits);
+          EXPECT_EQ(row.greatest.index, best - row.logits.begin());
+        }
+        return {};
+      }));
+    }
+    must(cache->check_integrity());
+    return std::pair(rows, greatest);
+  };
+  const auto plain = run(backend::Repetition::kNever, false);
+  EXPECT_EQ(run(backend::Repetition::kWherePossible, false), plain);
+  EXPECT_EQ(run(backend::Repetition::kWherePays, false), plain);
+  EXPECT_EQ(run(backend::Repetition::kWherePossible, true).second, plain.second);
+}
+
 // Logits of a batch that goes on from one prompt in different ways, read in one step at the end.
 std::vector<std::vector<float>> continue_prompt(Engine& engine, const RuntimeOptions& runtime,
                                                 bool fork) {

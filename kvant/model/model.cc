@@ -15,6 +15,15 @@
 #include "kvant/model/weights.h"
 
 namespace kvant::model {
+namespace {
+
+// The parts of a step that Backend::repeat() is given: what comes before the attention of layer
+// `part`, and two ends.
+constexpr int64_t kEndOfAllRows = -1;
+constexpr int64_t kEndOfWantedRows = -2;
+
+}  // namespace
+
 struct Model::State {
   std::unique_ptr<ModelSource> source;
   backend::Backend* backend = nullptr;
@@ -49,6 +58,7 @@ struct Model::State {
   Status append_rows(const cache::KvCache& cache, RandomRows& rows);
   template <typename Work>
   Status transact(cache::KvCache& cache, const Work& work);
+  Status repeat(int64_t part, int64_t num_rows, const std::function<Status()>& enqueue);
   Status run_head(const Activations& act, const RowsSink& sink);
   Result<float*> fetch_logits(void* device_logits, int64_t num_rows);
   Status read_turn(void* device_logits, int64_t first, int64_t count);
@@ -220,38 +230,51 @@ Status Model::State::observe(const StepContext& step, int layer) {
                    .v = observed_v});
 }
 
+// Experts read what the router says on the host.
+Status Model::State::repeat(int64_t part, int64_t num_rows,
+                            const std::function<Status()>& enqueue) {
+  if (config().num_experts > 0) return enqueue();
+  return backend->repeat({.owner = this, .part = part, .num_rows = num_rows}, enqueue);
+}
+
 // Leaves the wanted rows of the residual stream in act.x.
 Status Model::State::run_layers(const cache::KvCache& cache, const std::atomic<bool>* cancel,
                                 Activations& act) {
   StepContext step{config(), *backend, act, static_cast<int64_t>(ids.size()), positions};
   KVANT_TRY(backend->embed(weights.embedding, ids, config().embedding_scale, act.x));
-  for (int i = 0; i < config().num_layers; ++i) {
+  const int last = config().num_layers - 1;
+  for (int i = 0; i <= last; ++i) {
     if (cancel != nullptr && cancel->load(std::memory_order_relaxed)) {
       return Error(ErrorCode::kCancelled, "cancelled");
     }
-    const LayerWeights& layer = weights.layers[i];
     const bool windowed = config().layer_window[i] > 0;
     const attention::RopeParams& rope = windowed ? weights.local_rope : weights.rope;
-    const bool is_last = i + 1 == config().num_layers;
-    const bool is_end = is_last && wanted_rows.empty();  // nothing reads what else it would compute
-    const bool queries = !is_end || observer != nullptr;
-    KVANT_TRY(project_and_append(step, layer, rope, cache, i,
-                                 queries ? Projections::kAll : Projections::kKeysAndValues));
+    const bool is_end = i == last && wanted_rows.empty();  // nothing reads what else it computes
+    const auto projections =
+        is_end && observer == nullptr ? Projections::kKeysAndValues : Projections::kAll;
+    const auto up_to_attention = [&]() -> Status {
+      if (i > 0) KVANT_TRY(join_layer(step, weights.layers[i - 1]));
+      return project(step, weights.layers[i], projections);
+    };
+    // The part without queries is another one, which comes with prompts only.
+    KVANT_TRY(projections == Projections::kAll ? repeat(i, step.num_rows, up_to_attention)
+                                               : up_to_attention());
+    KVANT_TRY(append_rotated(step, rope, cache, i, projections));
     if (observer != nullptr) KVANT_TRY(observe(step, i));
     if (is_end) return {};
     KVANT_TRY(attend(step, rope, cache, i));
-    if (is_last && wanted_rows.size() < ids.size()) {
-      const int q_width = config().num_query_heads * config().head_dim;
-      KVANT_TRY(backend->gather_rows(act.attended, wanted_rows, q_width, act.q));
-      KVANT_TRY(backend->gather_rows(act.x, wanted_rows, config().dim, act.branch));
-      std::swap(act.attended, act.q);
-      std::swap(act.x, act.branch);
-      step.num_rows = static_cast<int64_t>(wanted_rows.size());
-    }
-    KVANT_TRY(join_attention(step, layer));
-    KVANT_TRY(join_feed_forward(step, layer));
   }
-  return {};
+  const bool all = wanted_rows.size() == ids.size();
+  if (!all) {
+    const int q_width = config().num_query_heads * config().head_dim;
+    KVANT_TRY(backend->gather_rows(act.attended, wanted_rows, q_width, act.q));
+    KVANT_TRY(backend->gather_rows(act.x, wanted_rows, config().dim, act.branch));
+    std::swap(act.attended, act.q);
+    std::swap(act.x, act.branch);
+    step.num_rows = static_cast<int64_t>(wanted_rows.size());
+  }
+  return repeat(all ? kEndOfAllRows : kEndOfWantedRows, step.num_rows,
+                [&] { return join_layer(step, weights.layers[last]); });
 }
 
 // [num_rows][vocab_size] in host memory. Waits for the layers and the head.

@@ -16,6 +16,10 @@ namespace {
 
 constexpr int64_t kRingBytes = int64_t{64} << 20;
 constexpr int64_t kStagingBytes = int64_t{16} << 20;
+// Steps whose dense operators are enqueued as graphs: shorter ones are few kernels that overlap,
+// longer ones keep the device busy for longer than the host needs to enqueue them.
+constexpr int64_t kLeastKeptRows = 9;
+constexpr int64_t kMostKeptRows = 256;
 
 int64_t round_up(int64_t bytes) {
   return (bytes + 255) / 256 * 256;
@@ -105,6 +109,7 @@ Status CudaBackend::start(const BackendOptions& options) {
       cuda_status(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream"));
   prefill_workspace_ = options.prefill_workspace;
   deterministic_ = options.deterministic;
+  repetition_ = options.repetition;
   memory_ = std::make_unique<DeviceMemory>(stream_, options.memory_limit);
   own_memory_ = std::make_unique<DeviceMemory>(stream_, 0);
   KVANT_TRY(ring_.create(kRingBytes));
@@ -133,6 +138,7 @@ Status CudaBackend::start(const BackendOptions& options) {
 
 CudaBackend::~CudaBackend() {
   if (stream_ != nullptr) cudaStreamSynchronize(stream_);
+  static_cast<void>(graphs_.clear(stream_));
   prefill_ = nullptr;
   decode_ = nullptr;
   append_ = nullptr;
@@ -180,6 +186,7 @@ Status CudaBackend::reserve_workspace(const WorkspaceNeeds& needs) {
                      std::to_string(prefill_workspace_) + "; raise --prefill-workspace");
   }
   const WorkspaceParts parts = parts_of(needs);
+  KVANT_TRY(graphs_.clear(stream_));
   prefill_ = nullptr;
   decode_->set_workspace(nullptr, needs);
   workspace_ = Buffer();  // given back first, so that the peak is the larger of the two
@@ -296,6 +303,13 @@ Status CudaBackend::gather_rows(const void* x, std::span<const int64_t> rows, in
 Status CudaBackend::greatest_in_rows(const void* x, int64_t num_rows, int64_t num_cols,
                                      RowMaximum* maxima) {
   return cuda::greatest_in_rows(floats(x), num_rows, num_cols, maxima, stream_);
+}
+
+Status CudaBackend::repeat(const RepeatKey& key, const std::function<Status()>& enqueue) {
+  const bool kept = repetition_ == Repetition::kWherePossible ||
+                    (repetition_ == Repetition::kWherePays && key.num_rows >= kLeastKeptRows &&
+                     key.num_rows <= kMostKeptRows);
+  return kept ? graphs_.run(key, stream_, enqueue) : enqueue();
 }
 
 // ---- cache operators ----

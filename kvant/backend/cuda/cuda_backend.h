@@ -16,6 +16,7 @@
 #include "kvant/backend/cuda/dense/moe.h"
 #include "kvant/backend/cuda/dense/rope_tables.h"
 #include "kvant/backend/cuda/device_memory.h"
+#include "kvant/backend/cuda/kept_graphs.h"
 #include "kvant/backend/cuda/prefill/prefill_attention.h"
 #include "kvant/base/memory.h"
 
@@ -51,6 +52,7 @@ class CudaBackend final : public Backend {
   Status gather_rows(const void* x, std::span<const int64_t> rows, int dim, void* out) override;
   Status greatest_in_rows(const void* x, int64_t num_rows, int64_t num_cols,
                           RowMaximum* maxima) override;
+  Status repeat(const RepeatKey& key, const std::function<Status()>& enqueue) override;
 
   Status append(const AppendArgs& args) override;
   Status rope_append(const RopeArgs& rope, const AppendArgs& args) override;
@@ -92,6 +94,8 @@ class CudaBackend final : public Backend {
   CudaLinear linear_;
   CudaMoe moe_;
   RopeTables rope_tables_;
+  KeptGraphs graphs_;
+  Repetition repetition_ = Repetition::kWherePays;  // BackendOptions
   std::unique_ptr<CacheAppend> append_;
   std::unique_ptr<CudaAttention> decode_;
   std::unique_ptr<PrefillAttention> prefill_;  // lies in workspace_

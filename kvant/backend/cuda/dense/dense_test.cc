@@ -231,6 +231,58 @@ TEST_F(CudaDense, GreatestInRows) {
   }
 }
 
+// A run that is enqueued as a whole does what its operators do, for each key its own; one that
+// cannot be (it waits) is enqueued as it is.
+TEST_F(CudaDense, RepeatedRuns) {
+  BackendOptions options;
+  options.name = "cuda";
+  options.repetition = Repetition::kWherePossible;
+  auto kept = create_backend(options);
+  ASSERT_TRUE(kept);
+  ASSERT_TRUE((*kept)->reserve_workspace(small_needs()));
+  const RandomMatrix matrix = random_matrix(WeightType::kQ4_K, 77, 512, 31);
+  const Floats weight = random_activations(1, 512, 32);
+  Values w(**kept, weight);
+  const auto loaded = (*kept)->load_matrix(matrix.source());
+  ASSERT_TRUE(loaded);
+  const auto plain = cuda_->load_matrix(matrix.source());
+  ASSERT_TRUE(plain);
+  Values plain_w(*cuda_, weight);
+  int enqueued = 0;
+  for (const int64_t rows : {1, 5, 40}) {
+    Values x(**kept, Floats(static_cast<size_t>(rows * 512)));
+    Values out(**kept, Floats(static_cast<size_t>(rows * 77)));
+    for (int time = 0; time < 8; ++time) {
+      const Floats input = random_activations(rows, 512, 33 + static_cast<uint32_t>(time));
+      ASSERT_TRUE((*kept)->upload_f32(input.data(), rows * 512, x.data()));
+      const auto run = [&](Backend& backend, const Matrix& m, float* in, float* norm, float* to) {
+        const LinearTarget target{.matrix = &m, .out = to};
+        const RmsNormArgs args{in, norm, in, rows, 512, 1e-5f};
+        return backend.norm_linear(args, std::span(&target, 1));
+      };
+      ASSERT_TRUE((*kept)->repeat({.owner = this, .part = 1, .num_rows = rows}, [&] {
+        ++enqueued;
+        return run(**kept, **loaded, x.data(), w.data(), out.data());
+      }));
+      Values plain_x(*cuda_, input);
+      Values plain_out(*cuda_, Floats(static_cast<size_t>(rows * 77)));
+      ASSERT_TRUE(run(*cuda_, **plain, plain_x.data(), plain_w.data(), plain_out.data()));
+      EXPECT_TRUE(same_bits(out.get(), plain_out.get())) << rows << " rows, time " << time;
+    }
+  }
+  EXPECT_LT(enqueued, 3 * 8 - 6) << "runs are kept";
+  int waits = 0;
+  for (int time = 0; time < 8; ++time) {
+    ASSERT_TRUE((*kept)->repeat({.owner = this, .part = 2, .num_rows = 1}, [&] {
+      ++waits;
+      return (*kept)->synchronize();
+    }));
+  }
+  EXPECT_GE(waits, 8);
+  EXPECT_FALSE((*kept)->repeat({.owner = this, .part = 3, .num_rows = 1},
+                               [] { return Status(Error(ErrorCode::kInternal, "no")); }));
+}
+
 TEST_F(CudaDense, Embed) {
   std::vector<int32_t> order(50);
   std::iota(order.rbegin(), order.rend(), 0);
