@@ -80,7 +80,8 @@ class Suite:
                 begin = time.monotonic()
                 try:
                     checks[name]()
-                except (OSError, RuntimeError, WrongStatus, http.client.HTTPException) as error:
+                except (OSError, RuntimeError, WrongStatus, redis_servers.RedisError,
+                        http.client.HTTPException) as error:
                     self.report(name, False, error=f"{type(error).__name__}: {error}")
                 for load in self.loads:
                     load.stopping.set()
@@ -300,7 +301,7 @@ class Suite:
             elif index % 6 == 1:
                 redis.ask(0, "SET", key, self.random.randbytes(self.random.choice([0, 7, 5000])))
             elif index % 6 == 2:
-                redis.ask(0, "COPY", self.random.choice(keys), key, "REPLACE")
+                redis.ask(0, "COPY", keys[index - 1], key, "REPLACE")
             elif index % 6 == 3:
                 redis.ask(0, "SET", key, (redis.ask(0, "GET", key) or b"")[:5000])
         return sum(index % 6 < 4 for index in range(len(keys)))
