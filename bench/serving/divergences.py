@@ -46,7 +46,7 @@ class Server:
 
 
 def make_prompts(options):
-    """Pieces of the text of 800 to 3200 characters (about 200 to 800 tokens), from word to word, at random places."""
+    """Pieces of the text of 800 to 3200 characters (about 200 to 1700 tokens), from word to word, at random places."""
     text = Path(options.text).read_text(encoding="utf-8")
     if len(text) < 8000:
         sys.exit(f"{options.text}: {len(text)} characters; expected at least 8000")
