@@ -73,6 +73,7 @@ struct Running {
   std::unique_ptr<serve::openai::Service> service;
   std::unique_ptr<serve::http::Server> server;
   std::vector<std::string> names;
+  std::vector<std::string> salts;  // of tenants
 };
 
 Status read_config(CLI::App& app, const ServeOptions& options) {
@@ -184,7 +185,8 @@ Status open_all(Console& console, const ServeOptions& options, Running& r) {
   KVANT_TRY(need_tokenizer(r.open));
   KVANT_TRY(open_chat(console, r));
   r.names = model_names(options);
-  KVANT_ASSIGN(const serve::EngineOptions engine, engine_options(options, r.open, r.kv));
+  KVANT_ASSIGN(serve::EngineOptions engine, engine_options(options, r.open, r.kv));
+  engine.known_salts = r.salts;
   KVANT_TRY(start_metrics(options, engine, r));
   KVANT_TRY(start_event_sender(options, engine, r));
   KVANT_ASSIGN(std::vector<serve::TierSetup> tiers, open_tiers(console, options.tiers));
@@ -224,6 +226,7 @@ Result<std::unique_ptr<Running>> start(Console& console, const ServeOptions& opt
   KVANT_ASSIGN(const serve::http::ServerOptions http, server_options(options.network));
   auto running = std::make_unique<Running>();
   Running& r = *running;
+  r.salts = service.keys.salts();
   KVANT_TRY(open_computing(console, options, r));
   r.log = std::make_unique<ServeLog>(parse_log_level(options.log.level),
                                      !options.log.no_access_log && !console.quiet());

@@ -83,6 +83,7 @@ Status check_options(const EngineOptions& options) {
 void Engine::State::open_tiers(std::vector<TierSetup> setups, cache::PageObserver* page_observer) {
   tiers = std::make_unique<PageTiers>(*cache, std::move(setups));
   tree->set_listener(tiers.get());
+  tiers->set_known_salts(options.known_salts);
   tiers->set_observer(page_observer);
   tiers->set_wakeup([this] {
     const std::lock_guard lock(mutex);

@@ -50,6 +50,9 @@ struct EngineOptions {
   // Load pages only where computing them is expected to take longer; otherwise whenever a tier has
   // them.
   bool load_by_cost = true;
+  // Salts of requests whose pages lower tiers may have kept from earlier; such pages are told of at
+  // the start, as those without a salt are.
+  std::vector<std::string> known_salts;
   // A request waits at most so long for pages from lower tiers; then it computes them.
   double max_load_seconds = 5.0;
   SpeculationOptions speculation;

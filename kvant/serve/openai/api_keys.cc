@@ -4,6 +4,8 @@
 #include <openssl/crypto.h>
 #include <openssl/sha.h>
 
+#include <set>
+
 namespace kvant::serve::openai {
 namespace {
 
@@ -74,6 +76,14 @@ std::optional<Tenant> ApiKeys::check(std::string_view authorization) const {
   }
   if (found == nullptr || words.size() != 1) return std::nullopt;
   return found->tenant;
+}
+
+std::vector<std::string> ApiKeys::salts() const {
+  std::set<std::string> salts;
+  for (const Entry& entry : entries_) {
+    if (!entry.tenant.salt.empty()) salts.insert(combine_salts(entry.tenant.salt, {}));
+  }
+  return {salts.begin(), salts.end()};
 }
 
 std::string combine_salts(std::string_view tenant_salt, std::string_view cache_salt) {

@@ -35,6 +35,8 @@ class ApiKeys {
   // The tenant of "Authorization: Bearer KEY", in a time that does not depend on how much of a key
   // is right; nullopt: no such key. Without keys a nameless tenant.
   std::optional<Tenant> check(std::string_view authorization) const;
+  // What combine_salts makes of each tenant's salt alone: of their requests without a cache_salt.
+  std::vector<std::string> salts() const;
 
  private:
   using Digest = std::array<unsigned char, 32>;

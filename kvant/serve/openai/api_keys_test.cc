@@ -33,6 +33,13 @@ TEST(ApiKeys, WrongFilesAreErrors) {
   EXPECT_NE(doubled.error().message().find("line 2"), std::string::npos);
 }
 
+TEST(ApiKeys, KnowTheSaltsOfTenants) {
+  const Result<ApiKeys> keys = ApiKeys::parse("k1 alice 47\nk2 bob 11\nk3 carol 47\nk4 dave\nk5\n");
+  ASSERT_TRUE(keys);
+  EXPECT_EQ(keys->salts(), (std::vector{combine_salts("11", ""), combine_salts("47", "")}));
+  EXPECT_TRUE(ApiKeys().salts().empty());
+}
+
 TEST(ApiKeys, SaltsDoNotRunIntoEachOther) {
   EXPECT_EQ(combine_salts("", ""), "");
   EXPECT_NE(combine_salts("ab", "c"), combine_salts("a", "bc"));

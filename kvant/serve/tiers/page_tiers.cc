@@ -74,6 +74,17 @@ std::optional<std::string> PageTiers::parent_salt(const PageKey& parent_key, uin
   return std::nullopt;
 }
 
+// The key of a page that begins a sequence says with which salt it was made.
+std::optional<std::string> PageTiers::known_salt(const cache::PageObjectHeader& header) const {
+  const auto fits = [&](std::string_view salt) {
+    return header.key == cache::page_key({}, cache_.fingerprint(), salt, header.token_ids);
+  };
+  if (fits({})) return std::string();
+  const auto found = std::ranges::find_if(known_salts_, fits);
+  if (found == known_salts_.end()) return std::nullopt;
+  return *found;
+}
+
 void PageTiers::tell_stored(size_t tier, const cache::PageObjectHeader& header,
                             std::optional<std::string_view> root_salt) {
   const PageName name{header.key, header.layer_group};
@@ -83,8 +94,8 @@ void PageTiers::tell_stored(size_t tier, const cache::PageObjectHeader& header,
     salt = parent_salt(header.parent_key, header.layer_group);
   } else if (root_salt) {
     salt = *root_salt;
-  } else if (header.key == cache::page_key({}, cache_.fingerprint(), {}, header.token_ids)) {
-    salt.emplace();
+  } else {
+    salt = known_salt(header);
   }
   if (!salt) return;
   const std::string& told = held_[tier].emplace(name, std::move(*salt)).first->second;

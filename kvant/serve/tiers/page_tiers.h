@@ -58,9 +58,12 @@ class PageTiers final : public cache::PageListener {
   // and taken back should the tier fail; a page whose parent is gone from everywhere is of no use
   // to anybody and not told. Pages in remote stores are not told: others write and expire them.
   // Each page is told with the salt of its sequence, as the tree tells it. A store does not keep
-  // salts: what a salted sequence left there from earlier is told once a request of that salt finds
-  // it.
+  // salts: what a sequence of a salt that is not known left there from earlier is told once a
+  // request of that salt finds it.
   void set_observer(cache::PageObserver* observer);
+  // Salts of sequences that tiers may have kept from earlier, those without one apart; before
+  // set_observer.
+  void set_known_salts(std::vector<std::string> salts) { known_salts_ = std::move(salts); }
   // Called on tiers' threads when poll has something to do.
   void set_wakeup(const std::function<void()>& wakeup);
   // What computing costs, against which loading is judged; without it everything found is loaded.
@@ -131,11 +134,12 @@ class PageTiers final : public cache::PageListener {
   void give(size_t tier, const PageName& name, const ObjectBytes& object,
             std::optional<std::string_view> salt);
   void forget(size_t tier, const PageName& name);
+  std::optional<std::string> known_salt(const cache::PageObjectHeader& header) const;
   // The salt of the page before it, if that is known: in the tree or in a tier.
   std::optional<std::string> parent_salt(const cache::PageKey& parent_key, uint32_t group) const;
   void take_in(size_t tier, Tier::Completion completion);
   // Tells that the tier holds a page, unless it has been told, or its salt or parent is unknown.
-  // `root_salt` of a page that begins a sequence: without it, none if the key says so.
+  // `root_salt` of a page that begins a sequence: without it, the known one that the key speaks of.
   void tell_stored(size_t tier, const cache::PageObjectHeader& header,
                    std::optional<std::string_view> root_salt);
   void tell_found(size_t tier, const Prefetch& prefetch, const std::vector<bool>& found);
@@ -149,6 +153,7 @@ class PageTiers final : public cache::PageListener {
   // What tiers but remote ones hold or were given, as told to the observer, and its salt: [tiers].
   std::vector<std::unordered_map<PageName, std::string, PageNameHash>> held_;
   std::vector<std::pair<size_t, cache::PageObjectHeader>> kept_;  // from earlier, not yet told
+  std::vector<std::string> known_salts_;
   cache::PageObserver* observer_ = nullptr;
   cache::EvictionCosts costs_{.token_seconds = 0, .token_context_seconds = 0};
   std::map<PrefetchId, Prefetch> prefetches_;

@@ -39,7 +39,8 @@ std::vector<int32_t> tokens_of(const std::vector<int32_t>& pages, int rest = 0) 
 
 class PageTiersTest : public ::testing::TestWithParam<std::string> {
  protected:
-  void build(std::vector<TierSetup> setups, int window = 40) {
+  void build(std::vector<TierSetup> setups, int window = 40,
+             const std::vector<std::string>& known_salts = {}) {
     cache::CacheConfig config;
     config.layers = {{.num_kv_heads = 1, .head_dim = 32},
                      {.num_kv_heads = 2, .head_dim = 16, .window = window}};
@@ -56,6 +57,7 @@ class PageTiersTest : public ::testing::TestWithParam<std::string> {
     tree_ = std::move(*PrefixTree::create(h_->cache()));
     tiers_ = std::make_unique<PageTiers>(h_->cache(), std::move(setups));
     tree_->set_observer(mirror_.get());
+    tiers_->set_known_salts(known_salts);
     tiers_->set_observer(mirror_.get());
     tree_->set_listener(tiers_.get());
   }
@@ -232,6 +234,14 @@ TEST_P(PageTiersTest, PagesAreToldWithTheirSalts) {
   EXPECT_EQ(serve(tokens, "bob"), 8 * kPageTokens);
   expect_salts();
   EXPECT_EQ(told(Medium::kDisk), tiers_->tier(1).stats().usage.pages);
+
+  tree_.reset();
+  tiers_.reset();
+  build(setups(host(), disk(folder.path())), 40, {"bob", "eve"});
+  EXPECT_EQ(pages_of(Medium::kDisk, ""), of_nobody);
+  EXPECT_GT(pages_of(Medium::kDisk, "bob"), 0) << "a salt that is known from the start";
+  EXPECT_EQ(pages_of(Medium::kDisk, "alice"), 0);
+  expect_salts();
 }
 
 TEST_P(PageTiersTest, SelectiveTiersTakeWhatWasAskedForAgain) {
