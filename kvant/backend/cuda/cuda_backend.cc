@@ -260,8 +260,11 @@ Status CudaBackend::linear(const void* x, int64_t num_rows, std::span<const Line
 }
 
 Status CudaBackend::norm_linear(const RmsNormArgs& norm, std::span<const LinearTarget> targets) {
-  if (!linear_.can_norm(norm.num_rows, targets)) return Backend::norm_linear(norm, targets);
-  return linear_.run_normed(norm, targets, stream_);
+  if (linear_.can_norm(norm.num_rows, targets)) return linear_.run_normed(norm, targets, stream_);
+  if (norm.num_rows <= max_rows_ && linear_.rounds(norm.num_rows, targets)) {
+    return linear_.run_rounded(norm, targets, stream_);
+  }
+  return Backend::norm_linear(norm, targets);
 }
 
 Status CudaBackend::norm_gated(const GatedArgs& args) {

@@ -10,7 +10,7 @@ namespace kvant::backend::cuda {
 namespace {
 
 constexpr int kTimesBefore = 3;        // a run is captured
-constexpr size_t kMostKept = 1 << 12;  // runs; a model has one a layer and number of rows
+constexpr size_t kMostKept = 1 << 11;  // runs; a model has one a layer and number of rows
 
 }  // namespace
 
@@ -29,8 +29,11 @@ KeptGraphs::Graph KeptGraphs::capture(cudaStream_t stream, const std::function<S
     graph = nullptr;
   }
   if (captured != nullptr) cudaGraphDestroy(captured);
+  Graph kept(graph);
+  // The memory that it takes on the device, which the first launch would ask for.
+  if (kept != nullptr && cudaGraphUpload(kept.get(), stream) != cudaSuccess) kept = nullptr;
   cudaGetLastError();  // what could not be captured is enqueued as it is, and fails then if it must
-  return Graph(graph);
+  return kept;
 }
 
 // Half of what is kept, that which was not used for longest, goes.

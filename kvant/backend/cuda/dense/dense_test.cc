@@ -508,6 +508,46 @@ TEST_F(CudaDense, NormedProductsAndGates) {
   }
 }
 
+// Many rows: what shares launches has the bits that it has by itself.
+TEST_F(CudaDense, ManyRowsTogetherHaveTheBitsOfEach) {
+  for (const auto& types : std::vector<std::vector<WeightType>>{
+           {WeightType::kQ4_0, WeightType::kQ4_0, WeightType::kQ4_0},
+           {WeightType::kQ6_K, WeightType::kQ6_K, WeightType::kQ8_0},
+           {WeightType::kF16, WeightType::kBF16, WeightType::kBF16},
+           {WeightType::kQ4_K, WeightType::kQ8_0, WeightType::kQ4_K}}) {
+    for (const int64_t dim : {256, 768, 1024}) {
+      const int64_t rows = 41;
+      const Floats input = random_activations(rows, dim, 41);
+      Values x(*cuda_, input);
+      Values normed(*cuda_, input);
+      Values weight(*cuda_, random_activations(1, dim, 42));
+      const RmsNormArgs norm = {x.data(), weight.data(), normed.data(), rows, int(dim), 1e-5f};
+      std::vector<std::unique_ptr<Matrix>> matrices;
+      std::vector<Values> together, apart;
+      std::vector<LinearTarget> targets;
+      for (size_t i = 0; i < types.size(); ++i) {
+        const int64_t outputs = 33 + 40 * static_cast<int64_t>(i);
+        auto matrix = cuda_->load_matrix(
+            random_matrix(types[i], outputs, dim, 43 + static_cast<uint32_t>(i)).source());
+        ASSERT_TRUE(matrix);
+        matrices.push_back(std::move(*matrix));
+        together.emplace_back(*cuda_, Floats(static_cast<size_t>(rows * outputs)));
+        apart.emplace_back(*cuda_, Floats(static_cast<size_t>(rows * outputs)));
+      }
+      for (size_t i = 0; i < types.size(); ++i) {
+        targets.push_back({.matrix = matrices[i].get(), .out = together[i].data()});
+      }
+      ASSERT_TRUE(cuda_->norm_linear(norm, targets));
+      ASSERT_TRUE(cuda_->rms_norm(norm));
+      for (size_t i = 0; i < types.size(); ++i) {
+        const LinearTarget target = {.matrix = matrices[i].get(), .out = apart[i].data()};
+        ASSERT_TRUE(cuda_->linear(normed.data(), rows, std::span(&target, 1)));
+        EXPECT_TRUE(same_bits(together[i].get(), apart[i].get())) << dim << ", target " << i;
+      }
+    }
+  }
+}
+
 TEST_F(CudaDense, DeterministicNormedRowsDoNotSeeTheirNeighbours) {
   for (const WeightType type : {WeightType::kQ4_0, WeightType::kBF16}) {
     const Floats weight = random_activations(1, 1024, 27);

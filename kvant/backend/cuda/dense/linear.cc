@@ -107,22 +107,33 @@ void CudaLinear::set_workspace(std::byte* workspace, int64_t max_rows, int64_t m
 Status CudaLinear::run(const float* x, int64_t num_rows, std::span<const LinearTarget> targets,
                        cudaStream_t stream) {
   if (num_rows == 0 || targets.empty()) return {};
-  const bool is_bf16 = tiles_of(targets[0].matrix).type == formats::WeightType::kBF16;
-  if (deterministic_ || num_rows <= (is_bf16 ? kFewRowsBf16 : kFewRows)) {
-    return run_exact(x, num_rows, targets, stream);
-  }
+  if (!rounds(num_rows, targets)) return run_exact(x, num_rows, targets, stream);
   const int64_t cols = targets[0].matrix->cols();
   KVANT_CHECK(max_rows_ > 0 && cols <= max_cols_, "reserve_workspace covers the products");
+  std::vector<LinearTarget> parts;
   for (int64_t first = 0; first < num_rows; first += max_rows_) {
     const int64_t count = std::min(max_rows_, num_rows - first);
     KVANT_TRY(round_rows(x + first * cols, count, cols, padded(cols), rounded_x_, stream));
-    for (const LinearTarget& target : targets) {
-      LinearTarget part = target;
-      part.out = static_cast<float*>(target.out) + first * target.matrix->rows();
-      KVANT_TRY(run_target(count, part, stream));
+    parts.assign(targets.begin(), targets.end());
+    for (LinearTarget& part : parts) {
+      part.out = static_cast<float*>(part.out) + first * part.matrix->rows();
     }
+    KVANT_TRY(run_targets(count, parts, stream));
   }
   return {};
+}
+
+bool CudaLinear::rounds(int64_t num_rows, std::span<const LinearTarget> targets) const {
+  const bool is_bf16 = tiles_of(targets[0].matrix).type == formats::WeightType::kBF16;
+  return !deterministic_ && num_rows > (is_bf16 ? kFewRowsBf16 : kFewRows);
+}
+
+Status CudaLinear::run_rounded(const RmsNormArgs& norm, std::span<const LinearTarget> targets,
+                               cudaStream_t stream) {
+  KVANT_CHECK(norm.num_rows <= max_rows_ && norm.dim <= max_cols_,
+              "reserve_workspace covers the products");
+  KVANT_TRY(rounded_rms_norm(norm, padded(norm.dim), rounded_x_, stream));
+  return run_targets(norm.num_rows, targets, stream);
 }
 
 bool CudaLinear::can_norm(int64_t num_rows, std::span<const LinearTarget> targets) const {
@@ -196,30 +207,72 @@ Status CudaLinear::run_product(const RowProduct& product, std::span<const Linear
   return {};
 }
 
-// x is in rounded_x_.
-Status CudaLinear::run_target(int64_t num_rows, const LinearTarget& target, cudaStream_t stream) {
-  const WeightTiles& tiles = tiles_of(target.matrix);
-  const bool in_place = tiles.type == formats::WeightType::kBF16;
-  const int64_t step = in_place ? tiles.rows : piece_rows(max_cols_);
-  for (int64_t first = 0; first < tiles.rows; first += step) {
-    const int64_t outputs = std::min(step, tiles.rows - first);
-    const uint16_t* weights = reinterpret_cast<const uint16_t*>(tiles.data);
-    if (!in_place) {
-      KVANT_TRY(dequantize_to_bf16(tiles, first, outputs, weights_, stream));
-      weights = weights_;
+// x is in rounded_x_. Matrices of one type that fit the workspace together are dequantised by one
+// launch.
+Status CudaLinear::run_targets(int64_t num_rows, std::span<const LinearTarget> targets,
+                               cudaStream_t stream) {
+  const int64_t room = piece_rows(max_cols_) * padded(max_cols_);
+  for (size_t begin = 0; begin < targets.size();) {
+    const formats::WeightType type = tiles_of(targets[begin].matrix).type;
+    std::array<Bf16Piece, kMaxProductTargets> pieces;
+    size_t count = 0;
+    int64_t used = 0;
+    while (type != formats::WeightType::kBF16 && begin + count < targets.size() &&
+           count < pieces.size()) {
+      const WeightTiles& tiles = tiles_of(targets[begin + count].matrix);
+      const int64_t values = tiles.rows * tiles.padded_cols();
+      if (tiles.type != type || used + values > room) break;
+      pieces[count++] = {
+          .weights = tiles, .first_row = 0, .num_rows = tiles.rows, .out = weights_ + used};
+      used += values;
     }
-    KVANT_TRY(multiply({.outputs = outputs,
-                        .rows = num_rows,
-                        .inputs = tiles.padded_cols(),
-                        .out_stride = tiles.rows,
-                        .weights = weights,
-                        .x = rounded_x_,
-                        .bias = target.bias == nullptr ? nullptr : target.bias + first,
-                        .out = static_cast<float*>(target.out) + first,
-                        .accumulate = target.accumulate},
-                       stream));
+    if (count == 0) {
+      KVANT_TRY(run_in_pieces(num_rows, targets[begin++], stream));
+      continue;
+    }
+    KVANT_TRY(dequantize_to_bf16(std::span(pieces).first(count), stream));
+    for (size_t i = 0; i < count; ++i) {
+      const Piece whole = {targets[begin + i], 0, pieces[i].num_rows, pieces[i].out};
+      KVANT_TRY(multiply_piece(num_rows, whole, stream));
+    }
+    begin += count;
   }
   return {};
+}
+
+// A matrix that is read in place, or does not fit the workspace.
+Status CudaLinear::run_in_pieces(int64_t num_rows, const LinearTarget& target,
+                                 cudaStream_t stream) {
+  const WeightTiles& tiles = tiles_of(target.matrix);
+  if (tiles.type == formats::WeightType::kBF16) {
+    const auto* weights = reinterpret_cast<const uint16_t*>(tiles.data);
+    return multiply_piece(num_rows, {target, 0, tiles.rows, weights}, stream);
+  }
+  const int64_t step = piece_rows(max_cols_);
+  for (int64_t first = 0; first < tiles.rows; first += step) {
+    const Bf16Piece piece = {.weights = tiles,
+                             .first_row = first,
+                             .num_rows = std::min(step, tiles.rows - first),
+                             .out = weights_};
+    KVANT_TRY(dequantize_to_bf16(std::span(&piece, 1), stream));
+    KVANT_TRY(multiply_piece(num_rows, {target, first, piece.num_rows, weights_}, stream));
+  }
+  return {};
+}
+
+Status CudaLinear::multiply_piece(int64_t num_rows, const Piece& piece, cudaStream_t stream) {
+  const WeightTiles& tiles = tiles_of(piece.target.matrix);
+  const float* bias = piece.target.bias;
+  return multiply({.outputs = piece.num_outputs,
+                   .rows = num_rows,
+                   .inputs = tiles.padded_cols(),
+                   .out_stride = tiles.rows,
+                   .weights = piece.weights,
+                   .x = rounded_x_,
+                   .bias = bias == nullptr ? nullptr : bias + piece.first_output,
+                   .out = static_cast<float*>(piece.target.out) + piece.first_output,
+                   .accumulate = piece.target.accumulate},
+                  stream);
 }
 
 Status CudaLinear::multiply(const Gemm& gemm, cudaStream_t stream) {

@@ -41,6 +41,12 @@ class CudaLinear {
   Status run_chosen(const float* x, int64_t num_rows, const LinearTarget& target,
                     const ExpertChoice& choice, cudaStream_t stream);
 
+  // Many rows, which are rounded; run_rounded() norms them on the way too (norm.out is not
+  // written).
+  bool rounds(int64_t num_rows, std::span<const LinearTarget> targets) const;
+  Status run_rounded(const RmsNormArgs& norm, std::span<const LinearTarget> targets,
+                     cudaStream_t stream);
+
   // Whether the next two can be had for so many rows and such matrices: products that norm their
   // input on the way (norm.out is not written), and a gate with what it is for in one.
   bool can_norm(int64_t num_rows, std::span<const LinearTarget> targets) const;
@@ -64,7 +70,15 @@ class CudaLinear {
   RowProduct product_of(const float* x, int64_t num_rows) const;
   Status run_product(const RowProduct& product, std::span<const LinearTarget> targets,
                      cudaStream_t stream);
-  Status run_target(int64_t num_rows, const LinearTarget& target, cudaStream_t stream);
+  Status run_targets(int64_t num_rows, std::span<const LinearTarget> targets, cudaStream_t stream);
+  Status run_in_pieces(int64_t num_rows, const LinearTarget& target, cudaStream_t stream);
+  struct Piece {
+    const LinearTarget& target;
+    int64_t first_output;
+    int64_t num_outputs;
+    const uint16_t* weights;  // of the first output
+  };
+  Status multiply_piece(int64_t num_rows, const Piece& piece, cudaStream_t stream);
   Status multiply(const Gemm& gemm, cudaStream_t stream);
 
   cublasLtHandle_t handle_ = nullptr;

@@ -38,8 +38,16 @@ __device__ void enter_stream() {
   ptx::wait_prerequisites();
 }
 
-// A warp a row.
-__global__ void norm_short_rows_kernel(const float* x, const float* weight, float* out,
+__device__ void store(float value, float* at) {
+  *at = value;
+}
+__device__ void store(float value, uint16_t* at) {
+  *at = to_bf16(value);
+}
+
+// A warp a row. Rows of `out` are `stride` values apart, zeros from `dim` on.
+template <typename Out>
+__global__ void norm_short_rows_kernel(const float* x, const float* weight, Out* out, int stride,
                                        int64_t num_rows, int dim, float epsilon) {
   enter_stream();
   const int lane = threadIdx.x % 32;
@@ -49,12 +57,16 @@ __global__ void norm_short_rows_kernel(const float* x, const float* weight, floa
   float sum = 0.0f;
   for (int i = lane; i < dim; i += 32) sum = fmaf(from[i], from[i], sum);
   const float factor = 1.0f / sqrtf(warp_sum(sum) / static_cast<float>(dim) + epsilon);
-  for (int i = lane; i < dim; i += 32) out[row * dim + i] = from[i] * factor * weight[i];
+  for (int i = lane; i < stride; i += 32) {
+    store(i < dim ? from[i] * factor * weight[i] : 0.0f, out + row * stride + i);
+  }
 }
 
-// A block a row.
+// A block a row; the same.
+template <typename Out>
 __global__ void __launch_bounds__(kNormThreads)
-    norm_rows_kernel(const float* x, const float* weight, float* out, int dim, float epsilon) {
+    norm_rows_kernel(const float* x, const float* weight, Out* out, int stride, int dim,
+                     float epsilon) {
   ptx::launch_dependents();
   const int first = 8 * static_cast<int>(threadIdx.x);
   float w[8];
@@ -64,14 +76,16 @@ __global__ void __launch_bounds__(kNormThreads)
   float v[8];
   load_eight(from, first, dim, v);
   const float factor = norm_factor(from, dim, v, epsilon);
-  for (int at = first; at < dim; at += 8 * kNormThreads) {
+  for (int at = first; at < stride; at += 8 * kNormThreads) {
     if (at > first) {
       load_eight(from, at, dim, v);
       load_eight(weight, at, dim, w);
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      if (at + i < dim) out[blockIdx.x * int64_t{dim} + at + i] = v[i] * factor * w[i];
+      if (at + i >= stride) break;
+      store(at + i < dim ? v[i] * factor * w[i] : 0.0f,
+            out + blockIdx.x * int64_t{stride} + at + i);
     }
   }
 }
@@ -191,21 +205,30 @@ __global__ void round_kernel(const float* x, int64_t num_rows, int64_t cols, int
   }
 }
 
+template <typename Out>
+Status launch_norm(const RmsNormArgs& args, Out* out, int stride, cudaStream_t stream) {
+  if (args.num_rows == 0) return {};
+  const auto* x = static_cast<const float*>(args.x);
+  if (args.dim <= kMostWarpNorm) {  // heads
+    const int64_t blocks = (args.num_rows + 7) / 8;
+    return launch_overlapped("rms_norm", norm_short_rows_kernel<Out>,
+                             {static_cast<unsigned>(blocks), 256, 0, stream}, x, args.weight, out,
+                             stride, args.num_rows, args.dim, args.epsilon);
+  }
+  return launch_overlapped("rms_norm", norm_rows_kernel<Out>,
+                           {static_cast<unsigned>(args.num_rows), kNormThreads, 0, stream}, x,
+                           args.weight, out, stride, args.dim, args.epsilon);
+}
+
 }  // namespace
 
 Status rms_norm(const RmsNormArgs& args, cudaStream_t stream) {
-  if (args.num_rows == 0) return {};
-  const auto* x = static_cast<const float*>(args.x);
-  auto* out = static_cast<float*>(args.out);
-  if (args.dim <= kMostWarpNorm) {  // heads
-    const int64_t blocks = (args.num_rows + 7) / 8;
-    return launch_overlapped("rms_norm", norm_short_rows_kernel,
-                             {static_cast<unsigned>(blocks), 256, 0, stream}, x, args.weight, out,
-                             args.num_rows, args.dim, args.epsilon);
-  }
-  return launch_overlapped("rms_norm", norm_rows_kernel,
-                           {static_cast<unsigned>(args.num_rows), kNormThreads, 0, stream}, x,
-                           args.weight, out, args.dim, args.epsilon);
+  return launch_norm(args, static_cast<float*>(args.out), args.dim, stream);
+}
+
+Status rounded_rms_norm(const RmsNormArgs& args, int64_t padded, uint16_t* out,
+                        cudaStream_t stream) {
+  return launch_norm(args, out, static_cast<int>(padded), stream);
 }
 
 Status rope_table(const attention::RopeParams& rope, const int64_t* positions, int64_t num_rows,

@@ -14,6 +14,9 @@ namespace kvant::backend::cuda {
 // Rows of up to so many values are the work of a warp, others of a block (row_norm.cuh).
 inline constexpr int kMostWarpNorm = 512;
 Status rms_norm(const RmsNormArgs& args, cudaStream_t stream);
+// What round_rows() makes of what rms_norm() gives; args.out is not written.
+Status rounded_rms_norm(const RmsNormArgs& args, int64_t padded, uint16_t* out,
+                        cudaStream_t stream);
 
 // Rows of cosines, then sines, times the attention factor: table [num_rows][rotary_dim]. The
 // arguments of args.rope are as in attention::RopeParams (frequency_factors in device memory);

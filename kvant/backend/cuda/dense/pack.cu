@@ -1,23 +1,33 @@
 // File blocks to tiles, and tiles to rows of BF16.
+#include <algorithm>
+
 #include "kvant/backend/cuda/dense/file_blocks.cuh"
 #include "kvant/backend/cuda/dense/product.h"
 #include "kvant/backend/cuda/dense/product_tiles.cuh"
+#include "kvant/backend/cuda/launch.h"
 #include "kvant/backend/cuda/status.h"
 
 namespace kvant::backend::cuda {
 namespace {
 
-// A warp a tile; rows and steps of a tile as in the product.
+struct Bf16Pieces {
+  Bf16Piece piece[kMaxProductTargets];
+};
+
+// A warp a tile, a row of the grid a piece; rows and steps of a tile as in the product.
 template <WeightType kType>
-__global__ void to_bf16_kernel(WeightTiles w, int64_t first_strip, int64_t num_strips,
-                               int64_t first_row, int64_t num_rows, uint16_t* out) {
+__global__ void to_bf16_kernel(const __grid_constant__ Bf16Pieces pieces) {
+  ptx::launch_dependents();
+  const Bf16Piece& piece = pieces.piece[blockIdx.y];
+  const WeightTiles& w = piece.weights;
   const int lane = threadIdx.x % 32;
   const int64_t at = blockIdx.x * int64_t{blockDim.x / 32} + threadIdx.x / 32;
-  const int64_t strip = first_strip + at / w.num_tiles();
+  const int64_t strip = piece.first_row / kStripRows + at / w.num_tiles();
   const int64_t tile = at % w.num_tiles();
-  if (strip >= first_strip + num_strips) return;
+  if (strip * kStripRows >= piece.first_row + piece.num_rows) return;
   typename TileOf<kType>::Type raw;
   raw.load(typename TileOf<kType>::Source(w, strip, static_cast<int>(tile), lane));
+  ptx::wait_prerequisites();  // the product before has read what is written here
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
     uint32_t word[4];
@@ -37,10 +47,10 @@ __global__ void to_bf16_kernel(WeightTiles w, int64_t first_strip, int64_t num_s
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int64_t row = strip * kStripRows + lane / 4 + 8 * r - first_row;
-      if (row >= num_rows) continue;
+      const int64_t row = strip * kStripRows + lane / 4 + 8 * r - piece.first_row;
+      if (row >= piece.num_rows) continue;
       const int64_t place = row * w.padded_cols() + tile * kTileCols + input_of<kType>(s, lane % 4);
-      *reinterpret_cast<uint2*>(out + place) = make_uint2(word[r], word[r + 2]);
+      *reinterpret_cast<uint2*>(piece.out + place) = make_uint2(word[r], word[r + 2]);
     }
   }
 }
@@ -145,16 +155,19 @@ unsigned blocks_of_warps(int64_t warps) {
 
 }  // namespace
 
-Status dequantize_to_bf16(const WeightTiles& weights, int64_t first_row, int64_t num_rows,
-                          uint16_t* out, cudaStream_t stream) {
-  const int64_t first_strip = first_row / kStripRows;
-  const int64_t num_strips = (num_rows + kStripRows - 1) / kStripRows;
-  for_weight_type<WeightTag>(weights.type, [&](auto tag) {
-    to_bf16_kernel<decltype(tag)::kValue>
-        <<<blocks_of_warps(num_strips * weights.num_tiles()), 256, 0, stream>>>(
-            weights, first_strip, num_strips, first_row, num_rows, out);
+Status dequantize_to_bf16(std::span<const Bf16Piece> pieces, cudaStream_t stream) {
+  Bf16Pieces all = {};
+  int64_t most_tiles = 0;
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    all.piece[i] = pieces[i];
+    const int64_t num_strips = (pieces[i].num_rows + kStripRows - 1) / kStripRows;
+    most_tiles = std::max(most_tiles, num_strips * pieces[i].weights.num_tiles());
+  }
+  const dim3 grid(blocks_of_warps(most_tiles), static_cast<unsigned>(pieces.size()));
+  return for_weight_type<WeightTag>(pieces[0].weights.type, [&](auto tag) {
+    return launch_overlapped("dequantize_to_bf16", to_bf16_kernel<decltype(tag)::kValue>,
+                             {grid, 256, 0, stream}, all);
   });
-  return launch_status("dequantize_to_bf16");
 }
 
 Status pack_tiles(const WeightTiles& weights, int64_t first_strip, int64_t num_strips,

@@ -66,10 +66,16 @@ bool can_norm(const WeightTiles& weights, int64_t num_rows);
 Status multiply_rows(const RowProduct& product, std::span<const ProductTarget> targets,
                      cudaStream_t stream);
 
-// Values of rows [first_row, first_row + num_rows) rounded to BF16, [num_rows][padded_cols].
+// Values of rows [first_row, first_row + num_rows) rounded to BF16: out [num_rows][padded_cols].
 // first_row is a multiple of 16.
-Status dequantize_to_bf16(const WeightTiles& weights, int64_t first_row, int64_t num_rows,
-                          uint16_t* out, cudaStream_t stream);
+struct Bf16Piece {
+  WeightTiles weights;
+  int64_t first_row = 0;
+  int64_t num_rows = 0;
+  uint16_t* out = nullptr;
+};
+// One launch for 1 to kMaxProductTargets pieces of one type.
+Status dequantize_to_bf16(std::span<const Bf16Piece> pieces, cudaStream_t stream);
 
 // Strips [first_strip, first_strip + num_strips) of a tiled matrix from file blocks of their rows,
 // in device memory.
