@@ -19,6 +19,7 @@ struct Bench {
 };
 
 extern const Bench attention_bench;
+extern const Bench engine_bench;
 extern const Bench model_bench;
 extern const Bench serve_bench;
 

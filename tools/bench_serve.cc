@@ -2,7 +2,6 @@
 #include <fmt/format.h>
 #include <CLI/CLI.hpp>
 
-#include <map>
 #include <memory>
 #include <string>
 #include <utility>
@@ -10,19 +9,13 @@
 #include "tools/bench.h"
 #include "tools/load_client.h"
 #include "tools/load_report.h"
-#include "tools/load_workload.h"
+#include "tools/workload_options.h"
 
 namespace kvant::tools {
 namespace {
 
-const std::map<std::string, WorkloadKind> kKinds = {{"random", WorkloadKind::kRandom},
-                                                    {"shared-prefix", WorkloadKind::kSharedPrefix},
-                                                    {"multi-turn", WorkloadKind::kMultiTurn},
-                                                    {"trace", WorkloadKind::kTrace}};
-
 struct Options {
   std::string url = "http://127.0.0.1:8000";
-  std::string workload_name = "random";
   WorkloadOptions workload;
   LoadOptions load;
   double goal_ttft_ms = 0;
@@ -31,10 +24,6 @@ struct Options {
 };
 
 Status run(Console& console, Options options) {
-  options.workload.kind = kKinds.at(options.workload_name);
-  if (options.workload.kind == WorkloadKind::kTrace && options.workload.trace.empty()) {
-    return Error(ErrorCode::kInvalidArgument, "--workload trace needs --trace FILE");
-  }
   KVANT_ASSIGN(options.load.server, ServerAddress::parse(options.url));
   options.load.wants_token_ids = options.workload.kind == WorkloadKind::kMultiTurn;
   KVANT_ASSIGN(const Workload workload, Workload::create(options.workload));
@@ -57,7 +46,7 @@ Status run(Console& console, Options options) {
     Json json = bench_json("serve");
     json["url"] = options.url;
     json["model"] = options.load.model;
-    json["workload"] = options.workload_name;
+    json["workload"] = workload_kind_name(options.workload.kind);
     json["requests"] = workload.num_requests();
     json["request_rate"] = options.workload.request_rate;
     json["concurrency"] = options.load.concurrency;
@@ -74,53 +63,6 @@ Status run(Console& console, Options options) {
                    : fmt::format("no request was answered: {}", report.errors.begin()->first));
 }
 
-void add_workload_options(CLI::App& app, Options& options) {
-  WorkloadOptions& w = options.workload;
-  const auto count = CLI::Range(int64_t{1}, int64_t{1} << 24);
-  std::vector<std::string> names;
-  for (const auto& [name, kind] : kKinds) names.push_back(name);
-  app.add_option("--workload", options.workload_name,
-                 "'random': prompts that share nothing; 'shared-prefix': behind one of a few "
-                 "prefixes; 'multi-turn': conversations; 'trace': a file")
-      ->check(CLI::IsMember(names))
-      ->capture_default_str();
-  app.add_option("-n,--num-requests", w.num_requests,
-                 "Requests, conversations, or lines of a trace at most")
-      ->check(count)
-      ->capture_default_str();
-  app.add_option("--request-rate", w.request_rate,
-                 "Arrivals per second, at random times (Poisson); 0: all at once")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  app.add_option("--input-tokens", w.input_tokens, "Of a prompt or turn, beside the prefix")
-      ->check(count)
-      ->capture_default_str();
-  app.add_option("--output-tokens", w.output_tokens, "Of an answer")
-      ->check(count)
-      ->capture_default_str();
-  app.add_option("--range-ratio", w.range_ratio, "Share by which both lengths vary")
-      ->check(CLI::Range(0.0, 1.0))
-      ->capture_default_str();
-  app.add_option("--prefix-tokens", w.prefix_tokens, "Of a shared prefix")
-      ->check(CLI::Range(int64_t{0}, int64_t{1} << 24))
-      ->capture_default_str();
-  app.add_option("--num-prefixes", w.num_prefixes, "Different prefixes")
-      ->check(count)
-      ->capture_default_str();
-  app.add_option("--turns", w.num_turns, "Of a conversation")
-      ->check(CLI::Range(1, 1000))
-      ->capture_default_str();
-  app.add_option("--trace", w.trace,
-                 "Mooncake trace: JSON lines with timestamp, lengths, hash_ids");
-  app.add_option("--trace-speed", w.trace_speed, "Twice as fast: 2")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  app.add_option("--vocab-size", w.end_token, "Prompts have ids from 100 to below this")
-      ->check(CLI::Range(101, 1 << 24))
-      ->capture_default_str();
-  app.add_option("--seed", w.seed, "Of prompts, lengths and times")->capture_default_str();
-}
-
 CommandBody define(CLI::App& app) {
   auto options = std::make_shared<Options>();
   app.add_option("URL", options->url, "The server")->capture_default_str();
@@ -128,7 +70,7 @@ CommandBody define(CLI::App& app) {
                  "Its name in requests; default: the server's first");
   app.add_option("--api-key", options->load.api_key, "Sent as a bearer token")
       ->envname("OPENAI_API_KEY");
-  add_workload_options(app, *options);
+  add_workload_options(app, options->workload);
   app.add_option("-c,--concurrency", options->load.concurrency,
                  "Requests under way at most; 0: no limit")
       ->check(CLI::Range(int64_t{0}, int64_t{1} << 20))

@@ -29,7 +29,7 @@ Spread spread_of(std::vector<double> values) {
 
 namespace {
 
-constexpr const Bench* kBenches[] = {&model_bench, &attention_bench, &serve_bench};
+constexpr const Bench* kBenches[] = {&model_bench, &attention_bench, &engine_bench, &serve_bench};
 
 CommandBody define(CLI::App& app) {
   struct Choice {
@@ -61,12 +61,14 @@ CommandBody define(CLI::App& app) {
 
 const Command bench_command = {
     .name = "bench",
-    .summary = "Measure speed: of a model, of attention, of a server under load",
+    .summary = "Measure speed: of a model, of attention, of the engine or a server under load",
     .examples =
         "kvant bench model model.gguf -p 512 -n 64 -d 0,4096 -r 3 --kv bf16,4bit\n"
         "kvant bench model qwen2.5-0.5b --weights dummy --json\n"
         "kvant bench model llama-3.1-8b --weights dummy -p 0 -d 131072 --fill random --batch 4\n"
         "kvant bench attention --heads 32/8 --tokens 32768 --kv bf16,4bit\n"
+        "kvant bench engine llama-3.1-8b --weights dummy --device cuda -n 150 --input-tokens 20000 "
+        "--output-tokens 2000\n"
         "kvant bench serve http://127.0.0.1:8000 --workload multi-turn -n 50 -c 16 --turns 5\n"
         "kvant bench serve --request-rate 4 --goal-ttft 1000 --goal-itl 50 --json",
     .define = define,

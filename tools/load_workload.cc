@@ -34,6 +34,7 @@ Result<Workload> Workload::create(const WorkloadOptions& options) {
   }
   Workload workload(options);
   if (options.kind == WorkloadKind::kTrace) {
+    if (options.trace.empty()) return bad("--workload trace needs --trace FILE");
     KVANT_ASSIGN(const std::string text, read_file(options.trace));
     if (Status status = workload.read_trace(text); !status) {
       return status.error().with_context(options.trace);

@@ -14,7 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-from servers import ROOT, bench, kvant_server, metric, scrape
+from servers import ROOT, NotStarted, bench, kvant_server, metric, scrape
 
 sys.path.insert(0, str(ROOT / "bench" / "peers"))
 
@@ -41,7 +41,11 @@ def measure(options):
     with open(options.lines, "a", encoding="utf-8") as out:
         for budget in map(int, options.budgets.split(",")):
             for kv in options.kv.split(";"):
-                row = measure_one(options, kv, budget)
+                try:
+                    row = measure_one(options, kv, budget)
+                except NotStarted as error:  # too little memory for one request of the longest length
+                    print(f"{kv} with {budget} MiB: {error}", file=sys.stderr)
+                    continue
                 print(json.dumps(row), file=out, flush=True)
 
 

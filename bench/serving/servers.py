@@ -32,6 +32,10 @@ def post(url, body, timeout=600):
         return json.load(response)
 
 
+class NotStarted(Exception):
+    """A server that ended before it served; its own message is on stderr."""
+
+
 @contextlib.contextmanager
 def kvant_server(program, model, *arguments, log=None):
     """`kvant serve` on a free port: what it says of itself, an object with "url". `log`: a file for its stderr."""
@@ -39,10 +43,10 @@ def kvant_server(program, model, *arguments, log=None):
     print("$", " ".join(command), file=sys.stderr)
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
-        line = server.stdout.readline()
-        if not line:
-            sys.exit(f"kvant serve did not start (exit code {server.wait()})")
-        yield json.loads(line) | {"pid": server.pid}
+        started = json.loads(server.stdout.readline() or "{}")
+        if "url" not in started:
+            raise NotStarted(f"kvant serve did not start (exit code {server.wait()})")
+        yield started | {"pid": server.pid}
     finally:
         server.terminate()
         server.wait()
@@ -57,13 +61,13 @@ def other_server(command, port, log):
     try:
         for _ in range(600):
             if server.poll() is not None:
-                sys.exit(f"{command[0]} did not start (exit code {server.returncode})")
+                raise NotStarted(f"{command[0]} did not start (exit code {server.returncode})")
             with contextlib.suppress(OSError):
                 with urllib.request.urlopen(url + "/health", timeout=5):
                     break
             time.sleep(0.1)
         else:
-            sys.exit(f"{command[0]} is not ready after a minute")
+            raise NotStarted(f"{command[0]} is not ready after a minute")
         yield url
     finally:
         server.terminate()

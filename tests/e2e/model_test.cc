@@ -345,6 +345,24 @@ TEST_F(ModelCommands, BenchPrintsOneObjectALine) {
   expect_error({"bench", model_, "-p", "0", "-n", "0"}, 64, {"nothing to measure"});
 }
 
+TEST_F(ModelCommands, BenchOfTheEngineAnswersEveryTurn) {
+  const ProgramResult result =
+      run_kvant({"bench", "engine", model_, "--workload", "multi-turn", "-n", "3", "--turns", "2",
+                 "--prefix-tokens", "64", "--input-tokens", "10", "--output-tokens", "5",
+                 "--vocab-size", "200", "--concurrency", "2", "--json"});
+  ASSERT_EQ(result.exit_code, 0) << result.err;
+  const json object = json::parse(result.out);
+  EXPECT_EQ(object["bench"], "engine");
+  EXPECT_EQ(object["completed"], 6);
+  EXPECT_EQ(object["wrong_token_counts"], 0);
+  EXPECT_EQ(object["output_tokens"], 30);
+  EXPECT_EQ(object["prompt_tokens"], 3 * (74 + 89));
+  EXPECT_GE(object["cached_tokens"], 4 * 64);  // all but what the first two begin with
+  EXPECT_GT(object["ttft_ms"]["p50"], 0);
+  EXPECT_GT(object["engine"]["steps"], 0);
+  expect_error({"bench", "engine", model_, "--workload", "trace"}, 64, {"--trace"});
+}
+
 TEST_F(ModelCommands, BenchFillsCachesWithRandomContexts) {
   const auto bench = [&](std::vector<std::string> more) {
     std::vector<std::string> arguments = {"bench", "model", model_, "-n", "2",

@@ -23,9 +23,9 @@ std::vector<std::string_view> split_words(std::string_view line) {
 
 }  // namespace
 
-ApiKeys::Digest ApiKeys::digest(std::string_view key) {
+ApiKeys::Digest ApiKeys::digest(std::string_view text) {
   Digest digest;
-  SHA256(reinterpret_cast<const unsigned char*>(key.data()), key.size(), digest.data());
+  SHA256(reinterpret_cast<const unsigned char*>(text.data()), text.size(), digest.data());
   return digest;
 }
 
@@ -87,8 +87,13 @@ std::vector<std::string> ApiKeys::salts() const {
 }
 
 std::string combine_salts(std::string_view tenant_salt, std::string_view cache_salt) {
-  if (tenant_salt.empty() && cache_salt.empty()) return {};
-  return fmt::format("{}:{}{}", tenant_salt.size(), tenant_salt, cache_salt);
+  constexpr std::string_view kTenant = "tenant:";
+  if (!tenant_salt.empty()) {
+    return fmt::format("{}{:02x}:{}", kTenant, fmt::join(ApiKeys::digest(tenant_salt), ""),
+                       cache_salt);
+  }
+  // What looks like a tenant's is made something that no tenant's is: 't' is no hexadecimal digit.
+  return fmt::format("{}{}", cache_salt.starts_with(kTenant) ? kTenant : "", cache_salt);
 }
 
 }  // namespace kvant::serve::openai

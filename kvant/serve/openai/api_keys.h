@@ -38,19 +38,20 @@ class ApiKeys {
   // What combine_salts makes of each tenant's salt alone: of their requests without a cache_salt.
   std::vector<std::string> salts() const;
 
- private:
   using Digest = std::array<unsigned char, 32>;
+  static Digest digest(std::string_view text);  // SHA-256
+
+ private:
   struct Entry {
     Digest digest;  // the key itself is not kept
     Tenant tenant;
   };
-  static Digest digest(std::string_view key);
-
   std::vector<Entry> entries_;
 };
 
 // What tells the pages of one tenant and one client's cache_salt from those of others: different
-// for different pairs, empty if both are.
+// for different pairs, empty if both are. KV events show it (`extra_keys`): without a tenant's salt
+// it is the client's own, as routers expect; a tenant's salt, a secret, is in it as its SHA-256.
 std::string combine_salts(std::string_view tenant_salt, std::string_view cache_salt);
 
 }  // namespace kvant::serve::openai

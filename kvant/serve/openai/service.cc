@@ -108,6 +108,7 @@ Service::Service(const ServedModel& served, ServiceOptions options, ServiceObser
   add("GET", "/v1/models", true, false, &Service::models);
   add("POST", "/tokenize", true, true, &Service::tokenize);
   add("POST", "/detokenize", true, true, &Service::detokenize);
+  add("GET", "/tokenizer_info", true, false, &Service::tokenizer_info);
   add("POST", "/reset_prefix_cache", true, false, &Service::reset_prefix_cache);
   add("GET", "/health", false, false, &Service::health);
   add("GET", "/ping", false, false, &Service::ping);
@@ -440,6 +441,22 @@ void Service::detokenize(const RequestPtr& request, const Tenant&, const WriterP
     if (!text && !error) error = to_api_error(text.error());
     return error ? Json() : Json{{"prompt", *text}};
   });
+}
+
+void Service::tokenizer_info(const RequestPtr&, const Tenant&, const WriterPtr& writer) {
+  const model::Tokenizer& tokenizer = *served_.tokenizer;
+  Json json{{"tokenizer_class", tokenizer.family()},
+            {"vocab_size", tokenizer.vocabulary_size()},
+            {"model_max_length", limits_.max_model_len}};
+  const auto add_token = [&](const char* name, std::optional<model::TokenId> id) {
+    json[name] = id ? Json(std::string(tokenizer.token_text(*id))) : Json();
+  };
+  add_token("bos_token", tokenizer.bos());
+  add_token("eos_token", tokenizer.eos());
+  add_token("unk_token", tokenizer.unknown());
+  add_token("pad_token", tokenizer.padding());
+  json["chat_template"] = served_.chat != nullptr ? Json(served_.chat->source()) : Json();
+  writer->send(json_response(json));
 }
 
 void Service::health(const RequestPtr&, const Tenant&, const WriterPtr& writer) {

@@ -94,6 +94,7 @@ class Service {
   void models(const RequestPtr& request, const Tenant& tenant, const WriterPtr& writer);
   void tokenize(const RequestPtr& request, const Tenant& tenant, const WriterPtr& writer);
   void detokenize(const RequestPtr& request, const Tenant& tenant, const WriterPtr& writer);
+  void tokenizer_info(const RequestPtr& request, const Tenant& tenant, const WriterPtr& writer);
   void health(const RequestPtr& request, const Tenant& tenant, const WriterPtr& writer);
   void ping(const RequestPtr& request, const Tenant& tenant, const WriterPtr& writer);
   void version(const RequestPtr& request, const Tenant& tenant, const WriterPtr& writer);

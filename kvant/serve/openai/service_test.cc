@@ -390,6 +390,10 @@ TEST_F(OpenAiService, TokenizeAndDetokenize) {
   const Json messages =
       ask_json("POST", "/tokenize", R"({"messages": [{"role": "user", "content": "x"}]})");
   EXPECT_EQ(messages["count"], must(tokenizer_->encode("user: x\nassistant: ")).size());
+  const Json info = ask_json("GET", "/tokenizer_info");
+  EXPECT_EQ(info["vocab_size"], tokenizer_->vocabulary_size());
+  EXPECT_EQ(info["eos_token"], tokenizer_->token_text(*tokenizer_->eos()));
+  EXPECT_TRUE(info["chat_template"].is_string());
   ask_json("POST", "/tokenize", "{}", 400);
   ask_json("POST", "/detokenize", R"({"tokens": [100000]})", 400);
   ask_json("POST", "/detokenize", "[]", 400);
@@ -437,6 +441,7 @@ TEST_F(OpenAiService, KeysGuardAndSaltsSeparate) {
     EXPECT_EQ(ask("POST", path, body, "Authorization: Bearer sk-x\r\n").status, 401) << path;
   }
   EXPECT_EQ(ask("GET", "/v1/models").status, 401);
+  EXPECT_EQ(ask("GET", "/tokenizer_info").status, 401);
   EXPECT_EQ(ask("GET", "/v1/models/tiny").status, 401);
   EXPECT_EQ(ask("GET", "/health").status, 200);
   const auto cached = [&](const char* key) {
