@@ -34,7 +34,7 @@ job_count() {
 
 setup() { "$KVANT_ROOT/scripts/setup" "$@"; }
 
-# The option that makes CMake use ccache where it is installed; nothing else depends on ccache.
+# The options that make CMake use ccache where it is installed; nothing else depends on ccache.
 find_ccache() {
-  if command -v ccache >/dev/null; then echo "-DCMAKE_CXX_COMPILER_LAUNCHER=ccache"; fi
+  if command -v ccache >/dev/null; then echo "-DCMAKE_CXX_COMPILER_LAUNCHER=ccache -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache"; fi
 }

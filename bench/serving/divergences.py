@@ -74,8 +74,9 @@ def run(server, model, options, prompts, name, at_a_time, salt):
     with ThreadPoolExecutor(at_a_time) as pool:
         for answer in pool.map(lambda prompt: ask(server, model, options, prompt, salt), prompts):
             answers.append(answer)
-            print(f"\r{name}: {len(answers)} of {len(prompts)} answers ", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+            if sys.stderr.isatty():
+                print(f"\r{name}: {len(answers)} of {len(prompts)} answers", end="\r", file=sys.stderr, flush=True)
+    print(f"{name}: done", file=sys.stderr)
     return answers
 
 
