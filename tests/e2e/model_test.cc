@@ -346,10 +346,11 @@ TEST_F(ModelCommands, BenchPrintsOneObjectALine) {
 }
 
 TEST_F(ModelCommands, BenchOfTheEngineAnswersEveryTurn) {
-  const ProgramResult result =
-      run_kvant({"bench", "engine", model_, "--workload", "multi-turn", "-n", "3", "--turns", "2",
-                 "--prefix-tokens", "64", "--input-tokens", "10", "--output-tokens", "5",
-                 "--vocab-size", "200", "--concurrency", "2", "--json"});
+  const ProgramResult result = run_kvant(
+      {"bench", "engine",          model_, "--workload",      "multi-turn", "-n",
+       "3",     "--turns",         "2",    "--prefix-tokens", "64",         "--input-tokens",
+       "10",    "--output-tokens", "5",    "--vocab-size",    "200",        "--concurrency",
+       "2",     "--json"});
   ASSERT_EQ(result.exit_code, 0) << result.err;
   const json object = json::parse(result.out);
   EXPECT_EQ(object["bench"], "engine");
