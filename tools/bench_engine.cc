@@ -41,7 +41,8 @@ struct Answer {
   std::vector<int32_t> ids;
 };
 
-// Answers that have ended, from the engine's thread to the one that submits.
+// Answers that have ended, from the engine's thread to the one that submits. Shared with listeners:
+// when a load is given up, the engine ends what still runs.
 class Answers {
  public:
   void add(std::unique_ptr<Answer> answer) {
@@ -64,8 +65,9 @@ class Answers {
 
 class Listener : public serve::RequestListener {
  public:
-  Listener(std::unique_ptr<Answer> answer, Clock::time_point start, Answers& answers)
-      : answer_(std::move(answer)), start_(start), answers_(answers) {}
+  Listener(std::unique_ptr<Answer> answer, Clock::time_point start,
+           std::shared_ptr<Answers> answers)
+      : answer_(std::move(answer)), start_(start), answers_(std::move(answers)) {}
 
   void on_prompt(const serve::PromptRecord& record) override {
     answer_->result.prompt_tokens = record.prompt_tokens;
@@ -92,13 +94,13 @@ class Listener : public serve::RequestListener {
     } else if (record.reason != serve::FinishReason::kLength) {
       result.error = finish_reason_name(record.reason);
     }
-    answers_.add(std::move(answer_));
+    answers_->add(std::move(answer_));
   }
 
  private:
   std::unique_ptr<Answer> answer_;
   const Clock::time_point start_;
-  Answers& answers_;
+  const std::shared_ptr<Answers> answers_;
 };
 
 // Sends a workload to an engine as run_load() does to a server.
@@ -122,7 +124,7 @@ class EngineLoad {
         }
         KVANT_TRY(submit(workload_.arrival(arrived)));
       }
-      for (auto& answer : answers_.wait_until(wake)) KVANT_TRY(take(*answer));
+      for (auto& answer : answers_->wait_until(wake)) KVANT_TRY(take(*answer));
       progress.update(static_cast<int64_t>(results_.size()), fmt::format("{} running", running_));
     }
     return std::move(results_);
@@ -162,7 +164,7 @@ class EngineLoad {
   const Workload& workload_;
   const Options& options_;
   Clock::time_point start_;
-  Answers answers_;
+  const std::shared_ptr<Answers> answers_ = std::make_shared<Answers>();
   int running_ = 0;
   std::vector<LoadResult> results_;
 };
