@@ -14,29 +14,26 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-CONTINUATION = """task: kvant_continuation
+COMMON = """task: {name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: "{data}"}}}}
 test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{context}}}}"
-doc_to_choice: "{{{{choices}}}}"
+"""
+CONTINUATION = """output_type: multiple_choice
+doc_to_text: "{{context}}"
+doc_to_choice: "{{choices}}"
 doc_to_target: label
 target_delimiter: " "
 metric_list:
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
 """
-PERPLEXITY = """task: kvant_perplexity
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: "{data}"}}}}
-test_split: test
-output_type: loglikelihood_rolling
+PERPLEXITY = """output_type: loglikelihood_rolling
 doc_to_text: ""
-doc_to_target: "{{{{text}}}}"
+doc_to_target: "{{text}}"
 metric_list:
-  - {{metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}}
-  - {{metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}}
+  - {metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}
+  - {metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
 """
 
 
@@ -67,10 +64,10 @@ def main():
         order = draw.sample(range(4), 4)
         questions.append({"context": " ".join(context), "choices": [choices[i] for i in order], "label": order.index(0)})
     texts = [{"text": " ".join(words)} for words in passages(options.text, 300)[:options.count // 4]]
-    for name, rows, template in [("kvant_continuation", questions, CONTINUATION), ("kvant_perplexity", texts, PERPLEXITY)]:
+    for name, rows, task in [("kvant_continuation", questions, CONTINUATION), ("kvant_perplexity", texts, PERPLEXITY)]:
         data = (options.out / f"{name}.jsonl").resolve()
         write_lines(data, rows)
-        (options.out / f"{name}.yaml").write_text(template.format(data=data), encoding="utf-8")
+        (options.out / f"{name}.yaml").write_text(COMMON.format(name=name, data=data) + task, encoding="utf-8")
         print(f"{options.out / name}.yaml: {len(rows)} documents")
 
 

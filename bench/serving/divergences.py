@@ -16,33 +16,12 @@ import json
 import random
 import statistics
 import sys
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from servers import ROOT, kvant_server
+from servers import ROOT, call, kvant_server
 
 LONGEST = 3200  # characters of a prompt, and so more than its tokens
-
-
-class Server:
-    def __init__(self, url, api_key):
-        self.url = url.rstrip("/")
-        self.headers = {"Content-Type": "application/json"}
-        if api_key:
-            self.headers["Authorization"] = f"Bearer {api_key}"
-
-    def call(self, path, body=None):
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, self.headers)
-        try:
-            with urllib.request.urlopen(request, timeout=600) as response:
-                return json.load(response)
-        except urllib.error.HTTPError as error:
-            sys.exit(f"{self.url}{path}: status {error.code}: {error.read().decode(errors='replace')[:300]}")
-        except OSError as error:
-            sys.exit(f"{self.url}{path}: {error}; is the server running?")
 
 
 def make_prompts(options):
@@ -59,23 +38,23 @@ def make_prompts(options):
     return prompts
 
 
-def ask(server, model, options, prompt, salt):
-    response = server.call("/v1/completions", {
+def ask(url, model, options, prompt, salt):
+    response = call(url + "/v1/completions", {
         "model": model, "prompt": prompt, "max_tokens": options.tokens, "temperature": 0, "ignore_eos": True,
-        "logprobs": 2, "return_tokens_as_token_ids": True, "cache_salt": salt})
+        "logprobs": 2, "return_tokens_as_token_ids": True, "cache_salt": salt}, options.api_key)
     logprobs = response["choices"][0]["logprobs"]
     usage = response["usage"]
     return {"tokens": logprobs["tokens"], "top": logprobs["top_logprobs"], "prompt_tokens": usage["prompt_tokens"],
             "cached_tokens": (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0}
 
 
-def run(server, model, options, prompts, name, at_a_time, salt):
+def run(url, model, options, prompts, name, at_a_time, salt):
     answers = []
     with ThreadPoolExecutor(at_a_time) as pool:
-        for answer in pool.map(lambda prompt: ask(server, model, options, prompt, salt), prompts):
+        for answer in pool.map(lambda prompt: ask(url, model, options, prompt, salt), prompts):
             answers.append(answer)
             if sys.stderr.isatty():
-                print(f"\r{name}: {len(answers)} of {len(prompts)} answers", end="\r", file=sys.stderr, flush=True)
+                print(f"{name}: {len(answers)} of {len(prompts)} answers", end="\r", file=sys.stderr, flush=True)
     print(f"{name}: done", file=sys.stderr)
     return answers
 
@@ -111,15 +90,15 @@ def compare(name, reference, answers):
             "cached_share": sum(answer["cached_tokens"] for answer in answers) / prompt_tokens}
 
 
-def measure(server, options):
-    model = server.call("/v1/models")["data"][0]["id"]
+def measure(url, options):
+    model = call(url + "/v1/models", api_key=options.api_key)["data"][0]["id"]
     prompts = make_prompts(options)
     # Not those of an earlier run against the same server.
     salt = f"divergences-{random.SystemRandom().randrange(1 << 48):x}-"
-    alone = run(server, model, options, prompts, "alone, cold", 1, salt + "alone")
-    hits = run(server, model, options, prompts, "alone, prefix hit", 1, salt + "alone")
-    batch = run(server, model, options, prompts, f"{options.batch} at a time, cold", options.batch, salt + "batch")
-    again = run(server, model, options, prompts, "alone, cold, again", 1, salt + "again")
+    alone = run(url, model, options, prompts, "alone, cold", 1, salt + "alone")
+    hits = run(url, model, options, prompts, "alone, prefix hit", 1, salt + "alone")
+    batch = run(url, model, options, prompts, f"{options.batch} at a time, cold", options.batch, salt + "batch")
+    again = run(url, model, options, prompts, "alone, cold, again", 1, salt + "again")
     rows = [compare(f"{options.batch} at a time", alone, batch), compare("a prefix hit", alone, hits),
             compare("the same again", alone, again)]
     if rows[1]["cached_share"] == 0:
@@ -156,12 +135,12 @@ def main():
     options = parser.parse_args(arguments[:own])
     options.serve_options = arguments[own + 1:]
     if "://" in options.target:
-        report = measure(Server(options.target, options.api_key), options)
+        report = measure(options.target.rstrip("/"), options)
     else:
         with kvant_server(Path(options.build) / "kvant", options.target, "--quiet", "--no-access-log",
                           "--max-model-len", LONGEST + options.tokens, "--max-num-seqs", options.batch,
                           *options.serve_options) as started:
-            report = measure(Server(started["url"], options.api_key), options)
+            report = measure(started["url"], options)
     print(json.dumps(report) if options.json else markdown(report))
 
 

@@ -16,7 +16,7 @@ import os
 import statistics
 import sys
 
-from servers import ROOT, bench, free_port, kvant_server, other_server, post
+from servers import ROOT, bench, call, free_port, kvant_server, other_server
 
 TEXTS = [
     "The lighthouse keeper climbed the stairs every evening and", "Water boils at a lower temperature on a mountain because",
@@ -45,7 +45,7 @@ def answers(url, model):
     """Token ids would need each engine's own fields; texts of one tokenizer serve as well."""
     def one(text):
         body = {"model": model, "prompt": text, "max_tokens": 24, "temperature": 0}
-        return post(url + "/v1/completions", body)["choices"][0]["text"]
+        return call(url + "/v1/completions", body)["choices"][0]["text"]
     with concurrent.futures.ThreadPoolExecutor(len(TEXTS)) as pool:
         return list(pool.map(one, TEXTS))
 

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -25,11 +26,17 @@ def scrape(url):
         return response.read().decode()
 
 
-def post(url, body, timeout=600):
-    """A request whose answer is one JSON object."""
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=timeout) as response:
-        return json.load(response)
+def call(url, body=None, api_key=None):
+    """The JSON object that a GET, or with a body a POST, is answered with; ends the program where there is none."""
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+    request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
+    try:
+        with urllib.request.urlopen(request, timeout=600) as response:
+            return json.load(response)
+    except urllib.error.HTTPError as error:
+        sys.exit(f"{url}: status {error.code}: {error.read().decode(errors='replace')[:300]}")
+    except OSError as error:
+        sys.exit(f"{url}: {error}; is the server running?")
 
 
 class NotStarted(Exception):

@@ -19,10 +19,9 @@ import random
 import re
 import sys
 import time
-import urllib.request
 from urllib.parse import urlsplit
 
-from servers import metric, scrape
+from servers import call, metric, scrape
 
 
 def quantile(text, name, share):
@@ -133,8 +132,7 @@ def main():
     parser.add_argument("--pid", type=int, help="the server's process, whose memory is watched")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    with urllib.request.urlopen(options.url + "/v1/models") as response:
-        options.model = json.load(response)["data"][0]["id"]
+    options.model = call(options.url + "/v1/models")["data"][0]["id"]
     soak = Soak(options)
     memory = []
     asyncio.run(soak.run(memory))
