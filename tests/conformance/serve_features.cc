@@ -1,5 +1,5 @@
 // Features of serving: for every format, greedy answers are the same whether the prompt came from
-// the prefix cache, what ran beside it, whether it was preempted and what was drafted.
+// the prefix cache or a tier, what ran beside it, whether it was preempted and what was drafted.
 #include <gtest/gtest.h>
 #include <unistd.h>
 
@@ -16,6 +16,8 @@
 #include "kvant/serve/testing/collector.h"
 #include "kvant/serve/tiers/disk_store.h"
 #include "kvant/serve/tiers/host_store.h"
+#include "kvant/serve/tiers/redis_store.h"
+#include "kvant/serve/tiers/testing/redis_servers.h"
 #include "tests/conformance/conformance.h"
 
 namespace kvant::conformance {
@@ -34,6 +36,7 @@ class Served {
     int64_t total_tokens = 1024;
     int64_t held_pages = 8;  // sink pages and windows
     int max_draft_tokens = 0;
+    int max_sequences = 6;
   };
   Served(const std::string& spec, const Sizes& sizes, std::vector<serve::TierSetup> tiers = {})
       : model_(model::testing::tiny_model("gemma3"), "cpu") {
@@ -49,7 +52,7 @@ class Served {
     options.runtime = model::testing::small_runtime(spec);
     options.runtime.plan = &plan_;
     options.runtime.context_tokens = 128;
-    options.runtime.max_sequences = 6;
+    options.runtime.max_sequences = sizes.max_sequences;
     options.runtime.max_step_tokens = 40;
     options.runtime.total_tokens = sizes.total_tokens;
     options.runtime.held_sink_pages = options.runtime.held_windows = sizes.held_pages;
@@ -113,6 +116,24 @@ void serve_batch_with_preemption(const std::string& spec) {
   EXPECT_GT(served.engine().stats().preemptions, 0);
 }
 
+void serve_batch_of_16(const std::string& spec) {
+  constexpr uint32_t kRequests = 16;
+  Served together(spec, {.total_tokens = 2048, .held_pages = 20, .max_sequences = kRequests});
+  Served alone(spec, {});
+  std::vector<std::shared_ptr<Collector>> answers;
+  must(together.engine().run_between_steps([&](cache::KvCache&, cache::PrefixTree*) {
+    for (uint32_t i = 0; i < kRequests; ++i)
+      answers.push_back(together.submit(prompt(9 + 3 * i, i), 20));
+  }));
+  for (uint32_t i = 0; i < kRequests; ++i) {
+    const auto expected = alone.submit(prompt(9 + 3 * i, i), 20);
+    expected->wait();
+    EXPECT_EQ(answers[i]->wait().reason, serve::FinishReason::kLength);
+    EXPECT_EQ(answers[i]->ids(), expected->ids()) << "request " << i;
+  }
+  EXPECT_EQ(together.engine().stats().preemptions, 0);
+}
+
 void serve_drafts(const std::string& spec) {
   Served plain(spec, {});
   Served drafting(spec, {.max_draft_tokens = 5});
@@ -152,10 +173,22 @@ void serve_from_disk(const std::string& spec) {
 constexpr Feature kServeFeatures[] = {
     {"serve_from_prefix_cache", serve_from_prefix_cache},
     {"serve_batch_with_preemption", serve_batch_with_preemption},
+    {"serve_batch_of_16", serve_batch_of_16},
     {"serve_drafts", serve_drafts},
     {"serve_from_host", serve_from_host},
     {"serve_from_disk", serve_from_disk},
 };
+
+// One test, as its server is one for all formats, and may not be installed.
+TEST(ServeFromRemote, EveryFormat) {
+  if (!serve::testing::RedisServers::installed()) GTEST_SKIP() << "redis-server is not installed";
+  const serve::testing::RedisServers redis(1, false);
+  ASSERT_EQ(redis.error(), "");
+  for (const std::string& spec : all_subjects()) {
+    SCOPED_TRACE(spec);
+    serve_from_tier(spec, must(serve::RedisStore::create(redis.url(), 3600)));
+  }
+}
 
 }  // namespace
 
