@@ -30,10 +30,12 @@ set(KVANT_FLAGS_avx512 -mavx2 -mfma -mf16c -mbmi2 -mavx512f -mavx512bw -mavx512d
     # GCC 12 takes the deliberately undefined operands in its own AVX-512 headers for a mistake.
     $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized;-Wno-uninitialized>)
 
+set(KVANT_FLAGS_amx ${KVANT_FLAGS_avx512} -mamx-tile -mamx-int8 -mamx-bf16)
+
 function(kvant_library)
-  cmake_parse_arguments(ARG "" "NAME" "HEADERS;SOURCES;AVX2;AVX512;CUDA;DEPS;LINK;TESTS;TEST_DEPS" ${ARGN})
+  cmake_parse_arguments(ARG "" "NAME" "HEADERS;SOURCES;AVX2;AVX512;AMX;CUDA;DEPS;LINK;TESTS;TEST_DEPS" ${ARGN})
   set(target kvant_${ARG_NAME})
-  add_library(${target} STATIC ${ARG_SOURCES} ${ARG_AVX2} ${ARG_AVX512})
+  add_library(${target} STATIC ${ARG_SOURCES} ${ARG_AVX2} ${ARG_AVX512} ${ARG_AMX})
   add_library(kvant::${ARG_NAME} ALIAS ${target})
   set_target_properties(${target} PROPERTIES EXPORT_NAME ${ARG_NAME})
   if(ARG_HEADERS)
@@ -52,6 +54,7 @@ function(kvant_library)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
     set_source_files_properties(${ARG_AVX2} PROPERTIES COMPILE_OPTIONS "${KVANT_FLAGS_avx2}")
     set_source_files_properties(${ARG_AVX512} PROPERTIES COMPILE_OPTIONS "${KVANT_FLAGS_avx512}")
+    set_source_files_properties(${ARG_AMX} PROPERTIES COMPILE_OPTIONS "${KVANT_FLAGS_amx}")
   endif()
   if(KVANT_CUDA AND ARG_CUDA)
     target_sources(${target} PRIVATE ${ARG_CUDA})

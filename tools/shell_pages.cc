@@ -302,7 +302,7 @@ std::string manual_page() {
   }
   return text +
          ".SH ENVIRONMENT\n.TP\n.B KVANT_CPU_LEVEL\n"
-         "the SIMD level to use at most: scalar, avx2 or avx512\n";
+         "the SIMD level to use at most: scalar, avx2, avx512 or amx\n";
 }
 
 }  // namespace kvant::tools

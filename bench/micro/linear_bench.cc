@@ -116,7 +116,7 @@ void register_all() {
     if (options.threads != 1) b->UseRealTime();
   };
   use_clock(benchmark::RegisterBenchmark("floor/read", read_floor));
-  for (const CpuLevel level : {CpuLevel::kScalar, CpuLevel::kAvx2, CpuLevel::kAvx512}) {
+  for (const CpuLevel level : kCpuLevels) {
     if (level > detect_cpu_level()) continue;
     for (const formats::WeightTypeInfo& info : formats::weight_types()) {
       const bool super = info.block_elements == 256;

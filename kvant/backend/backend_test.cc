@@ -55,7 +55,7 @@ class CpuOperators : public ::testing::Test {
     double largest = 0.0;
     for (float v : expected) largest = std::max(largest, std::fabs(static_cast<double>(v)));
     std::vector<float> first;
-    for (CpuLevel level : {CpuLevel::kScalar, CpuLevel::kAvx2, CpuLevel::kAvx512}) {
+    for (CpuLevel level : kCpuLevels) {
       if (level > detect_cpu_level()) continue;
       for (const int threads : {1, 3}) {
         auto backend = make_cpu(level, threads);

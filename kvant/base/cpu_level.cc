@@ -6,6 +6,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace kvant {
 
@@ -14,6 +18,7 @@ std::string_view cpu_level_name(CpuLevel level) {
     case CpuLevel::kScalar: return "scalar";
     case CpuLevel::kAvx2: return "avx2";
     case CpuLevel::kAvx512: return "avx512";
+    case CpuLevel::kAmx: return "amx";
   }
   return "scalar";
 }
@@ -28,6 +33,23 @@ bool has_f16c() {
 }
 #endif
 
+// Tiles are a part of a thread's state that Linux grants on request only (Linux documentation,
+// arch/x86/xstate).
+bool may_use_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kBf16Bit = 22, kTileBit = 24, kInt8Bit = 25;
+  constexpr unsigned kNeeded = 1u << kBf16Bit | 1u << kTileBit | 1u << kInt8Bit;
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  if ((edx & kNeeded) != kNeeded) return false;
+  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM, since Linux 5.16
+  constexpr long kTileData = 18;               // XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 CpuLevel ask_processor() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -37,7 +59,7 @@ CpuLevel ask_processor() {
                       __builtin_cpu_supports("avx512vbmi") &&
                       __builtin_cpu_supports("avx512vbmi2") &&
                       __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
-  if (avx2 && avx512) return CpuLevel::kAvx512;
+  if (avx2 && avx512) return may_use_amx() ? CpuLevel::kAmx : CpuLevel::kAvx512;
   if (avx2) return CpuLevel::kAvx2;
 #endif
   return CpuLevel::kScalar;
@@ -55,7 +77,7 @@ Result<CpuLevel> choose_cpu_level() {
   const CpuLevel best = detect_cpu_level();
   const char* wanted = std::getenv("KVANT_CPU_LEVEL");
   if (wanted == nullptr || *wanted == '\0') return best;
-  for (CpuLevel level : {CpuLevel::kScalar, CpuLevel::kAvx2, CpuLevel::kAvx512}) {
+  for (CpuLevel level : kCpuLevels) {
     if (cpu_level_name(level) != wanted) continue;
     if (level > best) {
       return Error(ErrorCode::kUnsupported, std::string("KVANT_CPU_LEVEL=") + wanted +
@@ -65,7 +87,7 @@ Result<CpuLevel> choose_cpu_level() {
     return level;
   }
   return Error(ErrorCode::kInvalidArgument,
-               std::string("KVANT_CPU_LEVEL=") + wanted + ": expected scalar, avx2 or avx512");
+               std::string("KVANT_CPU_LEVEL=") + wanted + ": expected scalar, avx2, avx512 or amx");
 }
 
 }  // namespace kvant

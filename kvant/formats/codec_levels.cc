@@ -8,7 +8,7 @@ namespace {
 
 const LevelKernels* level_kernels(CpuLevel level) {
 #if defined(__x86_64__)
-  if (level == CpuLevel::kAvx512) return &avx512_kernels();
+  if (level >= CpuLevel::kAvx512) return &avx512_kernels();
   if (level == CpuLevel::kAvx2) return &avx2_kernels();
 #else
   (void)level;

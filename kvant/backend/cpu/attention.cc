@@ -21,7 +21,7 @@ constexpr int kRunsPerThread = 8;  // of one call: even shares although threads 
 
 const AttentionKernels& kernels_of(CpuLevel level) {
 #if defined(__x86_64__)
-  if (level == CpuLevel::kAvx512) return avx512::kAttentionKernels;
+  if (level >= CpuLevel::kAvx512) return avx512::kAttentionKernels;
   if (level == CpuLevel::kAvx2) return avx2::kAttentionKernels;
 #endif
   static_cast<void>(level);

@@ -9,7 +9,8 @@ const Kernels& kernels(CpuLevel level) {
   switch (level) {
     case CpuLevel::kScalar: break;
     case CpuLevel::kAvx2: return avx2::kKernels;
-    case CpuLevel::kAvx512: return avx512::kKernels;
+    case CpuLevel::kAvx512:
+    case CpuLevel::kAmx: return avx512::kKernels;
   }
 #else
   (void)level;

@@ -26,6 +26,7 @@ std::vector<CpuLevel> levels() {
   std::vector<CpuLevel> all = {CpuLevel::kScalar};
   if (detect_cpu_level() >= CpuLevel::kAvx2) all.push_back(CpuLevel::kAvx2);
   if (detect_cpu_level() >= CpuLevel::kAvx512) all.push_back(CpuLevel::kAvx512);
+  if (detect_cpu_level() >= CpuLevel::kAmx) all.push_back(CpuLevel::kAmx);
   return all;
 }
 
