@@ -13,7 +13,7 @@ enum class CpuLevel {
   kAvx2 = 1,    // AVX2, FMA, F16C
   kAvx512 = 2,  // AVX-512 F, BW, DQ, VL, VBMI, VBMI2, VNNI, BF16 (Zen 4 and later, Sapphire Rapids
                 // and later)
-  kAmx = 3,     // AVX-512 and AMX TILE, INT8, BF16 (Sapphire Rapids and later, if the system allows)
+  kAmx = 3,  // AVX-512 and AMX TILE, INT8, BF16 (Sapphire Rapids and later, if the system allows)
 };
 inline constexpr CpuLevel kCpuLevels[] = {CpuLevel::kScalar, CpuLevel::kAvx2, CpuLevel::kAvx512,
                                           CpuLevel::kAmx};
@@ -25,8 +25,8 @@ std::string_view cpu_level_name(CpuLevel level);  // "scalar", "avx2", "avx512",
 CpuLevel detect_cpu_level();
 
 // detect_cpu_level(), or the level named by the environment variable KVANT_CPU_LEVEL (a diagnostic:
-// `scalar`, `avx2`, `avx512`, `amx`). kInvalidArgument for an unknown name, kUnsupported for a level that
-// the processor lacks.
+// `scalar`, `avx2`, `avx512`, `amx`). kInvalidArgument for an unknown name, kUnsupported for a
+// level that the processor lacks.
 Result<CpuLevel> choose_cpu_level();
 
 }  // namespace kvant
