@@ -7,7 +7,7 @@ Rules: a folder of kvant/ includes only itself and folders to its left; CUDA hea
 backend/cuda/; model/ and what is right of it see of the backends only backend/backend.h; nothing in
 kvant/ includes tools/ or tests/; the headers that are installed (HEADERS of a kvant_library) include
 only installed headers and no third-party ones; *.cuh files are included by *.cu and *.cuh only; SIMD
-sources (*_avx2.cc, *_avx512.cc) reach no standard header with containers or algorithms, whose inline
+sources (*_avx2.cc, *_avx512.cc, *_amx.cc) reach no standard header with containers or algorithms, whose inline
 functions the linker might take from there for processors that lack the instructions.
 Prints one line per violation and exits with 1 if there is any.
 """
@@ -23,7 +23,7 @@ INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')
 CUDA_HEADER = re.compile(r"^(cuda|cub/|cute/|cutlass/|cublas|nvrtc|nccl|mma\.h)")
 STANDARD_HEADER = re.compile(r"^[a-z_0-9]+$")  # <vector>, <cstdint>: no folder, no .h
 
-SIMD_SOURCE = re.compile(r"_avx(2|512)\.cc$")
+SIMD_SOURCE = re.compile(r"_(avx2|avx512|amx)\.cc$")
 CONTAINERS = {"algorithm", "deque", "functional", "list", "map", "memory", "mutex", "numeric", "optional", "set",
               "string", "unordered_map", "unordered_set", "variant", "vector"}
 

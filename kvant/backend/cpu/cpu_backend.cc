@@ -28,9 +28,9 @@ struct WorkspaceParts {
   int64_t total() const { return attention + linear + rope + moe; }
 };
 
-WorkspaceParts workspace_parts(const WorkspaceNeeds& needs, int num_threads) {
+WorkspaceParts workspace_parts(const WorkspaceNeeds& needs, int num_threads, const Linear& linear) {
   return {attention_workspace_bytes(needs, num_threads),
-          Linear::workspace_bytes(needs.max_rows, needs.max_cols),
+          linear.workspace_bytes(needs.max_rows, needs.max_cols),
           RopeTables::workspace_bytes(needs.max_rows, needs.head_dim),
           MoeRunner::workspace_bytes(needs)};
 }
@@ -42,7 +42,7 @@ CpuBackend::CpuBackend(const CpuOptions& options)
       pool_(options.num_threads),
       level_(options.level),
       kernels_(kernels(options.level)),
-      linear_(pool_, kernels_),
+      linear_(pool_, kernels_, wide_kernels(options.level)),
       moe_(pool_, kernels_, linear_) {
   info_.name = "cpu";
   info_.description = std::string(cpu_level_name(level_)) + ", " +
@@ -74,11 +74,11 @@ Status CpuBackend::supports(const formats::CacheFormat& format, int head_dim,
 // ---- memory ----
 
 int64_t CpuBackend::workspace_bytes(const WorkspaceNeeds& needs) const {
-  return workspace_parts(needs, pool_.num_threads()).total();
+  return workspace_parts(needs, pool_.num_threads(), linear_).total();
 }
 
 Status CpuBackend::reserve_workspace(const WorkspaceNeeds& needs) {
-  const WorkspaceParts parts = workspace_parts(needs, pool_.num_threads());
+  const WorkspaceParts parts = workspace_parts(needs, pool_.num_threads(), linear_);
   workspace_ = Buffer();  // given back first, so that the peak is the larger of the two
   linear_.set_workspace(nullptr, 0, 0);
   attention_workspace_ = AttentionWorkspace();

@@ -1,5 +1,6 @@
 #include "kvant/backend/cpu/kernels.h"
 
+#include "kvant/backend/cpu/wide_kernels.h"
 #include "kvant/base/cpu_level.h"
 
 namespace kvant::backend::cpu {
@@ -16,6 +17,15 @@ const Kernels& kernels(CpuLevel level) {
   (void)level;
 #endif
   return scalar::kKernels;
+}
+
+const WideKernels* wide_kernels(CpuLevel level) {
+#if defined(__x86_64__)
+  if (level == CpuLevel::kAmx) return &amx::kWideKernels;
+#else
+  (void)level;
+#endif
+  return nullptr;
 }
 
 }  // namespace kvant::backend::cpu

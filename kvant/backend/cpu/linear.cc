@@ -15,9 +15,6 @@ int64_t num_blocks(int64_t cols) {
   return (cols + kBlock - 1) / kBlock;
 }
 
-int64_t quantised_bytes(int64_t rows, int64_t cols) {
-  return round_up(rows * num_blocks(cols) * kQuantisedBlockBytes, 64);
-}
 int64_t float_bytes(int64_t rows, int64_t cols) {
   return round_up(rows * num_blocks(cols) * kFloatBlockBytes, 64);
 }
@@ -27,14 +24,26 @@ const CpuMatrix& matrix_of(const LinearTarget& target) {
 }
 
 // Enough tasks that a slow thread does not hold up the others, few enough that handing them out is
-// free.
+// free. Wide kernels read all activations once per task.
 constexpr int64_t kTasksPerThread = 8;
+constexpr int64_t kWideTasksPerThread = 4;
+
+// Rows that are left behind full wide panels take one of their own from here on.
+constexpr int64_t kMinWideRows = 6;
 
 }  // namespace
 
-Linear::Linear(ThreadPool& pool, const Kernels& kernels) : pool_(pool), kernels_(kernels) {}
+Linear::Linear(ThreadPool& pool, const Kernels& kernels, const WideKernels* wide)
+    : pool_(pool), kernels_(kernels), wide_(wide) {}
 
-int64_t Linear::workspace_bytes(int64_t max_rows, int64_t max_cols) {
+int64_t Linear::quantised_bytes(int64_t rows, int64_t cols) const {
+  const int64_t blocks = num_blocks(cols);
+  const int64_t wide = (rows + kWidePanelRows - 1) / kWidePanelRows * kWideBlockBytes * blocks;
+  const int64_t narrow = rows * blocks * kQuantisedBlockBytes;
+  return round_up(wide_ != nullptr ? std::max(wide, narrow) : narrow, 64);
+}
+
+int64_t Linear::workspace_bytes(int64_t max_rows, int64_t max_cols) const {
   const int64_t rows = std::min(max_rows, kChunkRows);
   return quantised_bytes(rows, max_cols) + float_bytes(rows, max_cols);
 }
@@ -46,16 +55,25 @@ void Linear::set_workspace(uint8_t* workspace, int64_t max_rows, int64_t max_col
   floats_ = workspace + quantised_bytes(chunk_rows_, max_cols);
 }
 
-int Linear::split_into_panels(int64_t num_rows, Panel (&panels)[kMaxPanels]) const {
+int64_t Linear::Split::wide_bytes(int64_t cols) const {
+  return num_wide * num_blocks(cols) * kWideBlockBytes;
+}
+
+Linear::Split Linear::split(int64_t num_rows, bool may_be_wide) const {
+  Split split;
+  if (may_be_wide && wide_ != nullptr) {
+    const int64_t left = num_rows % kWidePanelRows;
+    split.wide_rows = left >= kMinWideRows ? num_rows : num_rows - left;
+    split.num_wide = static_cast<int>((split.wide_rows + kWidePanelRows - 1) / kWidePanelRows);
+  }
   const auto& sizes = kernels_.product[0];  // all kinds have kernels for the same sizes
-  int count = 0;
   int size = kMaxPanelRows;
-  for (int64_t row = 0; row < num_rows;) {
+  for (int64_t row = split.wide_rows; row < num_rows;) {
     while (sizes[size] == nullptr || row + size > num_rows) --size;
-    panels[count++] = {row, size};
+    split.panels[split.num_panels++] = {row, size};
     row += size;
   }
-  return count;
+  return split;
 }
 
 void Linear::run(const LinearInput& input, std::span<const LinearTarget> targets) {
@@ -76,39 +94,57 @@ void Linear::run(const LinearInput& input, std::span<const LinearTarget> targets
     } else {
       chunk.x = input.x + first * cols;
     }
-    Panel panels[kMaxPanels];
-    const int count = split_into_panels(chunk.num_rows, panels);
-    const std::span<const Panel> used(panels, static_cast<size_t>(count));
-    prepare(chunk, cols, used, quantised, floats);
-    multiply(first, used, targets);
+    const Split of_integers = split(chunk.num_rows, cols >= kMinWideCols);
+    const Split of_floats = split(chunk.num_rows, false);
+    prepare(chunk, cols, quantised ? &of_integers : nullptr, floats ? &of_floats : nullptr);
+    multiply(first, of_integers, of_floats, targets);
   }
 }
 
-void Linear::prepare(const LinearInput& input, int64_t cols, std::span<const Panel> panels,
-                     bool quantised, bool floats) {
-  pool_.parallel_for(static_cast<int64_t>(panels.size()), [&](int64_t task, int) {
-    const Panel& panel = panels[static_cast<size_t>(task)];
-    const float* rows[kMaxPanelRows];
-    for (int i = 0; i < panel.num_rows; ++i) {
-      const int64_t row = panel.first_row + i;
-      rows[i] = input.x + (input.rows != nullptr ? input.rows[row] : row) * cols;
+void Linear::prepare(const LinearInput& input, int64_t cols, const Split* quantised,
+                     const Split* floats) {
+  const int num_wide = quantised != nullptr ? quantised->num_wide : 0;
+  const int num_quantised = quantised != nullptr ? quantised->num_panels : 0;
+  const int num_floats = floats != nullptr ? floats->num_panels : 0;
+  pool_.parallel_for(num_wide + num_quantised + num_floats, [&](int64_t task, int) {
+    const auto rows_of = [&](const Panel& panel, const float** rows) {
+      for (int i = 0; i < panel.num_rows; ++i) {
+        const int64_t row = panel.first_row + i;
+        rows[i] = input.x + (input.rows != nullptr ? input.rows[row] : row) * cols;
+      }
+    };
+    const float* rows[kWidePanelRows];
+    if (task < num_wide) {
+      const int64_t first = task * kWidePanelRows;
+      const int64_t count = std::min<int64_t>(kWidePanelRows, quantised->wide_rows - first);
+      rows_of({first, static_cast<int>(count)}, rows);
+      wide_->quantise_panel(rows, static_cast<int>(count), cols,
+                            quantised_ + task * num_blocks(cols) * kWideBlockBytes);
+      return;
     }
-    const int64_t blocks_before = panel.first_row * num_blocks(cols);
-    if (quantised) {
+    task -= num_wide;
+    if (task < num_quantised) {
+      const Panel& panel = quantised->panels[task];
+      rows_of(panel, rows);
+      const int64_t rows_before = panel.first_row - quantised->wide_rows;
       kernels_.quantise_panel(rows, panel.num_rows, cols,
-                              quantised_ + blocks_before * kQuantisedBlockBytes);
+                              quantised_ + quantised->wide_bytes(cols) +
+                                  rows_before * num_blocks(cols) * kQuantisedBlockBytes);
+      return;
     }
-    if (floats) {
-      kernels_.float_panel(rows, panel.num_rows, cols, floats_ + blocks_before * kFloatBlockBytes);
-    }
+    const Panel& panel = floats->panels[task - num_quantised];
+    rows_of(panel, rows);
+    kernels_.float_panel(rows, panel.num_rows, cols,
+                         floats_ + panel.first_row * num_blocks(cols) * kFloatBlockBytes);
   });
 }
 
-void Linear::multiply(int64_t first_row, std::span<const Panel> panels,
+void Linear::multiply(int64_t first_row, const Split& quantised, const Split& floats,
                       std::span<const LinearTarget> targets) {
   int64_t total_tiles = 0;
   for (const LinearTarget& target : targets) total_tiles += matrix_of(target).layout().num_tiles;
-  const int64_t group = std::max<int64_t>(1, total_tiles / (pool_.num_threads() * kTasksPerThread));
+  const int64_t per_thread = quantised.num_wide > 0 ? kWideTasksPerThread : kTasksPerThread;
+  const int64_t group = std::max<int64_t>(1, total_tiles / (pool_.num_threads() * per_thread));
   int64_t num_tasks = 0;
   for (const LinearTarget& target : targets) {
     num_tasks += (matrix_of(target).layout().num_tiles + group - 1) / group;
@@ -120,34 +156,52 @@ void Linear::multiply(int64_t first_row, std::span<const Panel> panels,
       if (task < tasks) break;
       task -= tasks;
     }
-    const CpuMatrix& matrix = matrix_of(*target);
-    const MatrixLayout& layout = matrix.layout();
-    const bool is_float = is_float_kind(layout.kind);
-    const uint8_t* prepared = is_float ? floats_ : quantised_;
-    const int64_t block_bytes = is_float ? kFloatBlockBytes : kQuantisedBlockBytes;
-    const int64_t row_bytes = num_blocks(matrix.cols()) * block_bytes;
-    const int64_t end = std::min((task + 1) * group, layout.num_tiles);
-    // One panel: all tiles in one call. Several: a tile stays in L1 while the panels pass by.
-    const int64_t step = panels.size() == 1 ? group : 1;
-    for (int64_t tile = task * group; tile < end; tile += step) {
-      const int64_t out_row = tile * kTileRows;
-      ProductArgs args;
-      args.tiles = matrix.tile(tile);
-      args.tile_bytes = layout.tile_bytes;
-      args.scale_offset = layout.scale_offset;
-      args.cols = matrix.cols();
-      args.bias = target->bias != nullptr ? target->bias + out_row : nullptr;
-      args.out_stride = matrix.rows();
-      args.num_rows = std::min(std::min(tile + step, end) * kTileRows, matrix.rows()) - out_row;
-      args.accumulate = target->accumulate;
-      for (const Panel& panel : panels) {
-        args.panel = prepared + panel.first_row * row_bytes;
-        args.out = static_cast<float*>(target->out) +
-                   (first_row + panel.first_row) * matrix.rows() + out_row;
-        kernels_.product[static_cast<int>(layout.kind)][panel.num_rows](args);
-      }
-    }
+    const MatrixLayout& layout = matrix_of(*target).layout();
+    multiply_tiles(first_row, is_float_kind(layout.kind) ? floats : quantised, *target,
+                   task * group, std::min(group, layout.num_tiles - task * group));
   });
+}
+
+void Linear::multiply_tiles(int64_t first_row, const Split& split, const LinearTarget& target,
+                            int64_t first_tile, int64_t num_tiles) {
+  const CpuMatrix& matrix = matrix_of(target);
+  const MatrixLayout& layout = matrix.layout();
+  const int kind = static_cast<int>(layout.kind);
+  const auto args_of = [&](int64_t tile, int64_t count) {
+    const int64_t out_row = tile * kTileRows;
+    ProductArgs args;
+    args.tiles = matrix.tile(tile);
+    args.tile_bytes = layout.tile_bytes;
+    args.scale_offset = layout.scale_offset;
+    args.cols = matrix.cols();
+    args.bias = target.bias != nullptr ? target.bias + out_row : nullptr;
+    args.out = static_cast<float*>(target.out) + first_row * matrix.rows() + out_row;
+    args.out_stride = matrix.rows();
+    args.num_rows = std::min((tile + count) * kTileRows, matrix.rows()) - out_row;
+    args.accumulate = target.accumulate;
+    return args;
+  };
+  if (split.num_wide > 0) {
+    ProductArgs args = args_of(first_tile, num_tiles);
+    args.panel = quantised_;
+    wide_->product[kind](args, split.num_wide, split.wide_rows);
+  }
+  const bool is_float = is_float_kind(layout.kind);
+  const int64_t block_bytes = is_float ? kFloatBlockBytes : kQuantisedBlockBytes;
+  const uint8_t* prepared = is_float ? floats_ : quantised_ + split.wide_bytes(matrix.cols());
+  // One panel: all tiles in one call. Several: a tile stays in L1 while the panels pass by.
+  const int64_t step = split.num_panels <= 1 ? num_tiles : 1;
+  for (int64_t tile = 0; tile < num_tiles; tile += step) {
+    const ProductArgs of_tiles = args_of(first_tile + tile, step);
+    for (int i = 0; i < split.num_panels; ++i) {
+      const Panel& panel = split.panels[i];
+      ProductArgs args = of_tiles;
+      args.panel =
+          prepared + (panel.first_row - split.wide_rows) * num_blocks(matrix.cols()) * block_bytes;
+      args.out += panel.first_row * matrix.rows();
+      kernels_.product[kind][panel.num_rows](args);
+    }
+  }
 }
 
 }  // namespace kvant::backend::cpu

@@ -153,6 +153,40 @@ TEST(Linear, SameBitsForAnyRowsThreadsAndLevel) {
   }
 }
 
+// Several chunks, wide panels that are full and not, rows behind them; tiles that are no whole
+// group.
+TEST(Linear, SameBitsOfManyRows) {
+  constexpr int64_t kRows = 117;
+  constexpr int64_t kOutputs = 150;
+  const std::vector<float> bias = random_activations(1, kOutputs, 24);
+  const std::vector<float> before = random_activations(kRows, kOutputs, 25);
+  for (const WeightTypeInfo& info : formats::weight_types()) {
+    const std::vector<int64_t> all_cols = info.block_elements == 256
+                                              ? std::vector<int64_t>{256, 768}
+                                              : std::vector<int64_t>{32, 64, 160, 288};
+    for (const int64_t cols : all_cols) {
+      const RandomMatrix matrix = random_matrix(info.type, kOutputs, cols, 26);
+      const std::vector<float> x = random_activations(kRows, cols, 27);
+      std::vector<float> expected;
+      for (const CpuLevel level : levels()) {
+        auto backend = make_backend(level, 2, kRows, static_cast<int>(cols));
+        auto loaded = backend->load_matrix(matrix.source());
+        ASSERT_TRUE(loaded);
+        for (const int64_t rows : {kRows, int64_t{96}, int64_t{22}, int64_t{21}, int64_t{6}}) {
+          std::vector<float> out = before;
+          out.resize(static_cast<size_t>(rows * kOutputs));
+          const LinearTarget target{loaded->get(), bias.data(), out.data(), true};
+          ASSERT_TRUE(backend->linear(x.data(), rows, {&target, 1}));
+          if (expected.empty()) expected = out;
+          ASSERT_EQ(std::memcmp(out.data(), expected.data(), out.size() * sizeof(float)), 0)
+              << info.name << ", " << cols << " columns, " << rows << " rows, "
+              << cpu_level_name(level);
+        }
+      }
+    }
+  }
+}
+
 TEST(Linear, ManyRowsTakeSeveralChunks) {
   const RandomMatrix matrix = random_matrix(WeightType::kQ4_1, 40, 64, 11);
   const std::vector<float> x = random_activations(1000, 64, 12);
@@ -224,6 +258,26 @@ TEST(Linear, ExtremeActivations) {
       x = random_activations(1, 64, 21);
       x[40] = bad;
       for (float v : multiply(*backend, matrix, x, 1)) EXPECT_TRUE(std::isnan(v)) << bad;
+    }
+    // Among other rows it stays where it is; zeros, tiny and huge values too.
+    auto wide = make_backend(level, 1, 16, 64);
+    x = random_activations(16, 64, 28);
+    x[5 * 64 + 40] = INFINITY;
+    std::fill_n(x.begin() + 6 * 64, 64, 0.0f);
+    std::fill_n(x.begin() + 7 * 64, 64, 1e-35f);
+    std::fill_n(x.begin() + 8 * 64, 64, 1e30f);
+    const std::vector<float> out = multiply(*wide, matrix, x, 16);
+    for (int64_t r = 0; r < 16; ++r) {
+      const std::vector<float> row(x.begin() + r * 64, x.begin() + (r + 1) * 64);
+      const std::vector<float> alone = multiply(*backend, matrix, row, 1);
+      for (int64_t i = 0; i < 16; ++i) {
+        const float v = out[static_cast<size_t>(16 * r + i)];
+        if (r == 5) {
+          EXPECT_TRUE(std::isnan(v));
+        } else {
+          EXPECT_EQ(v, alone[static_cast<size_t>(i)]) << r;
+        }
+      }
     }
   }
 }

@@ -20,9 +20,12 @@
 namespace kvant::backend::cpu {
 
 inline constexpr int kTileRows = 16;
-inline constexpr int kBlock = 32;         // inputs that share a scale of the activations
-inline constexpr int kSuperBlock = 256;   // inputs that share the f16 scales of Q4_K, Q5_K, Q6_K
-inline constexpr int kMaxPanelRows = 12;  // activation rows that one kernel call handles at most
+inline constexpr int kBlock = 32;          // inputs that share a scale of the activations
+inline constexpr int kSuperBlock = 256;    // inputs that share the f16 scales of Q4_K, Q5_K, Q6_K
+inline constexpr int kMaxPanelRows = 12;   // activation rows that one kernel call handles at most
+inline constexpr int kWidePanelRows = 16;  // activation rows of a panel for matrix units
+inline constexpr int kMaxWidePanels = 6;   // that one kernel call handles at most
+inline constexpr int kMinWideCols = 2 * kBlock;
 
 // What the kernels tell apart; one row per formats::WeightType.
 enum class WeightKind : int {
@@ -48,6 +51,11 @@ inline constexpr int kQuantisedBlockBytes = 2 * kBlock + 16;  // of one row
 inline constexpr float kMaxActivationCode = 16256.0f;
 // Blocks whose largest magnitude is below this are taken as zero (1 / amax would overflow).
 inline constexpr float kMinActivation = 1e-30f;
+
+// Wide panels (wide_kernels.h) hold the same codes as sums of two bfloat16: high parts are
+// multiples of 128, low parts at most 64. One record per block; rows that are missing are zeros:
+//   bf16 high parts [16][32], bf16 low parts [16][32], float scale [16], float scale * sum [16]
+inline constexpr int kWideBlockBytes = kWidePanelRows * (4 * kBlock + 8);  // of 16 rows
 
 // For float matrices: fp32 values [block][n][32], padded with zeros.
 inline constexpr int kFloatBlockBytes = 4 * kBlock;  // of one row
