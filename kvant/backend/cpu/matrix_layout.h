@@ -5,11 +5,13 @@
 // 16 pairs: a lane of a weight vector holds one pair as two 16-bit numbers, the shape that vpdpwssd
 // / vpmaddwd multiply. docs/kernels/cpu-linear.md has a picture.
 //
-//   codes of one block, `r` = row in the tile (lane), input = 2 * pair + w:
-//     low nibbles   [4 vectors][r] u32: bits 16 w + 4 t of vector v = pair 4 v + t
-//     + 1 bit       [1 vector][r]  u32: bit  16 w + pair
-//     + 2 bits      [2 vectors][r] u32: bits 16 w + 2 t of vector v = pair 8 v + t
-//     8-bit codes   [8 vectors][r] u32: bits 16 w + 8 t of vector v = pair 2 v + t
+//   codes of one block, `r` = row in the tile (lane), input = 2 * pair + w,
+//   pair = 4 v + 2 j + e; the pairs with equal v and e are group 2 v + e, four codes that also are
+//   the four bytes 2 w + j of a lane, the shape that vpdpbusd multiplies:
+//     low nibbles   [4 vectors][r] u32: bits 16 w + 8 j + 4 e of vector v
+//     + 1 bit       [1 vector][r]  u32: bit  16 w + 8 j + group
+//     + 2 bits      [2 vectors][r] u32: bits 16 w + 8 j + 2 (group % 4) of vector group / 4
+//     8-bit codes   [8 vectors][r] u32: bits 16 w + 8 j of vector `group`
 //   floats: [input][r] in the file's own type
 //
 // Sources built for a SIMD level include this header: no containers, nothing with code.
@@ -46,6 +48,9 @@ inline constexpr int kNumWeightKinds = 11;
 // Activations of `n` rows (a panel), prepared for integer products; one record per block:
 //   int16 codes [n][32], float scale [n], float scale * sum [n], int32 -sum of inputs 0..15 [n],
 //   int32 -sum of inputs 16..31 [n]
+// A panel of one row may hold the codes as bytes instead (Simd::kDotsBytes), of each group of
+// inputs
+//   int8 high [4], int8 low [4] with code = 128 * high + low
 // The codes have 15 bits (|q| <= 16256 = 127 * 128): x = scale * q within scale / 2.
 inline constexpr int kQuantisedBlockBytes = 2 * kBlock + 16;  // of one row
 inline constexpr float kMaxActivationCode = 16256.0f;

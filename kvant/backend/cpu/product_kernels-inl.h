@@ -42,6 +42,22 @@ KVANT_INLINE void store_chunk(const ProductArgs& args, int64_t first_row,
   }
 }
 
+// dot + the products of one row as bytes: half the unpacking of pairs, which a single row pays
+// alone. A template of Vectors = Simd, because not every level has dot_bytes.
+template <typename Vectors, typename Kind, int kSub>
+KVANT_INLINE typename Vectors::I add_groups(typename Vectors::I dot, const uint8_t* codes,
+                                            const uint8_t* record) {
+  constexpr int kGroups = kBlock / 4 / Kind::Scales::kSubBlocks;
+  typename Vectors::I high = Vectors::set1_i(0);
+  repeat<kGroups>([&](auto g) __attribute__((always_inline)) {
+    constexpr int kGroup = kSub * kGroups + decltype(g)::value;
+    const typename Vectors::I w = unpack_group<Kind::kBits, kGroup>(codes);
+    high = Vectors::dot_bytes(high, w, Vectors::broadcast_i(record + 8 * kGroup));
+    dot = Vectors::dot_bytes(dot, w, Vectors::broadcast_i(record + 8 * kGroup + 4));
+  });
+  return Vectors::add_i(dot, Vectors::template shift_left<7>(high));
+}
+
 // Adds one sub-block's terms to the sums. `record` is the panel's record of the block.
 template <typename Kind, int kRows, int kSub>
 KVANT_INLINE void add_sub_block(const uint8_t* codes, const uint8_t* record, const Scale& scale,
@@ -62,13 +78,17 @@ KVANT_INLINE void add_sub_block(const uint8_t* codes, const uint8_t* record, con
       dot[r] = Simd::shift_left<Kind::kLogOffset>(sum);
     }
   });
-  repeat<kPairs>([&](auto p) __attribute__((always_inline)) {
-    constexpr int kPair = kSub * kPairs + decltype(p)::value;
-    const Simd::I w = unpack_pair<Kind::kBits, kPair>(codes);
-    repeat<kRows>([&](auto r) __attribute__((always_inline)) {
-      dot[r] = Simd::dot_pairs(dot[r], w, Simd::broadcast_i(record + 2 * kBlock * r + 4 * kPair));
+  if constexpr (kRows == 1 && Simd::kDotsBytes) {
+    dot[0] = add_groups<Simd, Kind, kSub>(dot[0], codes, record);
+  } else {
+    repeat<kPairs>([&](auto p) __attribute__((always_inline)) {
+      constexpr int kPair = kSub * kPairs + decltype(p)::value;
+      const Simd::I w = unpack_pair<Kind::kBits, kPair>(codes);
+      repeat<kRows>([&](auto r) __attribute__((always_inline)) {
+        dot[r] = Simd::dot_pairs(dot[r], w, Simd::broadcast_i(record + 2 * kBlock * r + 4 * kPair));
+      });
     });
-  });
+  }
   repeat<kRows>([&](auto r) __attribute__((always_inline)) {
     const Simd::F s = Simd::as_float(Simd::broadcast_i(row_scales + 4 * r));
     acc[r] = Simd::fma(Simd::to_float(dot[r]), Simd::mul(scale.a, s), acc[r]);
@@ -84,8 +104,8 @@ inline constexpr int kPrefetchRows = 4;
 inline constexpr int64_t kPrefetchBytes = 16384;
 
 KVANT_INLINE void prefetch_lines(const uint8_t* p, int64_t bytes) {
-  // Into L2: the first-level cache has too few outstanding misses.
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+  // Not into the first-level cache, which has too few outstanding misses.
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 1);
 }
 
 template <typename Kind, int kRows>
@@ -220,10 +240,17 @@ void quantise_block(const float* x, int n, int row, uint8_t* record) {
   }
 }
 
+template <typename Vectors>
+KVANT_INLINE void split_single_row(uint8_t* record) {
+  if constexpr (Vectors::kDotsBytes) Vectors::split_codes(record);
+}
+
 void quantise_panel(const float* const* rows, int n, int64_t cols, uint8_t* panel) {
   for (int row = 0; row < n; ++row) {
     for (int64_t block = 0; block < cols / kBlock; ++block) {
-      quantise_block(rows[row] + block * kBlock, n, row, panel + block * kQuantisedBlockBytes * n);
+      uint8_t* record = panel + block * kQuantisedBlockBytes * n;
+      quantise_block(rows[row] + block * kBlock, n, row, record);
+      if (n == 1) split_single_row<Simd>(record);
     }
   }
 }

@@ -20,11 +20,11 @@ void copy_u16(uint8_t* target, const uint8_t* source) {
 template <int kBits>
 void pack_codes(const uint8_t (&code)[kBlock], uint8_t* block) {
   if constexpr (kBits == 8) {
-    for (int v = 0; v < 8; ++v) {
-      const uint8_t* c = code + 4 * v;  // pairs 2v and 2v + 1
-      store_u32(block + v * kVectorBytes,
-                static_cast<uint32_t>(c[0]) | static_cast<uint32_t>(c[2]) << 8 |
-                    static_cast<uint32_t>(c[1]) << 16 | static_cast<uint32_t>(c[3]) << 24);
+    for (int group = 0; group < 8; ++group) {
+      const uint8_t* c = code + 8 * (group / 2) + 2 * (group % 2);
+      store_u32(block + group * kVectorBytes,
+                static_cast<uint32_t>(c[0]) | static_cast<uint32_t>(c[4]) << 8 |
+                    static_cast<uint32_t>(c[1]) << 16 | static_cast<uint32_t>(c[5]) << 24);
     }
     return;
   }
@@ -37,25 +37,26 @@ void pack_codes(const uint8_t (&code)[kBlock], uint8_t* block) {
     }
     store_u32(block + v * kVectorBytes, word);
   }
+  // Where the high bits of a pair are, matrix_layout.h.
+  const auto group_of = [](int pair) { return 2 * (pair / 4) + pair % 2; };
+  const auto byte_of = [](int pair) { return pair / 2 % 2; };
   if constexpr (kBits == 5) {
     uint32_t word = 0;
     for (int pair = 0; pair < 16; ++pair) {
       word |= (static_cast<uint32_t>(code[2 * pair] >> 4) |
                static_cast<uint32_t>(code[2 * pair + 1] >> 4) << 16)
-              << pair;
+              << (8 * byte_of(pair) + group_of(pair));
     }
     store_u32(block + 4 * kVectorBytes, word);
   }
   if constexpr (kBits == 6) {
-    for (int v = 0; v < 2; ++v) {
-      uint32_t word = 0;
-      for (int t = 0; t < 8; ++t) {
-        const uint8_t* c = code + 2 * (8 * v + t);
-        word |= (static_cast<uint32_t>(c[0] >> 4) | static_cast<uint32_t>(c[1] >> 4) << 16)
-                << (2 * t);
-      }
-      store_u32(block + (4 + v) * kVectorBytes, word);
+    uint32_t words[2] = {0, 0};
+    for (int pair = 0; pair < 16; ++pair) {
+      words[group_of(pair) / 4] |= (static_cast<uint32_t>(code[2 * pair] >> 4) |
+                                    static_cast<uint32_t>(code[2 * pair + 1] >> 4) << 16)
+                                   << (8 * byte_of(pair) + 2 * (group_of(pair) % 4));
     }
+    for (int v = 0; v < 2; ++v) store_u32(block + (4 + v) * kVectorBytes, words[v]);
   }
 }
 

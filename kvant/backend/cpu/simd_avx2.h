@@ -12,6 +12,7 @@ namespace kvant::backend::cpu::avx2 {
 struct Simd {
   static constexpr int kLanes = 8;
   static constexpr int kMaxPanel = 4;
+  static constexpr bool kDotsBytes = false;
   using F = __m256;
   using I = __m256i;
 

@@ -12,6 +12,7 @@ namespace kvant::backend::cpu::avx512 {
 struct Simd {
   static constexpr int kLanes = 16;
   static constexpr int kMaxPanel = 12;
+  static constexpr bool kDotsBytes = true;  // has dot_bytes and split_codes
   using F = __m512;
   using I = __m512i;
 
@@ -55,6 +56,22 @@ struct Simd {
     return _mm512_srli_epi16(v, kBits);
   }
   static I dot_pairs(I acc, I a, I b) { return _mm512_dpwssd_epi32(acc, a, b); }
+
+  // Unsigned bytes of `a` times signed bytes of `b`.
+  static I dot_bytes(I acc, I a, I b) { return _mm512_dpbusd_epi32(acc, a, b); }
+  // 32 codes of 16 bits to bytes, in place: [group] int8 high [4], low [4] (matrix_layout.h).
+  static void split_codes(void* codes) {
+    alignas(64) static constexpr uint8_t kOrder[64] = {
+        0,  8,  2,  10, 1,  9,  3,  11, 4,  12, 6,  14, 5,  13, 7,  15, 16, 24, 18, 26, 17, 25,
+        19, 27, 20, 28, 22, 30, 21, 29, 23, 31, 32, 40, 34, 42, 33, 41, 35, 43, 36, 44, 38, 46,
+        37, 45, 39, 47, 48, 56, 50, 58, 49, 57, 51, 59, 52, 60, 54, 62, 53, 61, 55, 63};
+    const I code = _mm512_loadu_si512(codes);
+    const I high = _mm512_srai_epi16(_mm512_add_epi16(code, _mm512_set1_epi16(64)), 7);
+    const I low = _mm512_sub_epi16(code, _mm512_slli_epi16(high, 7));
+    const I both =
+        _mm512_or_si512(_mm512_and_si512(high, _mm512_set1_epi16(0xff)), _mm512_slli_epi16(low, 8));
+    _mm512_storeu_si512(codes, _mm512_permutexvar_epi8(_mm512_load_si512(kOrder), both));
+  }
 
   static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
   static I round_to_int(F v) { return _mm512_cvtps_epi32(v); }

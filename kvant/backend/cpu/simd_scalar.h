@@ -13,6 +13,7 @@ namespace kvant::backend::cpu::scalar {
 struct Simd {
   static constexpr int kLanes = 1;
   static constexpr int kMaxPanel = 4;  // activation rows whose sums stay in registers
+  static constexpr bool kDotsBytes = false;
   using F = float;
   using I = uint32_t;  // one 32-bit or two 16-bit integers
 

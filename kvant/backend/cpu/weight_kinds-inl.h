@@ -29,10 +29,12 @@ KVANT_INLINE Simd::I move_to_bit_4(Simd::I v) {
 template <int kBits, int kPair>
 KVANT_INLINE Simd::I unpack_pair(const uint8_t* codes) {
   constexpr int kVectorBytes = 4 * kTileRows;
+  constexpr int kGroup = 2 * (kPair / 4) + kPair % 2;  // matrix_layout.h
+  constexpr int kByte = kPair / 2 % 2;
   if constexpr (kBits == 8) {
-    const Simd::I raw = Simd::load_i(codes + kPair / 2 * kVectorBytes);
-    return kPair % 2 == 0 ? Simd::bit_and(raw, Simd::set1_i(0x00ff00ffu))
-                          : Simd::shift_right_16<8>(raw);
+    const Simd::I raw = Simd::load_i(codes + kGroup * kVectorBytes);
+    return kByte == 0 ? Simd::bit_and(raw, Simd::set1_i(0x00ff00ffu))
+                      : Simd::shift_right_16<8>(raw);
   } else {
     constexpr int kShift = 4 * (kPair % 4);
     Simd::I code = Simd::load_i(codes + kPair / 4 * kVectorBytes);
@@ -40,11 +42,36 @@ KVANT_INLINE Simd::I unpack_pair(const uint8_t* codes) {
     if constexpr (kShift != 12) code = Simd::bit_and(code, Simd::set1_i(0x000f000fu));
     if constexpr (kBits == 5) {
       const Simd::I high = Simd::load_i(codes + 4 * kVectorBytes);
-      code = Simd::or_masked(code, move_to_bit_4<kPair>(high), Simd::set1_i(0x00100010u));
+      code =
+          Simd::or_masked(code, move_to_bit_4<8 * kByte + kGroup>(high), Simd::set1_i(0x00100010u));
     }
     if constexpr (kBits == 6) {
-      const Simd::I high = Simd::load_i(codes + (4 + kPair / 8) * kVectorBytes);
-      code = Simd::or_masked(code, move_to_bit_4<2 * (kPair % 8)>(high), Simd::set1_i(0x00300030u));
+      const Simd::I high = Simd::load_i(codes + (4 + kGroup / 4) * kVectorBytes);
+      code = Simd::or_masked(code, move_to_bit_4<8 * kByte + 2 * (kGroup % 4)>(high),
+                             Simd::set1_i(0x00300030u));
+    }
+    return code;
+  }
+}
+
+// The four codes of group kGroup as bytes.
+template <int kBits, int kGroup>
+KVANT_INLINE Simd::I unpack_group(const uint8_t* codes) {
+  constexpr int kVectorBytes = 4 * kTileRows;
+  if constexpr (kBits == 8) {
+    return Simd::load_i(codes + kGroup * kVectorBytes);
+  } else {
+    Simd::I code = Simd::load_i(codes + kGroup / 2 * kVectorBytes);
+    if constexpr (kGroup % 2 == 1) code = Simd::shift_right_16<4>(code);
+    code = Simd::bit_and(code, Simd::set1_i(0x0f0f0f0fu));
+    if constexpr (kBits == 5) {
+      const Simd::I high = Simd::load_i(codes + 4 * kVectorBytes);
+      code = Simd::or_masked(code, move_to_bit_4<kGroup>(high), Simd::set1_i(0x10101010u));
+    }
+    if constexpr (kBits == 6) {
+      const Simd::I high = Simd::load_i(codes + (4 + kGroup / 4) * kVectorBytes);
+      code =
+          Simd::or_masked(code, move_to_bit_4<2 * (kGroup % 4)>(high), Simd::set1_i(0x30303030u));
     }
     return code;
   }
