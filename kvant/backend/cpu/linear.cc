@@ -23,10 +23,34 @@ const CpuMatrix& matrix_of(const LinearTarget& target) {
   return static_cast<const CpuMatrix&>(*target.matrix);
 }
 
-// Enough tasks that a slow thread does not hold up the others, few enough that handing them out is
-// free. Wide kernels read all activations once per task.
-constexpr int64_t kTasksPerThread = 8;
-constexpr int64_t kWideTasksPerThread = 4;
+// Tiles of all targets, cut into tasks: each takes a share of what is left, so that long runs of
+// memory go to one thread and the threads still end together.
+class Tasks {
+ public:
+  // Tasks have `least` tiles or a multiple.
+  Tasks(int64_t num_tiles, int num_threads, int64_t least) {
+    least = std::max(least, (num_tiles + kMaxTasks - 1) / kMaxTasks);
+    for (int64_t at = 0; at < num_tiles;) {
+      const int64_t share = (num_tiles - at) / (kSharesPerThread * num_threads);
+      at = std::min(num_tiles, at + std::max(least, share / least * least));
+      ends_[count_++] = at;
+    }
+  }
+  int64_t count() const { return count_; }
+  int64_t begin(int64_t task) const { return task == 0 ? 0 : ends_[task - 1]; }
+  int64_t end(int64_t task) const { return ends_[task]; }
+
+ private:
+  static constexpr int64_t kMaxTasks = 256;
+  static constexpr int64_t kSharesPerThread = 2;
+  int64_t count_ = 0;
+  int64_t ends_[kMaxTasks];
+};
+
+// The smallest task: 16 KiB of weights take longer than handing it out; wide kernels read all
+// activations once per task and unpack 4 tiles at a time.
+constexpr int64_t kLeastTaskBytes = 16384;
+constexpr int64_t kLeastWideTiles = 4;
 
 // Rows that are left behind full wide panels take one of their own from here on.
 constexpr int64_t kMinWideRows = 6;
@@ -141,24 +165,28 @@ void Linear::prepare(const LinearInput& input, int64_t cols, const Split* quanti
 
 void Linear::multiply(int64_t first_row, const Split& quantised, const Split& floats,
                       std::span<const LinearTarget> targets) {
-  int64_t total_tiles = 0;
-  for (const LinearTarget& target : targets) total_tiles += matrix_of(target).layout().num_tiles;
-  const int64_t per_thread = quantised.num_wide > 0 ? kWideTasksPerThread : kTasksPerThread;
-  const int64_t group = std::max<int64_t>(1, total_tiles / (pool_.num_threads() * per_thread));
-  int64_t num_tasks = 0;
+  int64_t num_tiles = 0;
+  int64_t bytes = 0;
   for (const LinearTarget& target : targets) {
-    num_tasks += (matrix_of(target).layout().num_tiles + group - 1) / group;
+    num_tiles += matrix_of(target).layout().num_tiles;
+    bytes += matrix_of(target).layout().bytes();
   }
-  pool_.parallel_for(num_tasks, [&](int64_t task, int) {
-    const LinearTarget* target = targets.data();
-    for (;; ++target) {
-      const int64_t tasks = (matrix_of(*target).layout().num_tiles + group - 1) / group;
-      if (task < tasks) break;
-      task -= tasks;
+  const int64_t least = quantised.num_wide > 0 ? kLeastWideTiles
+                                               : (kLeastTaskBytes * num_tiles + bytes - 1) /
+                                                     std::max<int64_t>(1, bytes);
+  const Tasks tasks(num_tiles, pool_.num_threads(), least);
+  pool_.parallel_for(tasks.count(), [&](int64_t task, int) {
+    int64_t before = 0;  // tiles of the targets before
+    for (const LinearTarget& target : targets) {
+      const MatrixLayout& layout = matrix_of(target).layout();
+      const int64_t begin = std::max<int64_t>(tasks.begin(task) - before, 0);
+      const int64_t end = std::min(tasks.end(task) - before, layout.num_tiles);
+      if (begin < end) {
+        multiply_tiles(first_row, is_float_kind(layout.kind) ? floats : quantised, target, begin,
+                       end - begin);
+      }
+      before += layout.num_tiles;
     }
-    const MatrixLayout& layout = matrix_of(*target).layout();
-    multiply_tiles(first_row, is_float_kind(layout.kind) ? floats : quantised, *target,
-                   task * group, std::min(group, layout.num_tiles - task * group));
   });
 }
 
