@@ -99,6 +99,11 @@ KVANT_INLINE void unpack_block(const uint8_t* codes, uint8_t* out) {
     _mm512_store_si512(out + kAt * Layout::kPairBytes,
                        codes_to_bf16<Kind>(unpack_pair<Kind::kBits, kPair>(codes)));
   });
+  // The next segment's codes: four blocks of a tile at a time are no stream that the processor
+  // sees.
+  repeat<Kind::kBlockBytes / 64>([&](auto i) __attribute__((always_inline)) {
+    __builtin_prefetch(codes + kSegmentBlocks * Kind::kBlockBytes + 64 * i, 0, 2);
+  });
   if constexpr (Layout::kSplitsBlock) {
     for (int i = 8; i < 16; ++i) {
       _mm512_store_si512(out + i * Layout::kPairBytes, _mm512_setzero_si512());
