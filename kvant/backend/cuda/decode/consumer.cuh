@@ -580,6 +580,9 @@ class Consumer {
   __device__ __forceinline__ void finish(const Segment& segment, int worker) {
     float reference[kNTiles][2], weight[kNTiles][2], factor[kTeam][kNTiles][2];
     put_states(states_ + warp_ * kNTiles * 8);
+    // The exchange may lie where the fp16 queries were staged. In a segment that the ring holds as
+    // a whole, nothing else keeps a warp from being here while another still reads its queries.
+    if constexpr (Shape::kF16QueryBytes == 0) sync_team();
     send();
     sync_team();
 #pragma unroll
