@@ -44,6 +44,7 @@ struct Options {
   int page_tokens = 64;
   int threads = 0;
   double seconds = 1.0;
+  int64_t rotate_mib = -1;  // 8x the last-level cache
   std::vector<std::string> kv;
 
   int num_query_heads = 0;
@@ -327,7 +328,8 @@ Result<Row> measure(Console& console, const Options& options, const std::string&
   needs.max_sequences = options.batch;
   KVANT_TRY(backend->reserve_workspace(needs));
 
-  const int64_t wanted = 8 * last_level_cache_bytes();
+  const int64_t wanted =
+      options.rotate_mib < 0 ? 8 * last_level_cache_bytes() : options.rotate_mib << 20;
   const int64_t limit = backend->info().memory_total / 4;
   RotatingCache cache(options, *backend);
   KVANT_TRY(cache.create(format, wanted, limit));
@@ -477,6 +479,10 @@ CommandBody define(CLI::App& app) {
   app.add_option("--page-tokens", options->page_tokens, "Tokens of a page")->capture_default_str();
   app.add_option("-t,--threads", options->threads,
                  "Threads [one per processor]; with 1, times are processor time");
+  app.add_option("--rotate-mib", options->rotate_mib,
+                 "Rotate over copies of the cache of this size together; 0: one copy, which may "
+                 "stay in a processor's caches [8x the last-level cache]")
+      ->check(CLI::Range(int64_t{0}, int64_t{1} << 30));
   app.add_option("--seconds", options->seconds, "Time to measure each format for")
       ->capture_default_str();
   return [options](Console& console) { return run(console, *options); };

@@ -19,8 +19,20 @@ constexpr int kMaxHeadDim = 256;
 constexpr int kMaxGroup = 16;
 constexpr int kRunsPerThread = 8;  // of one call: even shares although threads differ in speed
 
+#if defined(__x86_64__)
+const AttentionKernels& amx_kernels() {
+  static const AttentionKernels all = [] {
+    AttentionKernels kernels = avx512::kAttentionKernels;
+    kernels.tile_scores = amx::scores;
+    return kernels;
+  }();
+  return all;
+}
+#endif
+
 const AttentionKernels& kernels_of(CpuLevel level) {
 #if defined(__x86_64__)
+  if (level == CpuLevel::kAmx) return amx_kernels();
   if (level >= CpuLevel::kAvx512) return avx512::kAttentionKernels;
   if (level == CpuLevel::kAvx2) return avx2::kAttentionKernels;
 #endif

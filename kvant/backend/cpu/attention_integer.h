@@ -66,6 +66,7 @@ struct IntegerScoreArgs {
   int head_dim = 0;
   int page_tokens = 0;
   int num_tiles = 0;
+  uint8_t* scratch = nullptr;  // for tiles: 4 * page_tokens * head_dim bytes, aligned to 64
   FetchAhead fetch;
 };
 
@@ -104,6 +105,9 @@ constexpr int64_t integer_scratch_bytes(int rows, int head_dim) {
 
 namespace avx512 {
 extern const IntegerKernels kIntegerKernels;
+}
+namespace amx {  // the rest of this level is avx512's
+void scores(const IntegerScoreArgs& args);
 }
 
 }  // namespace kvant::backend::cpu

@@ -160,40 +160,6 @@ void round_queries(const RoundQueriesArgs& a) {
 
 // ---- scores ----
 
-template <Code C>
-constexpr int key_step_bytes() {  // sixteen channels of sixteen tokens
-  return C == Code::kS8 ? 256 : C == Code::kU3 ? 96 : C == Code::kU2 ? 64 : 128;
-}
-
-// Vector J of the four of sixteen channels at `p`: a lane is four channels of a token, unsigned.
-template <Code C, int J>
-KVANT_INLINE __m512i key_bytes(const uint8_t* p) {
-  if constexpr (C == Code::kS8) {
-    return _mm512_xor_si512(_mm512_loadu_si512(p + 64 * J), _mm512_set1_epi8(-128));
-  } else if constexpr (C == Code::kE2m1) {
-    const __m512i w = _mm512_loadu_si512(p + 64 * (J / 2));
-    return _mm512_permutexvar_epi8(J % 2 == 0 ? w : _mm512_srli_epi16(w, 4),
-                                   _mm512_load_si512(kUnsignedE2m1));
-  } else if constexpr (C == Code::kU4) {
-    const __m512i w = _mm512_loadu_si512(p + 64 * (J / 2));
-    return _mm512_and_si512(J % 2 == 0 ? w : _mm512_srli_epi16(w, 4), _mm512_set1_epi8(15));
-  } else {
-    const __m512i w = _mm512_srli_epi16(_mm512_loadu_si512(p), 2 * J);
-    const __m512i two = _mm512_and_si512(w, _mm512_set1_epi8(3));
-    if constexpr (C == Code::kU2) return two;
-    // The high bits of elements 4i to 4i + 3 into byte i.
-    __m512i high =
-        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 64)));
-    high = _mm512_and_si512(_mm512_or_si512(high, _mm512_slli_epi32(high, 8)),
-                            _mm512_set1_epi32(0x00ff00ff));
-    high = _mm512_and_si512(_mm512_or_si512(high, _mm512_slli_epi32(high, 4)),
-                            _mm512_set1_epi32(0x0f0f0f0f));
-    high = _mm512_slli_epi32(high, 2);
-    // two | (high >> J & 4)
-    return _mm512_ternarylogic_epi32(two, _mm512_srli_epi32(high, J), _mm512_set1_epi8(4), 0xf8);
-  }
-}
-
 // A block's scale of sixteen keys; kE4m3 lacks kE4m3Factor.
 template <PageScale S>
 KVANT_INLINE F key_scale(const uint8_t* p) {

@@ -142,6 +142,8 @@ struct AttentionKernels {
   void (*merge)(const PartialRows& to, const PartialRows& from, int rows, int width);
   // Products with the codes as they are stored; null where the level has none.
   const IntegerKernels* integer;
+  // For many rows and K with scales per channel, in AMX tiles: the same bits; or null.
+  void (*tile_scores)(const IntegerScoreArgs& args);
 };
 
 namespace scalar {

@@ -22,7 +22,8 @@ namespace {
 constexpr float kMinusInfinity = -__builtin_huge_valf();
 // A position that reads all of any page as stored.
 constexpr int64_t kBehindAllPages = int64_t{1} << 40;
-constexpr int kFewRows = 8;  // decoded in registers for each tile of rows rather than once
+constexpr int kFewRows =
+    8;  // decoded in registers for each tile of rows rather than once; no tiles
 
 // Open, sink, recent and staging pages hold plain values.
 bool is_plain(uint32_t kind) {
@@ -250,8 +251,14 @@ void Task::score_codes(const Pass& pass, const PageDecoder& decoder, const std::
   a.page_tokens = call_.view.page_tokens;
   a.num_tiles = pass.num_tiles();
   a.fetch = fetch_ahead(pass, unit + sections.k_codes, sections.v_codes - sections.k_codes);
-  call_.kernels.integer->scores(a);
-  if (decoder.scale == PageScale::kChannelPair) {
+  const bool per_channel = decoder.scale == PageScale::kChannelPair;
+  if (per_channel && pass.rows() > kFewRows && call_.kernels.tile_scores != nullptr) {
+    a.scratch = reinterpret_cast<uint8_t*>(memory_.page);
+    call_.kernels.tile_scores(a);
+  } else {
+    call_.kernels.integer->scores(a);
+  }
+  if (per_channel) {
     for (int r = 0; r < pass.rows(); ++r) memory_.offset[r] = a.q.sum[r * (call_.head_dim / 16)];
   }
 }

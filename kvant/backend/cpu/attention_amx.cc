@@ -1,0 +1,114 @@
+// Queries times keys in AMX tiles, for keys with scales per channel: the scales are in the queries,
+// so that one sum of integers runs over all channels. The integers and what follows are those of
+// attention_integer_keys-inl.h, so the bits are the same. docs/kernels/cpu-attention.md says why
+// other sides are not multiplied here.
+//
+// B holds K's codes as bytes: a row is four channels of each of sixteen tokens, as words of the
+// page unpack. A holds the upper and the lower bytes of eight queries' integers.
+#define KVANT_LEVEL avx512
+#include "kvant/backend/cpu/amx_tiles-inl.h"
+#include "kvant/backend/cpu/attention_integer-inl.h"
+
+namespace kvant::backend::cpu::amx {
+namespace {
+
+using namespace avx512;  // NOLINT(google-build-using-namespace): the level's vector language
+
+constexpr int kTileBytes = 1024;
+constexpr int kTileRows = 8;  // query rows of a tile: upper bytes, then lower bytes
+constexpr int kDepth = 64;    // channels of a tile
+constexpr int kMaxTiles = 4;  // of sixteen tokens, at once
+
+alignas(64) constexpr int8_t kZeros[kTileBytes] = {};
+
+// Rows of B: [tile of 16 tokens][head_dim / 4][16 tokens][4 channels].
+template <Code C>
+void unpack_keys(const IntegerScoreArgs& a, int8_t* bytes, Fetcher& fetcher) {
+  const uint8_t* codes = a.codes;
+  const int steps = a.num_tiles * (a.head_dim / kLanes);
+  for (int i = 0; i < steps; ++i, codes += key_step_bytes<C>(), bytes += 256) {
+    unroll<4>([&](auto j) KVANT_ALWAYS {
+      _mm512_store_si512(bytes + 64 * j.value, key_bytes<C, j.value>(codes));
+    });
+    fetcher.step();
+  }
+}
+
+// A: [64 channels][16 rows][64 bytes], zeros for rows that are not there and behind the last
+// channels, where B has another tile's.
+void pack_queries(const IntegerScoreArgs& a, int row, int rows, int8_t* tiles) {
+  const int d = a.head_dim;
+  for (int c = 0; c < d; c += kDepth, tiles += kTileBytes) {
+    const __mmask64 valid = d - c >= kDepth ? ~__mmask64{0} : (__mmask64{1} << (d - c)) - 1;
+    for (int r = 0; r < kTileRows; ++r) {
+      const __mmask64 mask = r < rows ? valid : __mmask64{0};
+      const int64_t at = static_cast<int64_t>(row + r) * d + c;
+      _mm512_store_si512(tiles + r * 64, _mm512_maskz_loadu_epi8(mask, a.q.hi + at));
+      _mm512_store_si512(tiles + (kTileRows + r) * 64, _mm512_maskz_loadu_epi8(mask, a.q.lo + at));
+    }
+  }
+}
+
+// Up to eight rows with N tiles of sixteen tokens.
+template <int N>
+KVANT_OWN_FRAME void score_tiles(const IntegerScoreArgs& a, int row, int rows, int tile,
+                                 const int8_t* keys, const int8_t* queries, Fetcher& fetcher) {
+  alignas(64) int32_t sums[N][256];
+  unroll<N>([&](auto n) KVANT_ALWAYS { load_tile<4 + decltype(n)::value>(kZeros, 64); });
+  for (int c = 0; c < a.head_dim; c += kDepth) {
+    load_tile<0>(queries + c / kDepth * kTileBytes, 64);
+    unroll<N>([&](auto n) KVANT_ALWAYS {
+      constexpr int kC = 4 + decltype(n)::value;
+      load_tile<1 + kC % 2>(keys + (int64_t{tile + n.value} * a.head_dim + c) * kLanes, 64);
+      multiply_bytes<kC>();
+      fetcher.step();
+    });
+  }
+  unroll<N>([&](auto n) KVANT_ALWAYS { store_tile<4 + decltype(n)::value>(sums[n.value], 64); });
+  for (int r = 0; r < rows; ++r) {
+    float* s = a.s + static_cast<int64_t>(row + r) * a.page_tokens + tile * kLanes;
+    const F scale = bcast(a.q.scale[row + r]);
+    unroll<N>([&](auto n) KVANT_ALWAYS {
+      const __m512i high = _mm512_slli_epi32(_mm512_load_si512(sums[n.value] + r * kLanes), 8);
+      const __m512i low = _mm512_load_si512(sums[n.value] + (kTileRows + r) * kLanes);
+      store(s + n.value * kLanes, mul({_mm512_cvtepi32_ps(_mm512_add_epi32(high, low))}, scale));
+    });
+  }
+}
+
+template <Code C>
+void scores_of(const IntegerScoreArgs& a) {
+  auto* keys = reinterpret_cast<int8_t*>(a.scratch);
+  alignas(64) int8_t queries[kMaxIntegerHeadDim / kDepth * kTileBytes];
+  const int depths = (a.head_dim + kDepth - 1) / kDepth;
+  Fetcher fetcher(a.fetch, a.num_tiles * (a.head_dim / kLanes + depths));
+  unpack_keys<C>(a, keys, fetcher);
+  for (int row = 0; row < a.rows; row += kTileRows) {
+    const int rows = a.rows - row < kTileRows ? a.rows - row : kTileRows;
+    pack_queries(a, row, rows, queries);
+    for (int tile = 0; tile < a.num_tiles; tile += kMaxTiles) {
+      with_count<kMaxTiles>(a.num_tiles - tile, [&](auto n) {
+        score_tiles<decltype(n)::value>(a, row, rows, tile, keys, queries, fetcher);
+      });
+    }
+  }
+}
+
+}  // namespace
+
+void scores(const IntegerScoreArgs& a) {
+  static constexpr TileConfig kConfig = [] {
+    TileConfig config;
+    for (int t = 0; t < 8; ++t) config.set(t, 16, 64);
+    return config;
+  }();
+  _tile_loadconfig(&kConfig);
+  switch (a.code) {
+    case Code::kU4: scores_of<Code::kU4>(a); break;
+    case Code::kU3: scores_of<Code::kU3>(a); break;
+    default: scores_of<Code::kU2>(a); break;
+  }
+  _tile_release();
+}
+
+}  // namespace kvant::backend::cpu::amx
