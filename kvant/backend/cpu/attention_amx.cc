@@ -97,11 +97,7 @@ void scores_of(const IntegerScoreArgs& a) {
 }  // namespace
 
 void scores(const IntegerScoreArgs& a) {
-  static constexpr TileConfig kConfig = [] {
-    TileConfig config;
-    for (int t = 0; t < 8; ++t) config.set(t, 16, 64);
-    return config;
-  }();
+  static constexpr TileConfig kConfig = whole_tiles();
   _tile_loadconfig(&kConfig);
   switch (a.code) {
     case Code::kU4: scores_of<Code::kU4>(a); break;

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "kvant/backend/cpu/amx_tiles-inl.h"
 #include "kvant/backend/cpu/simd_avx512.h"
 #include "kvant/backend/cpu/wide_kernels.h"
 
@@ -271,18 +272,9 @@ KVANT_INLINE void store_row(const float* sums, int64_t count, const float* bias,
   }
 }
 
-struct alignas(64) TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-static_assert(sizeof(TileConfig) == 64);
-
 template <typename Kind>
 void wide_product(const ProductArgs& args, int num_panels, int64_t num_x_rows) {
-  static constexpr TileConfig kConfig;
+  static constexpr TileConfig kConfig = whole_tiles();
   _tile_loadconfig(&kConfig);
   Scratch scratch;
   const int64_t num_blocks = args.cols / kBlock;
