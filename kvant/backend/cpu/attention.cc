@@ -33,7 +33,7 @@ const AttentionKernels& amx_kernels() {
 const AttentionKernels& kernels_of(CpuLevel level) {
 #if defined(__x86_64__)
   if (level == CpuLevel::kAmx) return amx_kernels();
-  if (level >= CpuLevel::kAvx512) return avx512::kAttentionKernels;
+  if (level == CpuLevel::kAvx512) return avx512::kAttentionKernels;
   if (level == CpuLevel::kAvx2) return avx2::kAttentionKernels;
 #endif
   static_cast<void>(level);

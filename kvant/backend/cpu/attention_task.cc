@@ -22,8 +22,8 @@ namespace {
 constexpr float kMinusInfinity = -__builtin_huge_valf();
 // A position that reads all of any page as stored.
 constexpr int64_t kBehindAllPages = int64_t{1} << 40;
-constexpr int kFewRows =
-    8;  // decoded in registers for each tile of rows rather than once; no tiles
+// Decoded in registers for each tile of rows rather than once; AMX's tiles do not pay for them.
+constexpr int kFewRows = 8;
 
 // Open, sink, recent and staging pages hold plain values.
 bool is_plain(uint32_t kind) {
