@@ -3,7 +3,8 @@
 // lanes n). Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18.
 //
 // There is nothing here to zero a tile: a loop of products each on a tile just zeroed takes 65
-// cycles a product on Sapphire Rapids, 20 on a tile of zeros just loaded.
+// cycles a product on Sapphire Rapids, 20 on a tile of zeros just loaded. (linear_amx.cc stores a
+// tile before it zeroes it; there it makes no difference.)
 //
 // The compiler's intrinsics want literal numbers of tiles; these take template parameters.
 // Included by *_amx.cc only.
@@ -26,6 +27,8 @@
 
 namespace kvant::backend::cpu::amx {
 namespace {
+
+constexpr int kTileBytes = 1024;
 
 // What _tile_loadconfig reads.
 struct alignas(64) TileConfig {

@@ -14,7 +14,6 @@ namespace {
 
 using namespace avx512;  // NOLINT(google-build-using-namespace): the level's vector language
 
-constexpr int kTileBytes = 1024;
 constexpr int kTileRows = 8;  // query rows of a tile: upper bytes, then lower bytes
 constexpr int kDepth = 64;    // channels of a tile
 constexpr int kMaxTiles = 4;  // of sixteen tokens, at once

@@ -22,8 +22,7 @@ namespace {
 using Simd = avx512::Simd;
 #include "kvant/backend/cpu/weight_kinds-inl.h"
 
-constexpr int kTileBytes = 1024;
-constexpr int kTileFloats = 256;
+constexpr int kTileFloats = kTileBytes / 4;
 
 #include "kvant/backend/cpu/wide_panels-inl.h"
 

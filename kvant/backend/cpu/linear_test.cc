@@ -23,10 +23,10 @@ using testing::random_matrix;
 using testing::RandomMatrix;
 
 std::vector<CpuLevel> levels() {
-  std::vector<CpuLevel> all = {CpuLevel::kScalar};
-  if (detect_cpu_level() >= CpuLevel::kAvx2) all.push_back(CpuLevel::kAvx2);
-  if (detect_cpu_level() >= CpuLevel::kAvx512) all.push_back(CpuLevel::kAvx512);
-  if (detect_cpu_level() >= CpuLevel::kAmx) all.push_back(CpuLevel::kAmx);
+  std::vector<CpuLevel> all;
+  for (CpuLevel level : kCpuLevels) {
+    if (level <= detect_cpu_level()) all.push_back(level);
+  }
   return all;
 }
 
