@@ -37,6 +37,12 @@ struct IntegerRows {
   float* sum = nullptr;
 };
 
+// Lines to fetch while a pass computes, evenly: the memory is then never idle and never ahead.
+struct FetchAhead {
+  const uint8_t* line = nullptr;
+  int lines = 0;
+};
+
 struct RoundQueriesArgs {
   const float* q = nullptr;  // [rows][head_dim]
   int rows = 0;
@@ -45,12 +51,7 @@ struct RoundQueriesArgs {
   int block = 0;                     // of K; head_dim for scales per channel
   const uint8_t* channel = nullptr;  // f16 scales of the channels, then their zeros; or null
   IntegerRows out;
-};
-
-// Lines to fetch while a pass computes, evenly: the memory is then never idle and never ahead.
-struct FetchAhead {
-  const uint8_t* line = nullptr;
-  int lines = 0;
+  FetchAhead fetch;
 };
 
 // s[r][t] = q[r] . k[t] for t in [0, 16 * num_tiles); without q . zero of channels.

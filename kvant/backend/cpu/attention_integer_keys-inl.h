@@ -60,7 +60,8 @@ KVANT_INLINE void store_bytes(const __m512i* x, __m512i order, __mmask64 valid, 
 // Rounds `rows` <= kMaxRows rows of `x` [rows][head_dim]. Rows go together because finding the
 // largest of one is a chain of latencies.
 template <int M>
-void round_rows(const RoundQueriesArgs& a, const float* x, int row, __m512i order) {
+void round_rows(const RoundQueriesArgs& a, const float* x, int row, __m512i order,
+                Fetcher& fetcher) {
   const int d = a.head_dim;
   F largest[M];
   unroll<M>([&](auto m) KVANT_ALWAYS { largest[m.value] = zero(); });
@@ -69,6 +70,7 @@ void round_rows(const RoundQueriesArgs& a, const float* x, int row, __m512i orde
       largest[m.value].v =  // the larger magnitude, its sign cleared
           _mm512_range_ps(largest[m.value].v, load(x + m.value * d + c).v, 0b1011);
     });
+    fetcher.step();
   }
   float all_max[M], inverse[M];
   max_rows(largest, all_max);
@@ -116,7 +118,7 @@ void sum_blocks(const RoundQueriesArgs& a, int row) {
 
 // x = q times the channels' scales, and q . zero into a.out.sum.
 template <int M>
-void multiply_channels(const RoundQueriesArgs& a, int row, float* x) {
+void multiply_channels(const RoundQueriesArgs& a, int row, float* x, Fetcher& fetcher) {
   const int d = a.head_dim;
   const float* q = a.q + static_cast<int64_t>(row) * d;
   F sum[M];
@@ -129,6 +131,7 @@ void multiply_channels(const RoundQueriesArgs& a, int row, float* x) {
       store(x + m.value * d + c, mul(value, scale));
       sum[m.value] = fma(value, zero_point, sum[m.value]);
     });
+    fetcher.step();
   }
   float dot[M];
   sum_rows(sum, dot);
@@ -141,16 +144,18 @@ void multiply_channels(const RoundQueriesArgs& a, int row, float* x) {
 
 void round_queries(const RoundQueriesArgs& a) {
   const __m512i order = packed_order(a.code);
+  const int row_steps = (a.rows + kMaxRows - 1) / kMaxRows;
+  Fetcher fetcher(a.fetch, row_steps * (a.head_dim / kLanes) * 2);
   for (int r = 0; r < a.rows; r += kMaxRows) {
     with_count<kMaxRows>(a.rows - r, [&](auto m) {
       constexpr int M = decltype(m)::value;
       alignas(64) float products[M * kMaxIntegerHeadDim];
       const float* x = a.q + static_cast<int64_t>(r) * a.head_dim;
       if (a.channel != nullptr) {
-        multiply_channels<M>(a, r, products);
+        multiply_channels<M>(a, r, products, fetcher);
         x = products;
       }
-      round_rows<M>(a, x, r, order);
+      round_rows<M>(a, x, r, order, fetcher);
     });
   }
   if (a.channel == nullptr) {
@@ -256,7 +261,7 @@ struct ScoreTile {
   }
 
   // Sixteen channels stay in registers for both bytes of the queries.
-  KVANT_INLINE void short_block(int b) {
+  KVANT_INLINE void short_block(int b, Fetcher& fetcher) {
     __m512i key[4][N];
     unroll<4>([&](auto j) KVANT_ALWAYS {
       unroll<N>([&](auto n) KVANT_ALWAYS {
@@ -266,11 +271,15 @@ struct ScoreTile {
     __m512i acc[M][N];
     begin_block(acc, b);
     const int c = b * kLanes;
-    unroll<4>([&](auto j)
-                  KVANT_ALWAYS { multiply(acc, key[j.value], hi + c + 4 * j.value, a.head_dim); });
+    unroll<4>([&](auto j) KVANT_ALWAYS {
+      multiply(acc, key[j.value], hi + c + 4 * j.value, a.head_dim);
+      if constexpr (j.value % 2 == 0) fetcher.step();
+    });
     shift(acc, b);
-    unroll<4>([&](auto j)
-                  KVANT_ALWAYS { multiply(acc, key[j.value], lo + c + 4 * j.value, a.head_dim); });
+    unroll<4>([&](auto j) KVANT_ALWAYS {
+      multiply(acc, key[j.value], lo + c + 4 * j.value, a.head_dim);
+      if constexpr (j.value % 2 == 0) fetcher.step();
+    });
     end_block(acc, b);
   }
 
@@ -290,8 +299,8 @@ struct ScoreTile {
         const int c = i * kLanes + 4 * j.value;
         multiply(high, key, hi + c, a.head_dim);
         multiply(low, key, lo + c, a.head_dim);
+        fetcher.step();
       });
-      fetcher.step();
     }
     shift(high, b);
     unroll<M>([&](auto m) KVANT_ALWAYS {
@@ -309,8 +318,7 @@ KVANT_OWN_FRAME void score_tile(const IntegerScoreArgs& a, int row, int tile, Fe
   ScoreTile<Format, M, N> t(a, row, tile, num_blocks);
   for (int b = 0; b < num_blocks; ++b) {
     if constexpr (Format::kShort) {
-      t.short_block(b);
-      fetcher.step();
+      t.short_block(b, fetcher);
     } else {
       const int end = (b + 1) * a.block < a.head_dim ? (b + 1) * a.block : a.head_dim;
       t.long_block(b, (end - b * a.block) / kLanes, fetcher);
@@ -330,7 +338,7 @@ template <typename Format>
 void scores_of(const IntegerScoreArgs& a) {
   const int row_steps = (a.rows + kMaxRows - 1) / kMaxRows;
   const int tile_steps = (a.num_tiles + kKeyTiles - 1) / kKeyTiles;
-  Fetcher fetcher(a.fetch, tile_steps * row_steps * (a.head_dim / kLanes));
+  Fetcher fetcher(a.fetch, tile_steps * row_steps * (a.head_dim / kLanes) * 4);
   for (int tile = 0; tile < a.num_tiles; tile += kKeyTiles) {
     for (int r = 0; r < a.rows; r += kMaxRows) {
       with_count<kMaxRows>(a.rows - r, [&](auto m) {

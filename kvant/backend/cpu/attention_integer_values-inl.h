@@ -73,7 +73,8 @@ KVANT_INLINE F alternating(float x) {
 
 // E4M3 scales, in integers: a scale is m 2^(e - 10) with m < 16, and 2^10 m 2^(e - E) is exact down
 // to 2^-10 of the token's largest exponent E. `power` gets 2^(E - 20).
-void prepare_e4m3_scales(const IntegerValueArgs& a, const ValueChunk& chunk, F* power) {
+void prepare_e4m3_scales(const IntegerValueArgs& a, const ValueChunk& chunk, F* power,
+                         Fetcher& fetcher) {
   const int num_blocks = (a.head_dim + a.block - 1) / a.block;
   const int tokens = a.page_tokens < kChunkTokens ? a.page_tokens : kChunkTokens;
   const __mmask64 valid = tokens == 64 ? ~__mmask64{0} : (__mmask64{1} << tokens) - 1;
@@ -112,6 +113,7 @@ void prepare_e4m3_scales(const IntegerValueArgs& a, const ValueChunk& chunk, F* 
       _mm512_storeu_si512(chunk.scales + b * kChunkTokens + 32 * half.value,
                           _mm512_mask_sub_epi16(scale, 0xcccccccc, _mm512_setzero_si512(), scale));
     });
+    fetcher.step();
   }
 }
 
@@ -163,7 +165,7 @@ constexpr float value_factor(Code code) {
 // and as many as the sum of all may have.
 template <int M>
 void prepare_weights(const IntegerValueArgs& a, const ValueChunk& chunk, int row, __m512i order,
-                     const F* power) {
+                     const F* power, Fetcher& fetcher) {
   const float* p = a.p + static_cast<int64_t>(row) * a.page_tokens + chunk.first_tile * kLanes;
   F x[M][4];
   F largest[M], sum[M];
@@ -178,6 +180,7 @@ void prepare_weights(const IntegerValueArgs& a, const ValueChunk& chunk, int row
       largest[m.value] = max(largest[m.value], x[m.value][tile.value]);
       sum[m.value] = add(sum[m.value], x[m.value][tile.value]);
     });
+    fetcher.step();
   });
   float all_max[M], all_sum[M];
   max_rows(largest, all_max);
@@ -193,6 +196,7 @@ void prepare_weights(const IntegerValueArgs& a, const ValueChunk& chunk, int row
     });
     store_words(chunk.weights + (row + m.value) * kChunkTokens, weight, order);
     chunk.weight_scale[row + m.value] = unit * value_factor(a.code);
+    fetcher.step();
   });
 }
 
@@ -250,8 +254,8 @@ KVANT_OWN_FRAME void value_tile(const IntegerValueArgs& a, const ValueChunk& chu
           acc[m.value][n.value] = _mm512_dpwssd_epi32(acc[m.value][n.value], v, weight[m.value]);
         });
       });
+      fetcher.step();
     });
-    fetcher.step();
   }
   const bool first_chunk = chunk.first_tile == 0;
   unroll<M>([&](auto m) KVANT_ALWAYS {
@@ -295,7 +299,7 @@ void value_chunk(const IntegerValueArgs& a, const ValueChunk& chunk, __m512i ord
                  Fetcher& fetcher) {
   F power[4];
   if (a.scale == PageScale::kE4m3) {
-    prepare_e4m3_scales(a, chunk, power);
+    prepare_e4m3_scales(a, chunk, power, fetcher);
   } else {
     prepare_float_scales(a, chunk, order, power);
   }
@@ -304,7 +308,7 @@ void value_chunk(const IntegerValueArgs& a, const ValueChunk& chunk, __m512i ord
     with_count<kMaxRows>(a.rows - r, [&](auto m) {
       constexpr int M = decltype(m)::value;
       constexpr int kGroups = groups_at_once(M);
-      prepare_weights<M>(a, chunk, r, order, power);
+      prepare_weights<M>(a, chunk, r, order, power, fetcher);
       for (int group = 0; group < num_groups;) {
         group += with_power<kGroups>(num_groups - group, [&](auto n) {
           value_tile<C, M, decltype(n)::value>(a, chunk, r, group, fetcher);
@@ -332,8 +336,12 @@ void values(const IntegerValueArgs& a) {
   const int last_rows = a.rows % kMaxRows == 0 ? kMaxRows : a.rows % kMaxRows;
   const int groups = groups_at_once(a.rows < kMaxRows ? last_rows : kMaxRows);
   const int row_steps = (a.rows + kMaxRows - 1) / kMaxRows;
-  const int word_steps = a.num_tiles * kLanes / (a.code == Code::kS8 ? 4 : 8);
-  Fetcher fetcher(a.fetch, word_steps * row_steps * ((a.head_dim / kLanes + groups - 1) / groups));
+  const int chunks = (a.num_tiles * kLanes + kChunkTokens - 1) / kChunkTokens;
+  const int scale_steps = a.scale == PageScale::kE4m3 ? num_blocks : 0;
+  const int weight_steps = a.rows + 4 * row_steps;
+  const int product_steps =
+      a.num_tiles * (kLanes / 2) * row_steps * ((a.head_dim / kLanes + groups - 1) / groups);
+  Fetcher fetcher(a.fetch, chunks * (scale_steps + weight_steps) + product_steps);
   for (int first = 0; first < a.num_tiles; first += kChunkTokens / kLanes) {
     chunk.first_tile = first;
     const int tiles = a.num_tiles - first;

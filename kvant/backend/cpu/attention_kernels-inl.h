@@ -586,7 +586,7 @@ bool all_visible(const SoftmaxArgs& a) {
 
 // M rows from `row` on go together: one alone is a chain of latencies.
 template <int M, bool Masked>
-void softmax_rows(const SoftmaxArgs& a, int row) {
+void softmax_rows(const SoftmaxArgs& a, int row, Fetcher& fetcher) {
   float* s = a.s + static_cast<int64_t>(row) * a.page_tokens;
   F largest[M];
   unroll<M>([&](auto m) { largest[m.value] = bcast(-kInfinity); });
@@ -604,6 +604,7 @@ void softmax_rows(const SoftmaxArgs& a, int row) {
       store(x, score);
       largest[m.value] = max(largest[m.value], score);
     });
+    fetcher.step();
   }
   float base[M], page_sum[M];
   F sum[M];
@@ -619,6 +620,7 @@ void softmax_rows(const SoftmaxArgs& a, int row) {
       const F weight = exp_lanes(sub(load(x), bcast(base[m.value])));
       sum[m.value] = add(sum[m.value], weight);
       store(x, mul(weight, bcast(a.weight_scale)));
+      fetcher.step();
     });
   }
   sum_rows(sum, page_sum);
@@ -637,10 +639,11 @@ void softmax_rows(const SoftmaxArgs& a, int row) {
 
 void softmax(const SoftmaxArgs& a) {
   const bool visible = all_visible(a);
+  Fetcher fetcher(a.fetch, (a.rows + steps_of(a.rows, kTileRows)) * a.num_tiles);
   for (int r = 0; r < a.rows; r += kTileRows) {
     with_count<kTileRows>(a.rows - r, [&](auto m) {
       constexpr int M = decltype(m)::value;
-      visible ? softmax_rows<M, false>(a, r) : softmax_rows<M, true>(a, r);
+      visible ? softmax_rows<M, false>(a, r, fetcher) : softmax_rows<M, true>(a, r, fetcher);
     });
   }
 }

@@ -79,6 +79,7 @@ struct SoftmaxArgs {
   float* share = nullptr;  // [rows]: sum over keys whose values lack the bias
   bool add_to_share = false;
   float* factor = nullptr;  // [rows], out
+  FetchAhead fetch;
 };
 
 // acc[r] = acc[r] * factor[r] + sum over t in [token_begin, token_end) of p[r][t] * v[t].

@@ -24,6 +24,11 @@ constexpr float kMinusInfinity = -__builtin_huge_valf();
 constexpr int64_t kBehindAllPages = int64_t{1} << 40;
 // Decoded in registers for each tile of rows rather than once; AMX's tiles do not pay for them.
 constexpr int kFewRows = 8;
+// Hundredths of the next unit that have been asked for when a pass ends: about its part of the
+// time, so that lines are asked for evenly. All formats together are fastest with these.
+constexpr int kFetchedByRounding = 8;  // where queries are rounded for each page
+constexpr int kFetchedByScores = 35;
+constexpr int kFetchedBySoftmax = 52;
 
 // Open, sink, recent and staging pages hold plain values.
 bool is_plain(uint32_t kind) {
@@ -48,7 +53,8 @@ struct Task::Pass {
   int row_end = 0;
   int token_begin = 0;  // tokens of the page that some of the rows read
   int token_end = 0;
-  int64_t next_unit = 0;  // from this page's unit to the one read next, which lies anywhere
+  const uint8_t* next = nullptr;  // the unit read next, which lies anywhere, or null
+  int next_lines = 0;             // of 64 bytes
 
   int rows() const { return row_end - row_begin; }
   int num_tiles() const { return (token_end + 15) / 16; }
@@ -217,7 +223,7 @@ Task::ScoreTerms Task::score_page(const Pass& pass, const PageKind& kind, const 
     a.head_dim = d;
     a.page_tokens = call_.view.page_tokens;
     a.num_tiles = pass.num_tiles();
-    a.fetch = fetch_ahead(pass, unit + sections.k_codes, sections.v_codes - sections.k_codes);
+    a.fetch = fetch_ahead(pass, 0, kFetchedByScores);
     if (!call_.pre_rope && pass.rows() <= kFewRows && decodes_in_registers(decoder)) {
       call_.kernels.scores_of_codes(side, a);
     } else {
@@ -250,8 +256,8 @@ void Task::score_codes(const Pass& pass, const PageDecoder& decoder, const std::
   a.head_dim = call_.head_dim;
   a.page_tokens = call_.view.page_tokens;
   a.num_tiles = pass.num_tiles();
-  a.fetch = fetch_ahead(pass, unit + sections.k_codes, sections.v_codes - sections.k_codes);
   const bool per_channel = decoder.scale == PageScale::kChannelPair;
+  a.fetch = fetch_ahead(pass, per_channel ? kFetchedByRounding : 0, kFetchedByScores);
   if (per_channel && pass.rows() > kFewRows && call_.kernels.tile_scores != nullptr) {
     a.scratch = reinterpret_cast<uint8_t*>(memory_.page);
     call_.kernels.tile_scores(a);
@@ -274,6 +280,7 @@ IntegerRows Task::round_queries(const Pass& pass, const PageDecoder& decoder,
     a.rows = pass.rows();
     a.block = call_.head_dim;
     a.channel = scales;
+    a.fetch = fetch_ahead(pass, 0, kFetchedByRounding);
     a.out = memory_.q_integer;
     rounded_block_ = 0;
     call_.kernels.integer->round_queries(a);
@@ -291,11 +298,10 @@ IntegerRows Task::round_queries(const Pass& pass, const PageDecoder& decoder,
   return rows_from(memory_.q_integer, pass.row_begin, call_.head_dim);
 }
 
-// The same section of the unit that is read next.
-FetchAhead Task::fetch_ahead(const Pass& pass, const std::byte* section, int64_t bytes) const {
-  if (pass.next_unit == 0) return {};
-  return {reinterpret_cast<const uint8_t*>(section) + pass.next_unit,
-          static_cast<int>((bytes + 63) / 64)};
+// Lines of the unit that is read next, from hundredth `begin` to `end`.
+FetchAhead Task::fetch_ahead(const Pass& pass, int begin, int end) {
+  const int first = pass.next_lines * begin / 100;
+  return {pass.next + 64 * static_cast<int64_t>(first), pass.next_lines * end / 100 - first};
 }
 
 void Task::run_pass(Pass pass, const PartialRows& out) {
@@ -304,7 +310,7 @@ void Task::run_pass(Pass pass, const PartialRows& out) {
   const int d = call_.head_dim;
   const PageKind& kind = view.kinds[pass.entry.kind];
   const std::byte* unit = kind.unit(pass.entry, layer, item_.kv_head);
-  pass.next_unit = distance_to_next(pass, unit);
+  look_ahead(pass);
   const SideFormat& v_format = kind.v_format[layer];
   const bool plain_page = is_plain(pass.entry.kind);
   const PageDecoder decoder = plain_page ? PageDecoder{} : v_decoder_;
@@ -330,6 +336,7 @@ void Task::run_pass(Pass pass, const PartialRows& out) {
   softmax.share = rows_out.share;
   softmax.add_to_share = !plain_page && v_format.bias;
   softmax.factor = memory_.factor;
+  softmax.fetch = fetch_ahead(pass, kFetchedByScores, kFetchedBySoftmax);
   call_.kernels.softmax(softmax);
 
   const bool rotated = call_.rotated_v && !plain_page && v_format.rotate;
@@ -362,7 +369,7 @@ void Task::add_values(const Pass& pass, const PageDecoder& decoder, const std::b
     a.page_tokens = call_.view.page_tokens;
     a.num_tiles = pass.num_tiles();
     a.scratch = memory_.integer_scratch;
-    a.fetch = fetch_ahead(pass, unit + sections.v_codes, sections.bytes - sections.v_codes);
+    a.fetch = fetch_ahead(pass, kFetchedBySoftmax, 100);
     call_.kernels.integer->values(a);
     return;
   }
@@ -379,7 +386,7 @@ void Task::add_values(const Pass& pass, const PageDecoder& decoder, const std::b
   a.page_tokens = call_.view.page_tokens;
   a.token_begin = pass.token_begin;
   a.token_end = pass.token_end;
-  a.fetch = fetch_ahead(pass, unit + sections.v_codes, sections.bytes - sections.v_codes);
+  a.fetch = fetch_ahead(pass, kFetchedBySoftmax, 100);
   if (pass.token_begin == 0 && pass.rows() <= kFewRows && decodes_in_registers(decoder)) {
     call_.kernels.values_of_codes(side, a);
     return;
@@ -440,18 +447,18 @@ void Task::split_rope(int64_t split) {
   }
 }
 
-// From this page's unit to the next page's, which lies anywhere, if all rows read that one as
-// stored.
-int64_t Task::distance_to_next(const Pass& pass, const std::byte* unit) const {
+// Names the next page's unit in the pass, if all rows read that one as stored.
+void Task::look_ahead(Pass& pass) const {
   const int64_t next = pass.page + 1;
   const int64_t boundary = (next + sequence_.recent_pages + 1) * call_.view.page_tokens;
-  if (boundary > first_position()) return 0;
-  if (next * call_.view.page_tokens / attention::kSplitTokens >= end_split_) return 0;
+  if (boundary > first_position()) return;
+  if (next * call_.view.page_tokens / attention::kSplitTokens >= end_split_) return;
   const PageEntry entry = sequence_.stored[next];
-  if (!entry.valid()) return 0;
+  if (!entry.valid()) return;
   const PageKind& kind = call_.view.kinds[entry.kind];
-  const std::byte* next_unit = kind.unit(entry, call_.args.group_layer, item_.kv_head);
-  return reinterpret_cast<intptr_t>(next_unit) - reinterpret_cast<intptr_t>(unit);
+  const int layer = call_.args.group_layer;
+  pass.next = reinterpret_cast<const uint8_t*>(kind.unit(entry, layer, item_.kv_head));
+  pass.next_lines = static_cast<int>((kind.units[layer].bytes + 63) / 64);
 }
 
 void Task::run_split(int64_t split, const PartialRows& out) {

@@ -134,10 +134,10 @@ class Task {
   cache::PageEntry entry_of(int64_t page, bool bf16) const;
   Pass visible_part(int64_t page, int64_t first, int64_t end) const;
   bool sees_split(int64_t split) const;
-  int64_t distance_to_next(const Pass& pass, const std::byte* unit) const;
+  void look_ahead(Pass& pass) const;
   DecodeArgs decode_args(const Pass& pass, const PageDecoder& decoder, const std::byte* codes,
                          const std::byte* scales) const;
-  FetchAhead fetch_ahead(const Pass& pass, const std::byte* section, int64_t bytes) const;
+  static FetchAhead fetch_ahead(const Pass& pass, int begin, int end);
   void run_pass(Pass pass, const PartialRows& out);
   void add_values(const Pass& pass, const PageDecoder& decoder, const std::byte* unit,
                   const PartialRows& out);
