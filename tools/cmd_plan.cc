@@ -239,6 +239,7 @@ Status run(Console& console, const Options& options) {
     Json object = json_object("plan");
     object["model"] = options.model.model;
     object["page_tokens"] = options.model.page_tokens;
+    object["attn"] = options.model.attn;
     Json results = Json::array();
     for (const Row& row : rows) results.push_back(row_json(row, config.head_dim));
     object["results"] = std::move(results);

@@ -68,6 +68,11 @@ void add_model_options(CLI::App& app, ModelOptions& options) {
          "GPUs: memory for 16-bit copies of pages while prompts are read (default: 512M, or "
          "what the context needs)")
       ->type_name("SIZE");
+  app.add_option("--attn", options.attn,
+                 "GPUs: operands of prompts' attention: 16bit, or fp8 (faster, errors of some "
+                 "percent)")
+      ->check(CLI::IsMember({"16bit", "fp8"}))
+      ->capture_default_str();
 }
 
 void add_kv_option(CLI::App& app, std::vector<std::string>& kv, KvOption option) {
@@ -109,6 +114,9 @@ Result<std::unique_ptr<backend::Backend>> open_backend(const ModelOptions& optio
                                   .num_threads = options.threads,
                                   .memory_limit = limit,
                                   .prefill_workspace = prefill_workspace,
+                                  .prompt_attention = options.attn == "fp8"
+                                                          ? backend::PromptAttention::kFp8
+                                                          : backend::PromptAttention::k16Bit,
                                   .deterministic = options.deterministic});
 }
 

@@ -35,6 +35,7 @@ struct ModelOptions {
   std::string device = "cpu";     // backend
   std::string memory_limit;       // size, may be empty
   std::string prefill_workspace;  // the same
+  std::string attn = "16bit";     // or "fp8": what prompts' attention multiplies
   int page_tokens = 64;
   int64_t context = 0;  // 0: not given
   int threads = 0;      // 0: one per processor
@@ -43,7 +44,7 @@ struct ModelOptions {
 };
 
 // Adds MODEL, --plan, --page-tokens, -c, -t, --deterministic, --weights, --device, --memory-limit,
-// --prefill-workspace.
+// --prefill-workspace, --attn.
 void add_model_options(CLI::App& app, ModelOptions& options);
 
 // One cache format as asked for.

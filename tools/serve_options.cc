@@ -27,7 +27,7 @@ void add_model_group(CLI::App& app, ServeOptions& options) {
       ->check(CLI::Range(int64_t{2}, int64_t{1} << 30));
   for (const char* name :
        {"--plan", "--context", "--threads", "--deterministic", "--weights", "--device",
-        "--memory-limit", "--prefill-workspace", "--max-model-len"}) {
+        "--memory-limit", "--prefill-workspace", "--attn", "--max-model-len"}) {
     app.get_option(name)->group("Model");
   }
   app.get_option("--page-tokens")->group("Cache");

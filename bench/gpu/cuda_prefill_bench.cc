@@ -2,6 +2,7 @@
 //
 //   kvant_cuda_prefill_bench                 all shapes, nvfp4 and 4bit: a table
 //   kvant_cuda_prefill_bench SHAPE...        these shapes
+//   kvant_cuda_prefill_bench --attn fp8 ...  with E4M3 operands
 //   kvant_cuda_prefill_bench --serve         a line "SHAPE FORMAT MS" on stdin is measured for
 //   about
 //                                            MS milliseconds and answered with a line of JSON
@@ -114,7 +115,8 @@ std::vector<std::byte> random_units(const formats::SideFormat& k, const formats:
 // One layer of a step: pages, tables, queries, on the device.
 class Workload {
  public:
-  Workload(const Shape& shape, const std::string& kv) : shape_(shape) {
+  Workload(const Shape& shape, const std::string& kv, ImageType images)
+      : shape_(shape), images_(images) {
     const formats::CacheFormat format = require(formats::parse_cache_format(kv));
     const int64_t pages = (shape.context + kPageTokens - 1) / kPageTokens;
     const int64_t chunk_pages = pages - (shape.context - shape.queries) / kPageTokens;
@@ -213,6 +215,7 @@ class Workload {
 
   void make_prefill(int64_t pages, int64_t chunk_pages) {
     PrefillLimits limits;
+    limits.images = images_;
     limits.max_rows = static_cast<int64_t>(shape_.batch) * shape_.queries;
     limits.max_pages = (pages + 2 * chunk_pages) * shape_.batch;
     limits.max_sequences = shape_.batch;
@@ -230,6 +233,7 @@ class Workload {
   }
 
   const Shape shape_;
+  const ImageType images_;
   const int64_t zero_ = 0;
   formats::SideFormat k_formats_[2], v_formats_[2];
   formats::UnitSections units_[2];
@@ -291,7 +295,7 @@ Times measure(Workload& work, double ms) {
   return times;
 }
 
-int serve() {
+int serve(ImageType images) {
   std::string line, name, kv, last;
   std::unique_ptr<Workload> work;
   while (std::getline(std::cin, line)) {
@@ -304,7 +308,7 @@ int serve() {
     }
     if (last != name + kv) {
       work.reset();
-      work = std::make_unique<Workload>(shape, kv);
+      work = std::make_unique<Workload>(shape, kv, images);
       last = name + kv;
     }
     const Times t = measure(*work, ms);
@@ -318,7 +322,7 @@ int serve() {
   return 0;
 }
 
-int table(std::vector<std::string> shapes) {
+int table(std::vector<std::string> shapes, ImageType images) {
   const std::vector<std::string> all = {
       "1x4096@4096:32/8",      "1x16384@16384:32/8", "1x2048@32768:32/8", "1x8192@32768:32/8",
       "1x2048@131072:32/8",    "1x8192@131072:32/8", "1x512@32768:32/8",  "1x512@131072:32/8",
@@ -334,7 +338,7 @@ int table(std::vector<std::string> shapes) {
         std::fprintf(stderr, "a shape is e.g. 1x2048@32768:32/8; found: %s\n", name.c_str());
         return 64;
       }
-      Workload work(shape, kv);
+      Workload work(shape, kv, images);
       const Times t = measure(work, 100.0);
       std::printf("%-28s %-6s %10.1f %10.1f %10.1f %10.1f %8.1f\n", name.c_str(), kv, t.all,
                   t.in_turn, t.images, t.attention, shape.flop() / t.all * 1e-6);
@@ -348,6 +352,13 @@ int table(std::vector<std::string> shapes) {
 }  // namespace kvant::backend::cuda
 
 int main(int argc, char** argv) {
-  if (argc == 2 && std::strcmp(argv[1], "--serve") == 0) return kvant::backend::cuda::serve();
-  return kvant::backend::cuda::table({argv + 1, argv + argc});
+  using kvant::backend::cuda::ImageType;
+  std::vector<std::string> args(argv + 1, argv + argc);
+  ImageType images = ImageType::kF16;
+  if (args.size() >= 2 && args[0] == "--attn" && args[1] == "fp8") {
+    images = ImageType::kE4m3;
+    args.erase(args.begin(), args.begin() + 2);
+  }
+  if (args.size() == 1 && args[0] == "--serve") return kvant::backend::cuda::serve(images);
+  return kvant::backend::cuda::table(args, images);
 }

@@ -246,13 +246,19 @@ enum class Repetition { kWherePays, kWherePossible, kNever };
 // Whether pages that sequences of a batch have in common are read once for all of them.
 enum class PageSharing { kWherePays, kWherePossible, kNever };
 
+// What prompts' attention multiplies on GPUs: 16-bit numbers, or E4M3 at twice the rate with an
+// error of some percent.
+enum class PromptAttention { k16Bit, kFp8 };
+
 struct BackendOptions {
   std::string name = "cpu";
   int num_threads = 0;       // CPU: 0 = one per processor
   int64_t memory_limit = 0;  // bytes; 0: none
-  // GPUs: bytes for 16-bit copies of the pages that a long step attends to. More of them are copied
-  // piece by piece. 0: 512 MiB, or what the context needs if that is less.
+  // GPUs: bytes for copies of the pages that a long step attends to, in 16 bit or as
+  // `prompt_attention` says. More of them are copied piece by piece. 0: 512 MiB, or what the
+  // context needs if that is less.
   int64_t prefill_workspace = 0;
+  PromptAttention prompt_attention = PromptAttention::k16Bit;
   bool deterministic = false;
   // GPUs; for tests and measurements.
   PageSharing page_sharing = PageSharing::kWherePays;

@@ -334,6 +334,12 @@ TEST(Registry, KnowsItsBackends) {
   EXPECT_NE(no_cuda.error().message().find("scripts/build cuda"), std::string::npos);
 #endif
   options.name = "cpu";
+  options.prompt_attention = PromptAttention::kFp8;
+  const auto no_fp8 = create_backend(options);
+  ASSERT_FALSE(no_fp8);
+  EXPECT_EQ(no_fp8.error().code(), ErrorCode::kUnsupported);
+  EXPECT_NE(no_fp8.error().message().find("--attn 16bit"), std::string::npos);
+  options.prompt_attention = PromptAttention::k16Bit;
   options.num_threads = -1;
   EXPECT_EQ(create_backend(options).error().code(), ErrorCode::kInvalidArgument);
 }

@@ -58,6 +58,17 @@ Result<std::unique_ptr<Backend>> create_backend(const BackendOptions& options) {
                  "prefill workspace: expected 0 (the default) or more, found " +
                      std::to_string(options.prefill_workspace));
   }
+  if (options.prompt_attention == PromptAttention::kFp8 && options.name != "cuda") {
+    return Error(ErrorCode::kUnsupported,
+                 "--attn fp8 needs --device cuda; the backend '" + options.name +
+                     "' has attention in 16 bit or more only: use --attn 16bit");
+  }
+  if (options.prompt_attention == PromptAttention::kFp8 && options.deterministic) {
+    return Error(
+        ErrorCode::kUnsupported,
+        "--attn fp8 and --deterministic exclude each other: deterministic steps read pages "
+        "as they are; use --attn 16bit");
+  }
   std::string names;
   for (const BackendEntry& entry : kBackends) {
     if (entry.name == options.name) return entry.create(options);

@@ -143,6 +143,28 @@ TEST_P(OnCuda, SmallPrefillWorkspacesGiveTheSameLogits) {
   EXPECT_LT(mean_error(got, want), bf16_rounding());
 }
 
+// Prompts with E4M3 operands: near the logits with 16 bit, and another result.
+TEST_P(OnCuda, AttentionInFp8IsNearThatIn16Bit) {
+  backend::BackendOptions options{.name = "cuda"};
+  Engine exact(model_bytes(arch()), options);
+  options.prompt_attention = backend::PromptAttention::kFp8;
+  Engine fp8(model_bytes(arch()), options);
+  const RuntimeOptions runtime = small_runtime(kv());
+  const auto exact_cache = exact.cache(runtime);
+  const Status reserved = fp8.model().reserve(runtime);
+  if (!reserved) {
+    EXPECT_NE(reserved.error().message().find("--attn 16bit"), std::string::npos);
+    return;  // a head_dim that has no such kernel
+  }
+  const std::vector<int32_t> tokens = random_tokens(250, kVocab, 1);
+  const auto fp8_cache = must(fp8.model().create_cache(runtime));
+  const auto want = exact.logits(*exact_cache, must(exact_cache->add_sequence()), tokens, 250);
+  const auto got = fp8.logits(*fp8_cache, must(fp8_cache->add_sequence()), tokens, 250);
+  const double error = mean_error(got, want);
+  EXPECT_GT(error, 1e-5);
+  EXPECT_LT(error, 0.1);
+}
+
 TEST_P(OnCuda, WorkspacesBelowAStepAreRefused) {
   Engine engine(model_bytes(arch()),
                 backend::BackendOptions{.name = "cuda", .prefill_workspace = 4096});

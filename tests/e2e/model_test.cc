@@ -47,6 +47,8 @@ TEST_F(ModelCommands, RunRejectsImpossibleContexts) {
       75, {"--memory-limit", "8192"});
   expect_error({"run", model_, "-p", "x", "--page-tokens", "7"}, 64);
   expect_error({"run", model_, "-p", "x", "--prefill-workspace", "much"}, 64, {"much"});
+  expect_error({"run", model_, "-p", "x", "--attn", "int4"}, 64, {"16bit", "fp8"});
+  expect_error({"run", model_, "-p", "x", "--attn", "fp8"}, 69, {"--device cuda", "--attn 16bit"});
 }
 
 // Without a GPU, or in a build without CUDA, the error says what to do.

@@ -30,8 +30,10 @@ int64_t ceil_div(int64_t a, int64_t b) {
 }
 
 // Nothing to attend to without heads: max_rows is 0 then. `image_bytes_asked`: 0 for the default.
-PrefillLimits prefill_limits(const WorkspaceNeeds& needs, int64_t image_bytes_asked) {
+PrefillLimits prefill_limits(const WorkspaceNeeds& needs, int64_t image_bytes_asked,
+                             ImageType images) {
   PrefillLimits limits;
+  limits.images = images;
   if (needs.num_kv_heads == 0) return limits;
   limits.max_rows = needs.max_rows;
   limits.max_sequences = needs.max_sequences;
@@ -46,15 +48,15 @@ PrefillLimits prefill_limits(const WorkspaceNeeds& needs, int64_t image_bytes_as
   // Short contexts need less.
   limits.image_bytes =
       std::min(limits.image_bytes, limits.max_pages * limits.num_kv_heads * 2 *
-                                       image_bytes(needs.head_dim, needs.page_tokens));
+                                       image_bytes(needs.head_dim, needs.page_tokens, images));
   return limits;
 }
 
 // The new tokens of a step, of one sequence and KV head, and a few pages beside them.
-int64_t least_image_bytes(const WorkspaceNeeds& needs) {
+int64_t least_image_bytes(const WorkspaceNeeds& needs, ImageType images) {
   if (needs.num_kv_heads == 0) return 0;
   return (ceil_div(needs.max_rows, needs.page_tokens) + 4) * 2 *
-         image_bytes(needs.head_dim, needs.page_tokens);
+         image_bytes(needs.head_dim, needs.page_tokens, images);
 }
 
 Error no_device(const std::string& found) {
@@ -108,6 +110,7 @@ Status CudaBackend::start(const BackendOptions& options) {
   KVANT_TRY(
       cuda_status(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream"));
   prefill_workspace_ = options.prefill_workspace;
+  if (options.prompt_attention == PromptAttention::kFp8) images_ = ImageType::kE4m3;
   deterministic_ = options.deterministic;
   repetition_ = options.repetition;
   memory_ = std::make_unique<DeviceMemory>(stream_, options.memory_limit);
@@ -154,7 +157,9 @@ void CudaBackend::update_free_memory() {
 
 Status CudaBackend::supports(const formats::CacheFormat& format, int head_dim,
                              int query_heads_per_kv_head) const {
-  if (!deterministic_) return PrefillAttention::supports(head_dim, query_heads_per_kv_head);
+  if (!deterministic_) {
+    return PrefillAttention::supports(head_dim, query_heads_per_kv_head, images_);
+  }
   const Status status = decode_->supports(format, head_dim, query_heads_per_kv_head);
   if (status) return {};
   return Error(status.error().code(), "--deterministic: " + status.error().message());
@@ -164,13 +169,14 @@ Status CudaBackend::supports(const formats::CacheFormat& format, int head_dim,
 
 CudaBackend::WorkspaceParts CudaBackend::parts_of(const WorkspaceNeeds& needs) const {
   const bool prefills = needs.num_kv_heads > 0 && !deterministic_;
-  return {
-      round_up(CudaLinear::workspace_bytes(needs.max_rows, needs.max_cols)),
-      RopeTables::workspace_bytes(needs.max_rows, needs.head_dim),
-      round_up(CudaMoe::workspace_bytes(needs)),
-      round_up(needs.max_rows * int64_t{sizeof(int64_t)}),
-      decode_->workspace_bytes(needs),
-      prefills ? PrefillAttention::workspace_bytes(prefill_limits(needs, prefill_workspace_)) : 0};
+  return {round_up(CudaLinear::workspace_bytes(needs.max_rows, needs.max_cols)),
+          RopeTables::workspace_bytes(needs.max_rows, needs.head_dim),
+          round_up(CudaMoe::workspace_bytes(needs)),
+          round_up(needs.max_rows * int64_t{sizeof(int64_t)}),
+          decode_->workspace_bytes(needs),
+          prefills ? PrefillAttention::workspace_bytes(
+                         prefill_limits(needs, prefill_workspace_, images_))
+                   : 0};
 }
 
 int64_t CudaBackend::workspace_bytes(const WorkspaceNeeds& needs) const {
@@ -178,7 +184,7 @@ int64_t CudaBackend::workspace_bytes(const WorkspaceNeeds& needs) const {
 }
 
 Status CudaBackend::reserve_workspace(const WorkspaceNeeds& needs) {
-  const int64_t least = least_image_bytes(needs);
+  const int64_t least = least_image_bytes(needs, images_);
   if (prefill_workspace_ > 0 && !deterministic_ && prefill_workspace_ < least) {
     return Error(ErrorCode::kInvalidArgument,
                  "prefill workspace: expected at least " + std::to_string(least) +
@@ -200,8 +206,9 @@ Status CudaBackend::reserve_workspace(const WorkspaceNeeds& needs) {
   row_indices_ = reinterpret_cast<int64_t*>(at += parts.moe);
   if (parts.decode > 0) decode_->set_workspace(at += parts.rows, needs);
   if (parts.prefill > 0) {
-    KVANT_ASSIGN(prefill_, PrefillAttention::create(prefill_limits(needs, prefill_workspace_),
-                                                    at + parts.decode, parts.prefill));
+    KVANT_ASSIGN(prefill_,
+                 PrefillAttention::create(prefill_limits(needs, prefill_workspace_, images_),
+                                          at + parts.decode, parts.prefill));
   }
   max_rows_ = needs.max_rows;
   return {};

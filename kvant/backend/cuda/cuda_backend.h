@@ -84,7 +84,8 @@ class CudaBackend final : public Backend {
   int num_sms_ = 0;
   int64_t free_at_start_ = 0;
   int64_t prefill_workspace_ = 0;  // BackendOptions
-  bool deterministic_ = false;     // likewise
+  ImageType images_ = ImageType::kF16;
+  bool deterministic_ = false;  // likewise
   // Before what lies in them.
   std::unique_ptr<DeviceMemory> memory_;
   std::unique_ptr<DeviceMemory> own_memory_;  // of a size that no model changes

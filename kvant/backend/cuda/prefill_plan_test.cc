@@ -18,6 +18,7 @@ using cache::PageKind;
 using cache::SequenceView;
 
 struct Step {
+  ImageType type = ImageType::kF16;
   int head_dim = 64;
   int page_tokens = 64;
   int group = 4;
@@ -74,7 +75,9 @@ class PlannedStep {
     args.view = &view_;
     args.num_query_heads = step_.group * step_.num_kv_heads;
     args.sink_tokens = step_.sink_tokens;
-    args.workspace_bytes = step_.images * 2 * image_bytes(step_.head_dim, step_.page_tokens);
+    args.images = step_.type;
+    args.workspace_bytes =
+        step_.images * 2 * image_bytes(step_.head_dim, step_.page_tokens, step_.type);
     return make_prefill_plan(args, plan_);
   }
 
@@ -168,9 +171,10 @@ class PlannedStep {
   }
 
   void check_tile(const QueryTile& tile, std::vector<std::vector<uint8_t>>& reads) {
-    const int u = std::min(step_.page_tokens, key_tile_tokens(step_.head_dim));
+    const int tile_tokens = key_tile_tokens(step_.head_dim, step_.type);
+    const int u = std::min(step_.page_tokens, tile_tokens);
     const int slices_per_page = step_.page_tokens / u;
-    const int slices_per_tile = key_tile_tokens(step_.head_dim) / u;
+    const int slices_per_tile = tile_tokens / u;
     EXPECT_EQ(tile.num_key_tiles, (tile.num_slices + slices_per_tile - 1) / slices_per_tile);
     EXPECT_GT(tile.num_key_tiles, 0);
     EXPECT_LE(tile.num_tokens * step_.group, kTileRows);
@@ -260,6 +264,24 @@ TEST(PrefillPlan, EveryKeyOnce) {
           }
         }
       }
+    }
+  }
+}
+
+TEST(PrefillPlan, ImagesInE4m3) {
+  static_assert(2 * image_bytes(128, 64, ImageType::kE4m3) == image_bytes(128, 64, ImageType::kF16),
+                "twice as many tokens fit");
+  for (int page : {16, 64}) {
+    for (int64_t images : {1000, 40}) {
+      Step step;
+      step.type = ImageType::kE4m3;
+      step.page_tokens = page;
+      step.head_dim = 256;
+      step.images = images;
+      PlannedStep planned(step);
+      ASSERT_TRUE(planned.make().has_value());
+      planned.check();
+      planned.check_passes();
     }
   }
 }

@@ -20,6 +20,7 @@ using testing::DeviceBuffer;
 using testing::Rows;
 
 struct Case {
+  ImageType images = ImageType::kF16;
   CacheShape shape;
   int group = 2;
   int window = 0;  // that only attention knows
@@ -84,6 +85,7 @@ class Prefill : public ::testing::Test {
   double run_on_device(const Case& c, const cache::GroupView& view,
                        const attention::AttentionParams& params, const std::vector<float>& q) {
     PrefillLimits limits;
+    limits.images = c.images;
     limits.image_bytes = c.image_bytes;
     limits.max_sequences = static_cast<int>(view.sequences.size());
     for (const cache::SequenceView& seq : view.sequences) {
@@ -134,8 +136,9 @@ class Prefill : public ::testing::Test {
                             << c.group << " page " << c.shape.page_tokens;
     EXPECT_FALSE(std::isnan(error));
     if (std::getenv("KVANT_PRINT_ERRORS") != nullptr) {
-      std::printf("%-44s d %3d G %2d page %3d error %.2e\n", c.shape.kv.c_str(), c.shape.head_dim,
-                  c.group, c.shape.page_tokens, error);
+      std::printf("%-44s d %3d G %2d page %3d %s error %.2e\n", c.shape.kv.c_str(),
+                  c.shape.head_dim, c.group, c.shape.page_tokens,
+                  c.images == ImageType::kF16 ? "16bit" : "fp8", error);
     }
   }
 
@@ -274,7 +277,7 @@ TEST_F(Prefill, BackgroundImages) {
 
 // One KV head at a time, sequences in turn, and one sequence in ranges of pages.
 TEST_F(Prefill, SmallWorkspaces) {
-  const int64_t unit = 2 * image_bytes(128, 64);
+  const int64_t unit = 2 * image_bytes(128, 64, ImageType::kF16);
   for (int64_t images : {40, 14, 8}) {
     for (const char* kv : {"4bit", "nvfp4+sink"}) {
       Case c = of(kv);
@@ -315,6 +318,124 @@ TEST_F(Prefill, LongHistory) {
   expect_close(c);
   c.window = 1024;
   expect_close(c);
+}
+
+// ---- E4M3 operands ----
+
+// Three bits of mantissa: a number is off by 2.6 % (root mean square), weights and values so once
+// and scores by the keys' and queries' roundings, which average out over head_dim channels.
+constexpr double kE4m3Limit = 7e-2;
+
+Case e4m3(const char* kv) {
+  Case c = of(kv);
+  c.images = ImageType::kE4m3;
+  return c;
+}
+
+TEST_F(Prefill, E4m3Formats) {
+  for (const char* kv : {"bf16",
+                         "f16",
+                         "fp8",
+                         "fp8:head",
+                         "fp8:token",
+                         "fp8e5m2",
+                         "mxfp8",
+                         "int8",
+                         "int4",
+                         "nvfp4",
+                         "mxfp4",
+                         "k=int4:channel,v=int8",
+                         "k=int3:channel,v=bf16",
+                         "k=int2:channel,v=mxfp4",
+                         "8bit",
+                         "6bit",
+                         "4bit",
+                         "3bit",
+                         "k=nvfp4+mean,v=nvfp4",
+                         "k=nvfp4+bias,v=fp8+bias",
+                         "k=int8+smooth,v=int8",
+                         "k=int8+rot,v=int8+rot",
+                         "k=nvfp4+smooth+rot+mean,v=int4+rot+bias",
+                         "k=int8+prerope,v=int8",
+                         "k=nvfp4+rot+mean+prerope,v=fp8",
+                         "nvfp4+sink+recent100",
+                         "fp8+strict"}) {
+    expect_close(e4m3(kv), kE4m3Limit);
+  }
+}
+
+TEST_F(Prefill, E4m3Shapes) {
+  for (int d : {64, 128, 256}) {
+    for (int page : {16, 32, 64, 128}) {
+      Case c = e4m3(page == 32 ? "k=nvfp4+rot,v=int4" : "4bit");
+      c.shape.head_dim = d;
+      c.shape.page_tokens = page;
+      c.group = page == 32 ? 3 : page == 64 ? 16 : 4;
+      expect_close(c, kE4m3Limit);
+    }
+  }
+}
+
+TEST_F(Prefill, E4m3Masks) {
+  for (int d : {64, 128, 256}) {
+    for (int window : {1, 64, 300}) {
+      Case c = e4m3("4bit");
+      c.shape.head_dim = d;
+      c.window = window;
+      expect_close(c, kE4m3Limit);
+      c.sink_tokens = 100;
+      c.sink_logits = true;
+      expect_close(c, kE4m3Limit);
+    }
+    Case c = e4m3("k=nvfp4+mean,v=nvfp4");
+    c.shape.head_dim = d;
+    c.softcap = 3.0f;
+    expect_close(c, kE4m3Limit);
+  }
+}
+
+// Sums that go on from range to range, as many small weights.
+TEST_F(Prefill, E4m3SmallWorkspaces) {
+  const int64_t unit = 2 * image_bytes(128, 64, ImageType::kE4m3);
+  for (int64_t images : {40, 14, 8}) {
+    Case c = e4m3("4bit");
+    c.image_bytes = images * unit;
+    expect_close(c, kE4m3Limit);
+  }
+  Case c = e4m3("4bit");
+  c.shape.sequences = {{4000, 70}, {2500, 300}};
+  c.shape.num_kv_heads = 1;
+  c.group = 4;
+  expect_close(c, kE4m3Limit);
+  c.image_bytes = 20 * unit;
+  expect_close(c, kE4m3Limit);
+}
+
+// A few keys have all the weight: roundings of scores count in full.
+TEST_F(Prefill, E4m3SharpScores) {
+  for (const char* kv : {"4bit", "k=nvfp4+mean,v=nvfp4", "fp8"}) {
+    for (float factor : {4.0f, 8.0f}) {
+      Case c = e4m3(kv);
+      c.q_factor = factor;
+      expect_close(c, 3e-1);
+    }
+  }
+}
+
+TEST_F(Prefill, E4m3LogSumExp) {
+  Case c = of("k=nvfp4+mean,v=fp8");
+  run(c);
+  const std::vector<float> exact = lse_;
+  c.images = ImageType::kE4m3;
+  run(c);
+  for (size_t n = 0; n < exact.size(); ++n) EXPECT_NEAR(lse_[n], exact[n], 0.1);
+}
+
+TEST_F(Prefill, E4m3SaysWhichHeadDims) {
+  const Status status = PrefillAttention::supports(80, 4, ImageType::kE4m3);
+  ASSERT_FALSE(status.has_value());
+  EXPECT_EQ(status.error().code(), ErrorCode::kUnsupported);
+  EXPECT_NE(status.error().message().find("--attn 16bit"), std::string::npos);
 }
 
 }  // namespace

@@ -21,7 +21,7 @@
 namespace kvant::backend::cuda {
 
 template <int kHeadDim>
-__device__ __forceinline__ void issue_scores(float (&s)[key_tile_tokens(kHeadDim) / 2],
+__device__ __forceinline__ void issue_scores(float (&s)[PrefillShape<kHeadDim>::kKeys / 2],
                                              uint64_t queries, uint64_t keys) {
   using Shape = PrefillShape<kHeadDim>;
   wgmma_fence();
@@ -35,12 +35,12 @@ __device__ __forceinline__ void issue_scores(float (&s)[key_tile_tokens(kHeadDim
 }
 
 template <int kHeadDim>
-__device__ __forceinline__ void issue_outputs(float (&out)[kHeadDim / 2],
-                                              const uint32_t (&p)[key_tile_tokens(kHeadDim) / 4],
-                                              uint64_t values) {
+__device__ __forceinline__ void issue_outputs(
+    float (&out)[kHeadDim / 2], const uint32_t (&p)[PrefillShape<kHeadDim>::kKeys / 4],
+    uint64_t values) {
   wgmma_fence();
 #pragma unroll
-  for (int step = 0; step < key_tile_tokens(kHeadDim) / 16; ++step) {
+  for (int step = 0; step < PrefillShape<kHeadDim>::kKeys / 16; ++step) {
     WgmmaRegisters<kHeadDim>::run(out, p + 4 * step, values + step * (16 * 128 >> 4));
   }
   wgmma_commit();
@@ -89,7 +89,7 @@ __device__ __forceinline__ void consume(const PrefillKernelArgs& args, uint32_t 
     state.sum[0] = state.sum[1] = 0.0f;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) state.out[i] = 0.0f;
-    if (tile.resumes != 0) resume_rows<kHeadDim>(args, place, value_scales[0], state);
+    if (tile.resumes != 0) resume_rows<kHeadDim>(args, place, value_scales[0], 0.0f, state);
     float shift[2] = {0.0f, 0.0f};
     if (kSoftcap) {
       shift[0] = shift_of(base + Shape::kShifts, place.row[0]);
@@ -106,7 +106,7 @@ __device__ __forceinline__ void consume(const PrefillKernelArgs& args, uint32_t 
         for (int j = 0; j < kKeys / 2; ++j) s[j] = capped(s[j], shift[(j / 2) % 2], args.cap);
       }
       if constexpr (decltype(masked)::value) {
-        mask_scores<kKeys>(s, args, tile, tile.num_slices - (i + 1) * slices, place.position);
+        mask_scores<kKeys>(s, args, tile, tile.num_slices - (i + 1) * slices, 0, place.position);
       }
       softmax_tile<kKeys, decltype(masked)::value>(s, state.max, state.sum, factor);
     };
@@ -194,15 +194,6 @@ __device__ __forceinline__ void consume(const PrefillKernelArgs& args, uint32_t 
   }
 }
 
-// The last warp that has taken all it could leaves the counters as they were.
-template <typename Images>
-__device__ __forceinline__ void finish(int32_t* counters) {
-  constexpr int kTakers = Images::kWrites ? 1 + kImageWarps : 1;
-  if (threadIdx.x % 32 != 0) return;
-  if (atomicAdd(counters + kFinished, 1) + 1 < static_cast<int>(gridDim.x) * kTakers) return;
-  for (int i = 0; i < kCounters; ++i) counters[i] = 0;
-}
-
 template <int kHeadDim, bool kSoftcap, typename Images>
 __global__ __launch_bounds__(kPrefillThreads, 1) void prefill_attention(
     const __grid_constant__ PrefillKernelArgs args,
@@ -210,18 +201,7 @@ __global__ __launch_bounds__(kPrefillThreads, 1) void prefill_attention(
   using Shape = PrefillShape<kHeadDim>;
   extern __shared__ uint8_t shared[];
   const uint32_t base = (ptx::shared_address(shared) + 1023u) & ~1023u;
-  if (threadIdx.x == 0) {
-    const uint32_t bars = base + Shape::kBarriers;
-    for (int i = 0; i < 2; ++i) {
-      ptx::mbarrier_init(bars + 8 * (kKeysFull + i), 1);
-      ptx::mbarrier_init(bars + 8 * (kKeysEmpty + i), 8);  // consumer warps
-      ptx::mbarrier_init(bars + 8 * (kValuesFull + i), 1);
-      ptx::mbarrier_init(bars + 8 * (kValuesEmpty + i), 8);
-      ptx::mbarrier_init(bars + 8 * (kItemFull + i), 1);
-      ptx::mbarrier_init(bars + 8 * (kItemEmpty + i), 8);
-    }
-    ptx::fence_mbarrier_init();
-  }
+  if (threadIdx.x == 0) init_barriers(base + Shape::kBarriers);
   __syncthreads();
   const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 128), 0);
   if (warpgroup == 0) {

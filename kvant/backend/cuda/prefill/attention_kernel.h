@@ -65,6 +65,11 @@ constexpr bool has_prefill_kernel(int head_dim) {
          head_dim == 256;
 }
 
+// Head dimensions that have a kernel on E4M3 images.
+constexpr bool has_prefill_kernel_e4m3(int head_dim) {
+  return head_dim == 64 || head_dim == 128 || head_dim == 256;
+}
+
 // Pairs of stored formats that have a kernel which writes images beside attention.
 constexpr bool has_background_images(int head_dim, formats::FormatId k, formats::FormatId v) {
   using formats::FormatId;
@@ -79,10 +84,17 @@ Status launch_prefill_attention(int head_dim, const PrefillKernelArgs& args,
                                 const BackgroundImages* images, int num_processors,
                                 cudaStream_t stream);
 
+// On E4M3 images, which have been written before.
+Status launch_prefill_attention_e4m3(int head_dim, const PrefillKernelArgs& args,
+                                     int num_processors, cudaStream_t stream);
+
 // One per head dimension, in files of their own: they take long to compile.
 template <int kHeadDim>
 Status launch_prefill_attention_of(const PrefillKernelArgs& args, int num_processors,
                                    cudaStream_t stream);
+template <int kHeadDim>
+Status launch_prefill_attention_e4m3_of(const PrefillKernelArgs& args, int num_processors,
+                                        cudaStream_t stream);
 Status launch_prefill_attention_with_images(const PrefillKernelArgs& args,
                                             const BackgroundImages& images, int num_processors,
                                             cudaStream_t stream);

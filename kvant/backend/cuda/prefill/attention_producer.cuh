@@ -55,11 +55,12 @@ __device__ __forceinline__ LaneCopy lane_copy(const PrefillKernelArgs& args, con
   // Slices before the list's begin are masked: any image will do.
   const int place = slice_place(tile, max(first_slice + slice, 0));
   const int slices_shift = args.page_shift - args.slice_shift;
-  const int slice_bytes = 128 << args.slice_shift;
+  const int slice_bytes = Shape::kRowBytes << args.slice_shift;
+  const int part_bytes = args.page_tokens * Shape::kRowBytes;
   LaneCopy copy;
   copy.image = place >> slices_shift;
-  copy.source = head + copy.image * (2 * int64_t{Shape::kParts} * args.page_tokens * 128) +
-                part * args.page_tokens * 128 + (place & ((1 << slices_shift) - 1)) * slice_bytes;
+  copy.source = head + copy.image * (2 * int64_t{Shape::kParts} * part_bytes) + part * part_bytes +
+                (place & ((1 << slices_shift) - 1)) * slice_bytes;
   copy.offset = part * Shape::kKeyPart + slice * slice_bytes;
   return copy;
 }
@@ -78,7 +79,7 @@ __device__ __forceinline__ void produce(const PrefillKernelArgs& args,
   const uint32_t bars = base + Shape::kBarriers;
   const int lane = threadIdx.x % 32;
   const int slices = Shape::kKeys >> args.slice_shift;
-  const int slice_bytes = 128 << args.slice_shift;
+  const int slice_bytes = Shape::kRowBytes << args.slice_shift;
   const bool active = lane < slices * Shape::kParts;
   uint32_t empty = 3;  // bit s: the phase that stage s waits for; stages start empty
   for (int n = 0;; ++n) {
@@ -111,7 +112,8 @@ __device__ __forceinline__ void produce(const PrefillKernelArgs& args,
                        base + Shape::kKeyTiles + stage * Shape::kTileBytes,
                        bars + 8 * (kKeysFull + stage));
       ptx::mbarrier_wait(bars + 8 * (kValuesEmpty + stage), (empty >> stage) & 1);
-      copy_side<Shape>(copy, copy.source + int64_t{Shape::kParts} * args.page_tokens * 128,
+      copy_side<Shape>(copy,
+                       copy.source + int64_t{Shape::kParts} * args.page_tokens * Shape::kRowBytes,
                        slice_bytes, active, base + Shape::kValueTiles + stage * Shape::kTileBytes,
                        bars + 8 * (kValuesFull + stage));
       empty ^= 1u << stage;
@@ -164,6 +166,15 @@ __device__ __forceinline__ void write_images(const BackgroundImages& images, int
           : "memory");
     }
   }
+}
+
+// The last warp that has taken all it could leaves the counters as they were.
+template <typename Images>
+__device__ __forceinline__ void finish(int32_t* counters) {
+  constexpr int kTakers = Images::kWrites ? 1 + kImageWarps : 1;
+  if (threadIdx.x % 32 != 0) return;
+  if (atomicAdd(counters + kFinished, 1) + 1 < static_cast<int>(gridDim.x) * kTakers) return;
+  for (int i = 0; i < kCounters; ++i) counters[i] = 0;
 }
 
 }  // namespace kvant::backend::cuda

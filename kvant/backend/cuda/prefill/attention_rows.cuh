@@ -98,10 +98,10 @@ __device__ __forceinline__ float shift_of(uint32_t shifts, int row) {
 }
 
 // Scores of keys that a row may not read become -inf. A row's own and recent pages count in the
-// BF16 segment, earlier ones in the others.
+// BF16 segment, earlier ones in the others. `first_key`: of the scores, from the first slice's.
 template <int kKeys>
 __device__ __forceinline__ void mask_scores(float (&s)[kKeys / 2], const PrefillKernelArgs& args,
-                                            const QueryTile& tile, int first_slice,
+                                            const QueryTile& tile, int first_slice, int first_key,
                                             const int (&position)[2]) {
   const int column = 2 * (threadIdx.x % 4);
   int near[2], window[2];
@@ -112,14 +112,14 @@ __device__ __forceinline__ void mask_scores(float (&s)[kKeys / 2], const Prefill
   }
 #pragma unroll
   for (int j = 0; j < kKeys / 8; ++j) {
-    const int slice = first_slice + ((8 * j) >> args.slice_shift);
+    const int at = first_key + 8 * j;
+    const int slice = first_slice + (at >> args.slice_shift);
     const int stored = slice - tile.num_sink;
     const bool bf16 = stored >= tile.num_stored;
     const int first = stored < 0 ? slice
                       : bf16     ? tile.bf16_first + stored - tile.num_stored
                                  : tile.stored_first + stored;
-    const int key =
-        (first << args.slice_shift) + ((8 * j) & ((1 << args.slice_shift) - 1)) + column;
+    const int key = (first << args.slice_shift) + (at & ((1 << args.slice_shift) - 1)) + column;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int low = bf16 ? near[h] : 0;
@@ -228,22 +228,24 @@ __device__ __forceinline__ RowPlace place_rows(const PrefillKernelArgs& args, co
   return place;
 }
 
-// What an earlier batch left: normalised outputs and log2 of the sum of weights.
+// What an earlier batch left: normalised outputs and log2 of the sum of weights. `bits`: log2 of
+// the sum that they start with.
 template <int kHeadDim>
 __device__ __forceinline__ void resume_rows(const PrefillKernelArgs& args, const RowPlace& place,
-                                            float scale, RowState<kHeadDim>& state) {
+                                            float scale, float bits, RowState<kHeadDim>& state) {
   const int t = threadIdx.x % 4;
+  const float sum = exp2f(bits);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     if (place.activation[h] < 0) continue;
-    state.max[h] = args.state[place.activation[h]];
-    state.sum[h] = t == 0 ? 1.0f : 0.0f;
+    state.max[h] = args.state[place.activation[h]] - bits;
+    state.sum[h] = t == 0 ? sum : 0.0f;
     const float* out = args.out + place.activation[h] * kHeadDim + 2 * t;
 #pragma unroll
     for (int j = 0; j < kHeadDim / 8; ++j) {
       const float2 x = *reinterpret_cast<const float2*>(out + 8 * j);
-      state.out[4 * j + 2 * h] = x.x * scale;
-      state.out[4 * j + 2 * h + 1] = x.y * scale;
+      state.out[4 * j + 2 * h] = x.x * scale * sum;
+      state.out[4 * j + 2 * h + 1] = x.y * scale * sum;
     }
   }
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kvant/backend/cuda/prefill/attention_kernel.h"
+#include "kvant/backend/cuda/ptx.cuh"
 
 namespace kvant::backend::cuda {
 
@@ -31,8 +32,9 @@ constexpr int kImageWarps = 3;
 
 template <int kHeadDim>
 struct PrefillShape {
-  static constexpr int kKeys = key_tile_tokens(kHeadDim);
+  static constexpr int kKeys = key_tile_tokens(kHeadDim, ImageType::kF16);
   static constexpr int kParts = (kHeadDim + kImageChannels - 1) / kImageChannels;
+  static constexpr int kRowBytes = 128;               // of a token in a part
   static constexpr int kQueryPart = kTileRows * 128;  // bytes of 64 channels of the query tile
   static constexpr int kKeyPart = kKeys * 128;
   static constexpr int kTileBytes = kParts * kKeyPart;
@@ -48,6 +50,25 @@ struct PrefillShape {
   static constexpr int kBytes = kImages + 1024;  // images: kImageWarps * fast_shared_bytes more
 };
 
+// Of E4M3 images: a slice is contiguous.
+template <int kHeadDim>
+struct PrefillShapeE4m3 {
+  static constexpr int kKeys = key_tile_tokens(kHeadDim, ImageType::kE4m3);
+  static constexpr int kParts = 1;
+  static constexpr int kRowBytes = kHeadDim;
+  static constexpr int kKeyPart = kKeys * kRowBytes;
+  static constexpr int kTileBytes = kKeyPart;
+  static constexpr int kStages = 2;
+  static constexpr int kQueries = 0;
+  static constexpr int kKeyTiles = kTileRows * kHeadDim;
+  static constexpr int kValueTiles = kKeyTiles + kStages * kTileBytes;
+  static constexpr int kShifts = kValueTiles + kStages * kTileBytes;  // [2][128] floats
+  static constexpr int kScales = kShifts + 2 * kTileRows * 4;         // [128] floats, of queries
+  static constexpr int kBarriers = kScales + kTileRows * 4;
+  static constexpr int kItems = kBarriers + 16 * 8;
+  static constexpr int kBytes = kItems + 16 + 1024;
+};
+
 // mbarriers, in units of 8 bytes from kBarriers; two of each.
 enum PrefillBarrier {
   kKeysFull = 0,
@@ -57,6 +78,17 @@ enum PrefillBarrier {
   kItemFull = 8,
   kItemEmpty = 10
 };
+__device__ __forceinline__ void init_barriers(uint32_t bars) {
+  for (int i = 0; i < 2; ++i) {
+    ptx::mbarrier_init(bars + 8 * (kKeysFull + i), 1);
+    ptx::mbarrier_init(bars + 8 * (kKeysEmpty + i), 8);  // consumer warps
+    ptx::mbarrier_init(bars + 8 * (kValuesFull + i), 1);
+    ptx::mbarrier_init(bars + 8 * (kValuesEmpty + i), 8);
+    ptx::mbarrier_init(bars + 8 * (kItemFull + i), 1);
+    ptx::mbarrier_init(bars + 8 * (kItemEmpty + i), 8);
+  }
+  ptx::fence_mbarrier_init();
+}
 // Named barriers: 1 and 2 give a warpgroup its turn, 3 and 4 are a warpgroup's own.
 constexpr int kTurn = 1;
 constexpr int kOwn = 3;

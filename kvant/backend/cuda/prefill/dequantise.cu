@@ -100,42 +100,82 @@ __device__ void finish_rows(const DequantiseArgs& args, const Side& side, int ti
   }
 }
 
-template <FormatId kId, bool kKeys>
+// A tile of rows to an image in FP16.
+template <bool kKeys>
+__device__ void write_rows(const DequantiseArgs& args, const Side& side, int tile,
+                           const float* rows) {
+  const int d = args.head_dim;
+  const float scale = side.reference[d];
+  __half2 largest = __float2half2_rn(0.0f);
+  for (int i = threadIdx.x % 32; i < kTileTokens * d / 8; i += 32) {
+    const int row = i / (d / 8);
+    const int chunk = i % (d / 8);
+    const bool written = tile * kTileTokens + row < side.num_tokens;
+    float x[8];
+    for (int n = 0; n < 8; ++n) {
+      x[n] = rows[row * (d + 4) + chunk * 8 + n];
+      if constexpr (kKeys) {
+        x[n] -= side.reference[chunk * 8 + n];
+      } else {
+        x[n] *= scale;
+      }
+      if (!written) x[n] = 0.0f;
+    }
+    uint32_t h[4];
+    for (int n = 0; n < 4; ++n) h[n] = to_image(x[2 * n], x[2 * n + 1], largest);
+    const int token = tile * kTileTokens + row;
+    std::byte* target = side.image + (chunk / 8) * args.page_tokens * 128 + token * 128 +
+                        (((chunk % 8) ^ (token % 8)) << 4);
+    *reinterpret_cast<uint4*>(target) = make_uint4(h[0], h[1], h[2], h[3]);
+  }
+  report(args, largest);
+}
+
+// The same in E4M3, a lane a word.
+template <bool kKeys>
+__device__ void write_rows_e4m3(const DequantiseArgs& args, const Side& side, int tile,
+                                const float* rows) {
+  const int d = args.head_dim;
+  const float scale = side.reference[d + (kKeys ? 2 : 0)];
+  float largest = 0.0f;
+  for (int i = threadIdx.x % 32; i < kTileTokens * d / 4; i += 32) {
+    const int t = i % 4;
+    // Keys: a token and its group of channels. Values: a channel.
+    const int token = kKeys ? i / 4 % kTileTokens : 0;
+    const int channel = kKeys ? i / 4 / kTileTokens * 16 : i / 4;
+    float x[4];
+    for (int n = 0; n < 4; ++n) {
+      const int at = 2 * t + n % 2 + 8 * (n / 2);
+      const int row = kKeys ? token : at;
+      const int c = kKeys ? channel + at : channel;
+      x[n] = rows[row * (d + 4) + c];
+      if constexpr (kKeys) x[n] -= side.reference[c];
+      x[n] = tile * kTileTokens + row < side.num_tokens ? x[n] * scale : 0.0f;
+      largest = fmaxf(largest, fabsf(x[n]));
+    }
+    *reinterpret_cast<uint32_t*>(side.image + word_offset<kKeys>(d, tile, token, channel, t)) =
+        e4m3x4_of_f32(x[0], x[1], x[2], x[3]);
+  }
+  report_e4m3<kKeys>(args, largest);
+}
+
+template <FormatId kId, bool kKeys, ImageType kImages>
 __device__ void write_image_by_rows(const DequantiseArgs& args, const Side& side, int first,
                                     int count, float* rows) {
-  const int lane = threadIdx.x % 32;
   const int d = args.head_dim;
-  __half2 largest = __float2half2_rn(0.0f);
   for (int tile = first; tile < first + count; ++tile) {
     for (int part = 0; part * kImageChannels < d; ++part) {
       decode_rows<kId, kKeys>(args, side, tile, part, rows);
     }
     __syncwarp();
     finish_rows<kKeys>(args, side, tile, rows);
-    for (int i = lane; i < kTileTokens * d / 8; i += 32) {
-      const int row = i / (d / 8);
-      const int chunk = i % (d / 8);
-      const bool written = tile * kTileTokens + row < side.num_tokens;
-      float x[8];
-      for (int n = 0; n < 8; ++n) {
-        x[n] = rows[row * (d + 4) + chunk * 8 + n];
-        if constexpr (kKeys) {
-          x[n] -= side.reference[chunk * 8 + n];
-        } else {
-          x[n] *= side.reference[d];
-        }
-        if (!written) x[n] = 0.0f;
-      }
-      uint32_t h[4];
-      for (int n = 0; n < 4; ++n) h[n] = to_image(x[2 * n], x[2 * n + 1], largest);
-      const int token = tile * kTileTokens + row;
-      std::byte* target = side.image + (chunk / 8) * args.page_tokens * 128 + token * 128 +
-                          (((chunk % 8) ^ (token % 8)) << 4);
-      *reinterpret_cast<uint4*>(target) = make_uint4(h[0], h[1], h[2], h[3]);
+    if constexpr (kImages == ImageType::kE4m3) {
+      write_rows_e4m3<kKeys>(args, side, tile, rows);
+    } else {
+      write_rows<kKeys>(args, side, tile, rows);
     }
     __syncwarp();
   }
-  report(args, largest);
 }
 
 // ---- kernels ----
@@ -160,7 +200,7 @@ __host__ __device__ constexpr int row_shared_bytes(int head_dim) {
 }
 
 // A warp some tiles of a side of a page of a head. kByRows: some kind needs whole rows.
-template <bool kByRows>
+template <bool kByRows, ImageType kImages>
 __global__ __launch_bounds__(32 *
                              kWarps) void dequantise(const __grid_constant__ DequantiseArgs args,
                                                      int tiles_per_unit) {
@@ -182,8 +222,11 @@ __global__ __launch_bounds__(32 *
     const bool by_rows = kByRows && (side.rotate || (keys && args.rope_frequency != nullptr));
     const auto write = [&](auto id, auto is_keys) {
       if (kByRows && by_rows) {
-        write_image_by_rows<decltype(id)::value, decltype(is_keys)::value>(
+        write_image_by_rows<decltype(id)::value, decltype(is_keys)::value, kImages>(
             args, side, first, tiles_per_unit, reinterpret_cast<float*>(own));
+      } else if constexpr (kImages == ImageType::kE4m3) {
+        write_image_e4m3<decltype(id)::value, decltype(is_keys)::value>(args, side, first,
+                                                                        tiles_per_unit, own);
       } else {
         write_image<decltype(id)::value, decltype(is_keys)::value>(args, side, first,
                                                                    tiles_per_unit, own);
@@ -202,7 +245,7 @@ __global__ __launch_bounds__(32 *
 // tokens, a warp 64 channels.
 __global__ void make_references(const __grid_constant__ DequantiseArgs args) {
   extern __shared__ __align__(128) uint8_t shared[];
-  __shared__ int largest_value;
+  __shared__ int largest_of[2];  // of keys less their mean, of values
   const int d = args.head_dim;
   const int head = blockIdx.x % args.num_kv_heads;
   const ImageJob job = args.jobs[blockIdx.x / args.num_kv_heads];
@@ -215,7 +258,10 @@ __global__ void make_references(const __grid_constant__ DequantiseArgs args) {
   float* out = args.references + (static_cast<int64_t>(job.sequence) * args.num_kv_heads + head) *
                                      reference_floats(d);
   const int tokens = min(side.num_tokens, kTileTokens);
-  if (threadIdx.x == 0) largest_value = 0;
+  if (threadIdx.x < 2) largest_of[threadIdx.x] = 0;
+  const bool e4m3 = args.type == ImageType::kE4m3;
+  const UnitKind& stored = args.kinds[cache::kKindStored];
+  const bool codes = e4m3 && keeps_codes(keys ? stored.k : stored.v);
   if (keys) {
     with_format<true>(kind.k.format, [&](auto id) {
       decode_rows<decltype(id)::value, true>(args, side, 0, thread / 32, rows);
@@ -242,18 +288,28 @@ __global__ void make_references(const __grid_constant__ DequantiseArgs args) {
       sum += x;
       largest = fmaxf(largest, fabsf(x));
     }
-    if (keys) out[c] = sum / static_cast<float>(tokens);
+    if (!keys) continue;
+    const float mean = codes ? 0.0f : sum / static_cast<float>(tokens);
+    out[c] = mean;
+    if (!e4m3) continue;
+    // What is common to all keys must not be taken for their size, nor one key's difference from
+    // itself.
+    largest *= 0.0625f;
+    for (int t = 0; t < tokens; ++t) largest = fmaxf(largest, fabsf(rows[t * (d + 4) + c] - mean));
   }
-  if (!keys) atomicMax(&largest_value, __float_as_int(largest));
+  atomicMax(largest_of + (keys ? 0 : 1), __float_as_int(largest));
   __syncthreads();
-  if (threadIdx.x != 0) return;
-  // Largest magnitude to [4, 8): a factor of 8000 above it fits, of 60000 below it is normal.
-  largest = __int_as_float(largest_value);
+  if (thread != 0) return;
+  // Largest magnitude to [4, 8). In FP16 a factor of 8000 above it fits, of 60000 below it is
+  // normal; keys have no scale there.
+  float* scales = out + d + (keys ? 2 : 0);
+  largest = __int_as_float(largest_of[keys ? 0 : 1]);
   int exponent = 0;
-  if (largest > 0.0f && isfinite(largest)) exponent = 2 - ilogbf(largest);
+  if (largest > 0.0f && isfinite(largest) && (e4m3 || !keys)) exponent = 2 - ilogbf(largest);
   exponent = max(-100, min(100, exponent));
-  out[d] = ldexpf(1.0f, exponent);
-  out[d + 1] = ldexpf(1.0f, -exponent);
+  const float global_scale = (keys ? args.k_scale : args.v_scale)[head];
+  scales[0] = codes ? 1.0f / global_scale : ldexpf(1.0f, exponent);
+  scales[1] = codes ? global_scale : ldexpf(1.0f, -exponent);
 }
 
 __global__ void make_rope_frequencies(int rotary_dim, double base, double position_scale,
@@ -291,7 +347,11 @@ Status launch_references(const DequantiseArgs& args, cudaStream_t stream) {
 
 Status launch_dequantise(const DequantiseArgs& args, int num_processors, cudaStream_t stream) {
   const bool by_rows = needs_rows(args);
-  const auto kernel = by_rows ? dequantise<true> : dequantise<false>;
+  const bool e4m3 = args.type == ImageType::kE4m3;
+  const auto kernel =
+      e4m3 ? (by_rows ? dequantise<true, ImageType::kE4m3> : dequantise<false, ImageType::kE4m3>)
+      : by_rows ? dequantise<true, ImageType::kF16>
+                : dequantise<false, ImageType::kF16>;
   const int bytes = kWarps * (by_rows ? std::max(fast_shared_bytes(args.head_dim),
                                                  row_shared_bytes(args.head_dim))
                                       : fast_shared_bytes(args.head_dim));

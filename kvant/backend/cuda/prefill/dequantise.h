@@ -1,15 +1,20 @@
-// Writes pages as FP16 tile images (prefill_plan.h) for prefill attention: every format, every
-// option.
+// Writes pages as FP16 or E4M3 tile images (prefill_plan.h) for prefill attention: every format,
+// every option.
 //
-// What a K image holds is k - b: the key that the format defines (decoded, mean and bias added,
-// rotated back, times smooth, after RoPE) less the sequence's *reference key* b, so that offsets
-// common to all keys cost no precision in FP16; softmax does not see q . b. A V image holds v times
-// a power of two that brings the sequence's values into FP16's normal range; the output is divided
-// by it. Values beyond FP16 become
-// infinite and are reported.
+// What a K image holds in FP16 is k - b: the key that the format defines (decoded, mean and bias
+// added, rotated back, times smooth, after RoPE) less the sequence's *reference key* b, so that
+// offsets common to all keys cost no precision in FP16; softmax does not see q . b. A V image holds
+// v times a power of two that brings the sequence's values into FP16's normal range; the output is
+// divided by it. Values beyond FP16 become infinite and are reported.
 //
-// References: the mean of the first (up to) 16 keys of one page, and the scale of that page's
-// values.
+// In E4M3 both are scaled like that: the largest of the reference page is in [4, 8), which leaves a
+// factor of 56 above it and one of 256 to 512 of normal numbers below. Values beyond that become
+// the largest, 448, and are reported. A side that is stored as E4M3 codes with one scale per head
+// has no b and that scale: images hold the codes, nothing is rounded. (BF16 pages of such a
+// sequence saturate at 448 like the codes they are about to become.)
+//
+// References: the mean of the first (up to) 16 keys of one page, and the scales of that page's
+// keys and values.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -23,7 +28,8 @@
 
 namespace kvant::backend::cuda {
 
-// Floats of one (sequence, KV head): b [head_dim], the scale of values, its inverse; padded.
+// Floats of one (sequence, KV head): b [head_dim], the scale of values, its inverse, the scale of
+// keys (1 in FP16), its inverse.
 constexpr int reference_floats(int head_dim) {
   return head_dim + 4;
 }
@@ -70,11 +76,18 @@ struct DequantiseArgs {
   int rope_half = 0;
   float rope_magnitude = 1.0f;
 
-  float* references = nullptr;       // [sequence][head][reference_floats]
+  float* references = nullptr;  // [sequence][head][reference_floats]
+  ImageType type = ImageType::kF16;
   std::byte* images = nullptr;       // [head of the pass][image][K, V]
   int64_t head_stride = 0;           // bytes
-  uint32_t* out_of_range = nullptr;  // set to 1 if a value did not fit FP16
+  uint32_t* out_of_range = nullptr;  // set to 1 if a value did not fit the image
 };
+
+// Whether E4M3 images of this side hold the stored codes.
+constexpr bool keeps_codes(const SideKind& side) {
+  return (side.format == formats::FormatId::kFp8 || side.format == formats::FormatId::kFp8Head) &&
+         !side.mean && !side.bias && !side.smooth && !side.rotate;
+}
 
 // Frequencies of RopeParams, in float64: [rotary_dim / 2]. `factors` is device memory or null.
 Status launch_rope_frequencies(int rotary_dim, float base, float position_scale,

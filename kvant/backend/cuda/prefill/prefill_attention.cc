@@ -32,7 +32,7 @@ int64_t max_table_bytes(const PrefillLimits& limits) {
   const int64_t vectors = int64_t{4} * limits.num_kv_heads * (limits.head_dim + 1) * 4;
   // Batches that split a sequence list its tiles again.
   const int64_t splits = 2 + limits.max_pages * 2 *
-                                 image_bytes(limits.head_dim, limits.page_tokens) /
+                                 image_bytes(limits.head_dim, limits.page_tokens, limits.images) /
                                  limits.image_bytes;
   return aligned((limits.max_pages + limits.max_sequences) * int64_t{sizeof(ImageJob)}) +
          aligned(splits * tiles * int64_t{sizeof(QueryTile)}) +
@@ -44,7 +44,7 @@ int64_t max_table_bytes(const PrefillLimits& limits) {
 
 // One for each side of each page and KV head whose images fit.
 int64_t ready_flags(const PrefillLimits& limits) {
-  return limits.image_bytes / image_bytes(limits.head_dim, limits.page_tokens);
+  return limits.image_bytes / image_bytes(limits.head_dim, limits.page_tokens, limits.images);
 }
 
 // The workspace's parts, in order; the same function sizes and places them.
@@ -109,10 +109,14 @@ struct PrefillAttention::Tables {
   const float* k_smooth = nullptr;
 };
 
-Status PrefillAttention::supports(int head_dim, int query_heads_per_kv_head) {
+Status PrefillAttention::supports(int head_dim, int query_heads_per_kv_head, ImageType images) {
   if (!has_prefill_kernel(head_dim)) {
     return unsupported("head_dim is 64, 80, 96, 128, 192 or 256; found " +
                        std::to_string(head_dim));
+  }
+  if (images == ImageType::kE4m3 && !has_prefill_kernel_e4m3(head_dim)) {
+    return unsupported("with --attn fp8, head_dim is 64, 128 or 256; found " +
+                       std::to_string(head_dim) + "; use --attn 16bit");
   }
   if (query_heads_per_kv_head < 1 || query_heads_per_kv_head > 16) {
     return unsupported("1 to 16 query heads share a KV head; found " +
@@ -129,7 +133,7 @@ Result<std::unique_ptr<PrefillAttention>> PrefillAttention::create(const Prefill
                                                                    std::byte* workspace,
                                                                    int64_t bytes) {
   KVANT_CHECK(bytes >= workspace_bytes(limits), "the workspace is as large as was said");
-  KVANT_TRY(supports(limits.head_dim, limits.num_query_heads / limits.num_kv_heads));
+  KVANT_TRY(supports(limits.head_dim, limits.num_query_heads / limits.num_kv_heads, limits.images));
   std::unique_ptr<PrefillAttention> prefill(new PrefillAttention);
   prefill->limits_ = limits;
   const Parts parts = parts_of(limits);
@@ -326,6 +330,7 @@ void PrefillAttention::fill_dequantise(const AttentionArgs& args, const Tables& 
     out.rope_magnitude = rope.attention_factor;
   }
   out.references = references_;
+  out.type = limits_.images;
   out.images = images_;
   out.out_of_range = out_of_range_;
 }
@@ -337,9 +342,9 @@ bool PrefillAttention::writes_in_background(const AttentionArgs& args) const {
   const bool plain = stored.base == nullptr;  // closed pages are BF16
   const formats::SideFormat k = plain ? formats::SideFormat{} : stored.k_format[layer];
   const formats::SideFormat v = plain ? formats::SideFormat{} : stored.v_format[layer];
-  return background_allowed_ && launch_images_ && launch_attention_ &&
-         args.params.softcap <= 0.0f && view.kinds.size() <= 3 && !k.rotate && !v.rotate &&
-         !view.kinds[cache::kKindStored].k_format[layer].pre_rope &&
+  return limits_.images == ImageType::kF16 && background_allowed_ && launch_images_ &&
+         launch_attention_ && args.params.softcap <= 0.0f && view.kinds.size() <= 3 && !k.rotate &&
+         !v.rotate && !view.kinds[cache::kKindStored].k_format[layer].pre_rope &&
          has_background_images(view.head_dim, k.base, v.base);
 }
 
@@ -359,7 +364,8 @@ Status PrefillAttention::run_passes(const AttentionArgs& args, const Tables& tab
   kernel.page_tokens = view.page_tokens;
   kernel.page_shift = std::countr_zero(static_cast<unsigned>(view.page_tokens));
   kernel.slice_shift = std::min(
-      kernel.page_shift, std::countr_zero(static_cast<unsigned>(key_tile_tokens(view.head_dim))));
+      kernel.page_shift,
+      std::countr_zero(static_cast<unsigned>(key_tile_tokens(view.head_dim, limits_.images))));
   kernel.q = static_cast<const float*>(args.q);
   kernel.out = static_cast<float*>(args.out);
   kernel.state = state_;
@@ -374,7 +380,7 @@ Status PrefillAttention::run_passes(const AttentionArgs& args, const Tables& tab
   kernel.sink_tokens = view.window > 0 ? params.sink_tokens : 0;
   kernel.sink_logits = params.sink_logits == nullptr ? nullptr : sink_logits_;
   const bool background = writes_in_background(args);
-  const int64_t unit = 2 * image_bytes(view.head_dim, view.page_tokens);
+  const int64_t unit = 2 * image_bytes(view.head_dim, view.page_tokens, limits_.images);
   kernel.counters = counters_;
   for (const PrefillPass& pass : plan_.passes) {
     const PrefillBatch& batch = plan_.batches[pass.batch];
@@ -397,8 +403,10 @@ Status PrefillAttention::run_passes(const AttentionArgs& args, const Tables& tab
       KVANT_TRY(launch_dequantise(dequantise, num_processors_, stream));
     }
     if (!launch_attention_) continue;
-    KVANT_TRY(launch_prefill_attention(view.head_dim, kernel, background ? &images : nullptr,
-                                       num_processors_, stream));
+    KVANT_TRY(limits_.images == ImageType::kE4m3
+                  ? launch_prefill_attention_e4m3(view.head_dim, kernel, num_processors_, stream)
+                  : launch_prefill_attention(view.head_dim, kernel, background ? &images : nullptr,
+                                             num_processors_, stream));
   }
   return {};
 }
@@ -411,6 +419,7 @@ Status PrefillAttention::run(const AttentionArgs& args, cudaStream_t stream, flo
   plan_args.num_query_heads = args.params.num_query_heads;
   plan_args.sink_tokens = args.params.sink_tokens;
   plan_args.workspace_bytes = limits_.image_bytes;
+  plan_args.images = limits_.images;
   plan_args.num_processors = num_processors_;
   KVANT_TRY(make_prefill_plan(plan_args, plan_));
   if (plan_.tiles.empty()) return {};
@@ -445,6 +454,12 @@ Status PrefillAttention::check_range(cudaStream_t stream) {
   KVANT_TRY(cuda_status(cudaMemsetAsync(out_of_range_, 0, 4, stream), "clearing the range flag"));
   KVANT_TRY(cuda_status(cudaStreamSynchronize(stream), "prefill attention"));
   if (out_of_range == 0) return {};
+  if (limits_.images == ImageType::kE4m3) {
+    return Error(ErrorCode::kNumericError,
+                 "a key or value is beyond the range of prefill attention in FP8 (56 times the "
+                 "largest of its sequence's reference page, keys less the reference key); use "
+                 "--attn 16bit");
+  }
   return Error(ErrorCode::kNumericError,
                "a key or value is beyond the FP16 range of prefill attention (65504 from the "
                "sequence's reference key, or 8000 times its reference page's largest value)");
@@ -464,6 +479,16 @@ Status launch_prefill_attention(int head_dim, const PrefillKernelArgs& args,
     case 192: return launch_prefill_attention_of<192>(args, num_processors, stream);
     case 256: return launch_prefill_attention_of<256>(args, num_processors, stream);
     default: return unsupported("head_dim " + std::to_string(head_dim));
+  }
+}
+
+Status launch_prefill_attention_e4m3(int head_dim, const PrefillKernelArgs& args,
+                                     int num_processors, cudaStream_t stream) {
+  switch (head_dim) {
+    case 64: return launch_prefill_attention_e4m3_of<64>(args, num_processors, stream);
+    case 128: return launch_prefill_attention_e4m3_of<128>(args, num_processors, stream);
+    case 256: return launch_prefill_attention_e4m3_of<256>(args, num_processors, stream);
+    default: return unsupported("head_dim " + std::to_string(head_dim) + " in FP8");
   }
 }
 

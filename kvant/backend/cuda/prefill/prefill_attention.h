@@ -1,10 +1,11 @@
 // Attention of the CUDA backend for steps with many new tokens: prompts and their chunks.
 //
-// Pages become FP16 tile images in a bounded workspace (prefill_plan.h), any format and option the
-// same way (dequantise.h); a persistent wgmma kernel reads them (attention_kernel.cuh). KV heads
-// are done as many at a time as fit; a sequence of which one head does not fit is read in ranges of
-// pages. Error against float64 on the same pages: rounding of queries, keys (less a reference key),
-// weights and values to FP16 (docs/kernels/cuda-prefill.md).
+// Pages become tile images, FP16 or E4M3, in a bounded workspace (prefill_plan.h), any format and
+// option the same way (dequantise.h); a persistent wgmma kernel reads them (attention_kernel.cuh,
+// attention_e4m3_kernel.cuh). KV heads are done as many at a time as fit; a sequence of which one
+// head does not fit is read in ranges of pages. Error against float64 on the same pages: rounding
+// of queries, keys (less a reference key), weights and values to the type of images
+// (docs/kernels/cuda-prefill.md).
 //
 // Thread-compatible; work is enqueued on the stream given, always the same one. Results do not
 // depend on what else is in the batch except through the workspace's split into passes.
@@ -27,6 +28,7 @@
 namespace kvant::backend::cuda {
 
 struct PrefillLimits {
+  ImageType images = ImageType::kF16;
   int64_t image_bytes = int64_t{512} << 20;  // of images at the same time
   int64_t max_rows = 0;                      // new tokens of a step, all sequences
   int64_t max_pages = 0;  // pages of a step, all sequences; those of new tokens count twice
@@ -39,9 +41,9 @@ struct PrefillLimits {
 
 class PrefillAttention {
  public:
-  // kUnsupported names what the kernels lack: head_dim 64, 80, 96, 128, 192 or 256; 1 to 16 query
-  // heads per KV head.
-  static Status supports(int head_dim, int query_heads_per_kv_head);
+  // kUnsupported names what the kernels lack: head_dim 64, 80, 96, 128, 192 or 256 (E4M3: 64, 128
+  // or 256); 1 to 16 query heads per KV head.
+  static Status supports(int head_dim, int query_heads_per_kv_head, ImageType images);
 
   // Device memory that create() is given.
   static int64_t workspace_bytes(const PrefillLimits& limits);
@@ -66,8 +68,9 @@ class PrefillAttention {
     launch_attention_ = attention;
   }
 
-  // kNumericError if a key (less the reference key) or a value since the last call was beyond FP16
-  // (the outputs that read it are not finite then). Waits for the stream.
+  // kNumericError if a key (less the reference key) or a value since the last call was beyond the
+  // images' type (the outputs that read it are not finite then, or too small in E4M3). Waits for
+  // the stream.
   Status check_range(cudaStream_t stream);
 
  private:

@@ -41,7 +41,8 @@ class Planner {
         plan_(plan),
         page_tokens_(view_.page_tokens),
         tile_tokens_(std::max(1, kTileRows / (args.num_query_heads / view_.num_kv_heads))),
-        slice_tokens_(std::min<int64_t>(page_tokens_, key_tile_tokens(view_.head_dim))),
+        slice_tokens_(
+            std::min<int64_t>(page_tokens_, key_tile_tokens(view_.head_dim, args_.images))),
         sinks_(view_.window > 0 ? args.sink_tokens : 0) {}
 
   Status run() {
@@ -54,7 +55,7 @@ class Planner {
       plan_.references.push_back(reference_page(seq, all.back()));
     }
     const int64_t capacity =
-        args_.workspace_bytes / (2 * image_bytes(view_.head_dim, page_tokens_));
+        args_.workspace_bytes / (2 * image_bytes(view_.head_dim, page_tokens_, args_.images));
     const Split split = choose_split(all, total, capacity);
     plan_.heads_per_pass = split.heads;
     if (split.ranges > 1) {
@@ -149,7 +150,7 @@ class Planner {
       const auto waves =
           static_cast<double>((tiles * heads + args_.num_processors - 1) / args_.num_processors);
       const double length = static_cast<double>(total * page_tokens_) /
-                            static_cast<double>(key_tile_tokens(view_.head_dim) *
+                            static_cast<double>(key_tile_tokens(view_.head_dim, args_.images) *
                                                 static_cast<int64_t>(all.size()) * ranges);
       const double time = static_cast<double>((num_heads + heads - 1) / heads * ranges) * waves *
                           (length + kTilesToStart);
@@ -309,7 +310,7 @@ class Planner {
     const int64_t whole_end =
         before + std::clamp<int64_t>(whole_last - stored.begin, 0, stored.size());
     const int64_t n = tile.num_slices;
-    const int64_t slices_per_tile = key_tile_tokens(view_.head_dim) / u;
+    const int64_t slices_per_tile = key_tile_tokens(view_.head_dim, args_.images) / u;
     const int64_t key_tiles = (n + slices_per_tile - 1) / slices_per_tile;
     tile.num_key_tiles = static_cast<int32_t>(key_tiles);
     const int64_t begin = (n - whole_end + slices_per_tile - 1) / slices_per_tile;
@@ -343,7 +344,7 @@ class Planner {
   }
 
   Error too_small(size_t sequence, int64_t fixed, int64_t capacity) const {
-    const int64_t unit = 2 * image_bytes(view_.head_dim, page_tokens_);
+    const int64_t unit = 2 * image_bytes(view_.head_dim, page_tokens_, args_.images);
     return Error(ErrorCode::kResourceExhausted,
                  "the prefill workspace holds " + std::to_string(capacity * unit) +
                      " bytes of images, but the BF16 pages of " +

@@ -1,10 +1,14 @@
-// What prefill attention does in one step, worked out on the host: which pages become 16-bit tile
-// images, how query tiles read them, and in which passes, so that images fit the workspace.
+// What prefill attention does in one step, worked out on the host: which pages become tile images,
+// how query tiles read them, and in which passes, so that images fit the workspace.
 //
-// An *image* is one side of one page of one KV head in FP16, as the tensor cores read it:
-// [64-channel part][page_tokens][128 bytes], 16-byte chunks swizzled by chunk ^ (token % 8). A page
-// of a KV head has two, K then V. A sequence may need a page twice: as stored (for queries of later
-// pages) and in BF16 (for queries near it; closed pages, codecs.md section 1).
+// An *image* is one side of one page of one KV head as the tensor cores read it. A page of a KV
+// head has two, K then V. In FP16 an image is [64-channel part][page_tokens][128 bytes], 16-byte
+// chunks swizzled by chunk ^ (token % 8). In E4M3 it is made of 8 x 16-byte core matrices, K
+// [token / 8][channel / 16][8][16] and V [token / 16][channel / 8][8][16]; the 16 channels (K) or
+// tokens (V) of a row are in the order 0 1 8 9 2 3 10 11 ... 6 7 14 15: that of the registers in
+// which wgmma leaves scores and of fragments in `sm90` pages. A sequence may need a page twice: as
+// stored (for queries of later pages) and in BF16 (for queries near it; closed pages, codecs.md
+// section 1).
 //
 // A *query tile* is kTileRows rows (token-major, then query heads of one KV head) of one sequence.
 // It reads a list of *slices* (page_tokens or the kernel's tile width, whichever is less) in three
@@ -25,16 +29,19 @@
 namespace kvant::backend::cuda {
 
 inline constexpr int kTileRows = 128;
-inline constexpr int kImageChannels = 64;  // of one part
+inline constexpr int kImageChannels = 64;  // of one part in FP16
+
+enum class ImageType { kF16, kE4m3 };
 
 // Bytes of one image (one side).
-constexpr int64_t image_bytes(int head_dim, int64_t page_tokens) {
+constexpr int64_t image_bytes(int head_dim, int64_t page_tokens, ImageType type) {
+  if (type == ImageType::kE4m3) return page_tokens * head_dim;
   return 128 * page_tokens * ((head_dim + kImageChannels - 1) / kImageChannels);
 }
 
 // Tokens of the kernel's key tile: what shared memory and registers allow.
-constexpr int key_tile_tokens(int head_dim) {
-  return head_dim > 128 ? 64 : 128;
+constexpr int key_tile_tokens(int head_dim, ImageType type) {
+  return head_dim > 128 && type == ImageType::kF16 ? 64 : 128;
 }
 
 // A page to write as images, of every KV head of the pass.
@@ -125,6 +132,7 @@ struct PrefillPlanArgs {
   int num_query_heads = 0;
   int sink_tokens = 0;
   int64_t workspace_bytes = 0;  // for images
+  ImageType images = ImageType::kF16;
   int num_processors = 132;
 };
 

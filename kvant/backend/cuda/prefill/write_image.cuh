@@ -5,6 +5,7 @@
 #include "kvant/backend/cuda/prefill/dequantise.h"
 #include "kvant/backend/cuda/prefill/fragments.cuh"
 #include "kvant/backend/cuda/prefill/hopper.cuh"
+#include "kvant/backend/cuda/prefill/wgmma_e4m3.cuh"
 #include "kvant/formats/all_formats.h"
 
 namespace kvant::backend::cuda {
@@ -33,7 +34,7 @@ struct Side {
   const float* smooth;
   bool rotate;
   float global_scale;
-  const float* reference;  // b, then the scale of values
+  const float* reference;  // b, then the scales (reference_floats)
   int num_tokens;
   int page_number;
   std::byte* image;
@@ -60,7 +61,7 @@ __device__ __forceinline__ Side side_of(const DequantiseArgs& args, const ImageJ
                             reference_floats(args.head_dim);
   side.num_tokens = job.num_tokens;
   side.page_number = job.page_number;
-  const int64_t bytes = image_bytes(args.head_dim, args.page_tokens);
+  const int64_t bytes = image_bytes(args.head_dim, args.page_tokens, args.type);
   side.image = args.images + (head - args.first_head) * args.head_stride +
                (2 * static_cast<int64_t>(job.image) + (keys ? 0 : 1)) * bytes;
   return side;
@@ -166,12 +167,9 @@ __device__ __forceinline__ void channel_factors(const Side& side, int head_dim, 
         a *= __ldg(side.smooth + c);
       }
       a -= side.reference[c];
-    } else {
-      const float scale = side.reference[head_dim];
-      m *= scale;
-      a *= scale;
     }
-    factors[c] = make_float2(m, a);
+    const float scale = side.reference[head_dim + (kKeys ? 2 : 0)];
+    factors[c] = make_float2(m * scale, a * scale);
   }
   __syncwarp();
 }
@@ -244,6 +242,73 @@ __device__ __forceinline__ void write_image(const DequantiseArgs& args, const Si
     for (int i = 0; i < 4; ++i) target[i * 32 + lane] = load_shared(buffer + (i * 32 + lane) * 16);
   }
   report(args, largest);
+}
+
+// ---- E4M3 ----
+
+// Where word t of a row of a core matrix lies in an image: keys of a token, channels 16 `step` +
+// 2 t, 2 t + 1 and both + 8; values of a channel, such tokens of a tile.
+template <bool kKeys>
+__device__ __forceinline__ int64_t word_offset(int head_dim, int tile, int token, int channel,
+                                               int t) {
+  return kKeys
+             ? (2 * tile + token / 8) * (8 * head_dim) + channel / 16 * 128 + token % 8 * 16 + 4 * t
+             : tile * (16 * head_dim) + channel / 8 * 128 + channel % 8 * 16 + 4 * t;
+}
+
+// What rounds to more than 448 is reported, unless it is the format's own limit.
+template <bool kKeys>
+__device__ __forceinline__ void report_e4m3(const DequantiseArgs& args, float largest) {
+  const UnitKind& stored = args.kinds[cache::kKindStored];
+  if (largest >= 464.0f && !keeps_codes(kKeys ? stored.k : stored.v)) *args.out_of_range = 1;
+}
+
+// As write_image; a lane's elements of a step are two words of the image.
+template <FormatId kId, bool kKeys>
+__device__ __forceinline__ void write_image_e4m3(const DequantiseArgs& args, const Side& side,
+                                                 int first, int count, uint8_t* shared) {
+  const int lane = threadIdx.x % 32;
+  const int d = args.head_dim;
+  const int parts = (d + kImageChannels - 1) / kImageChannels;
+  constexpr bool kAhead = FormatOf<kId>::kInfo.code_bits < 16;
+  PartData<kId, kKeys> next;
+  if constexpr (kAhead) next.load(side, d, first, 0);
+  float2* factors = reinterpret_cast<float2*>(shared);
+  channel_factors<kId, kKeys>(side, d, factors);
+  float largest = 0.0f;
+  int tile = first;
+  int part = 0;
+  for (int n = 0; n < count * parts; ++n) {
+    const int tokens = side.num_tokens - tile * kTileTokens;
+    if constexpr (!kAhead) next.load(side, d, tile, part);
+    const PartData<kId, kKeys> data = next;
+    const int this_tile = tile;
+    const int this_part = part;
+    if (++part == parts) {
+      part = 0;
+      ++tile;
+    }
+    if (kAhead && n + 1 < count * parts) next.load(side, d, tile, part);
+    data.decode(side, d, this_part, [&](int step, float(&x)[8]) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float2 factor = factors[element_channel<kKeys>(step, i)];
+        x[i] = fmaf(x[i], factor.x, factor.y);
+        if constexpr (kId == FormatId::kBf16) {
+          if (element_token<kKeys>(i) >= tokens) x[i] = 0.0f;
+        }
+        largest = fmaxf(largest, fabsf(x[i]));
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        *reinterpret_cast<uint32_t*>(
+            side.image + word_offset<kKeys>(d, this_tile, element_token<kKeys>(2 * h),
+                                            element_channel<kKeys>(step, 2 * h), lane % 4)) =
+            e4m3x4_of_f32(x[2 * h], x[2 * h + 1], x[2 * h + 4], x[2 * h + 5]);
+      }
+    });
+  }
+  report_e4m3<kKeys>(args, largest);
 }
 
 // Shared memory of a warp in write_image.
