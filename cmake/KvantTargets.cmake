@@ -30,7 +30,7 @@ set(KVANT_FLAGS_avx512 -mavx2 -mfma -mf16c -mbmi2 -mavx512f -mavx512bw -mavx512d
     # GCC 12 takes the deliberately undefined operands in its own AVX-512 headers for a mistake.
     $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized;-Wno-uninitialized>)
 
-set(KVANT_FLAGS_amx ${KVANT_FLAGS_avx512} -mamx-tile -mamx-int8 -mamx-bf16)
+set(KVANT_FLAGS_amx ${KVANT_FLAGS_avx512} -mavx512fp16 -mamx-tile -mamx-int8 -mamx-bf16)
 
 function(kvant_library)
   cmake_parse_arguments(ARG "" "NAME" "HEADERS;SOURCES;AVX2;AVX512;AMX;CUDA;DEPS;LINK;TESTS;TEST_DEPS" ${ARGN})

@@ -37,8 +37,8 @@ bool has_f16c() {
 // arch/x86/xstate).
 bool may_use_amx() {
 #if defined(__x86_64__) && defined(__linux__)
-  constexpr unsigned kBf16Bit = 22, kTileBit = 24, kInt8Bit = 25;
-  constexpr unsigned kNeeded = 1u << kBf16Bit | 1u << kTileBit | 1u << kInt8Bit;
+  constexpr unsigned kBf16Bit = 22, kFp16Bit = 23, kTileBit = 24, kInt8Bit = 25;
+  constexpr unsigned kNeeded = 1u << kBf16Bit | 1u << kFp16Bit | 1u << kTileBit | 1u << kInt8Bit;
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
   if ((edx & kNeeded) != kNeeded) return false;

@@ -72,6 +72,15 @@ inline __attribute__((always_inline)) void multiply_bytes() {
   if constexpr (C == 6) _tile_dpbssd(6, 0, 1);
   if constexpr (C == 7) _tile_dpbssd(7, 0, 2);
 }
+// The same in BF16 and fp32.
+template <int C>
+inline __attribute__((always_inline)) void multiply_bf16() {
+  static_assert(C >= 4 && C < 8);
+  if constexpr (C == 4) _tile_dpbf16ps(4, 0, 1);
+  if constexpr (C == 5) _tile_dpbf16ps(5, 0, 2);
+  if constexpr (C == 6) _tile_dpbf16ps(6, 0, 1);
+  if constexpr (C == 7) _tile_dpbf16ps(7, 0, 2);
+}
 
 }  // namespace
 }  // namespace kvant::backend::cpu::amx

@@ -23,7 +23,7 @@ constexpr int kRunsPerThread = 8;  // of one call: even shares although threads 
 const AttentionKernels& amx_kernels() {
   static const AttentionKernels all = [] {
     AttentionKernels kernels = avx512::kAttentionKernels;
-    kernels.tile_scores = amx::scores;
+    kernels.tiles = &amx::kTileKernels;
     return kernels;
   }();
   return all;

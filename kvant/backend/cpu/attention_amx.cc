@@ -95,7 +95,7 @@ void scores_of(const IntegerScoreArgs& a) {
 
 }  // namespace
 
-void scores(const IntegerScoreArgs& a) {
+void channel_scores(const IntegerScoreArgs& a) {
   static constexpr TileConfig kConfig = whole_tiles();
   _tile_loadconfig(&kConfig);
   switch (a.code) {

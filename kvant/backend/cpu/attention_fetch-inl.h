@@ -8,27 +8,28 @@
 namespace kvant::backend::cpu::KVANT_LEVEL {
 namespace {
 
-// Spreads the lines of a FetchAhead evenly over the steps of a pass. A burst of lines waits for the
-// processor's line buffers, and while none are asked for, the memory is idle: evenly, 4-bit pages
-// took 12 % less time (docs/kernels/cpu-attention.md).
+// Spreads the lines of a FetchAhead evenly over the steps of a pass: bursts wait for the
+// processor's line buffers, and while none are asked for, the memory is idle.
 class Fetcher {
  public:
   // step() will be called `steps` times; oftener fetches lines behind the last.
-  Fetcher(const FetchAhead& fetch, int steps)
-      : line_(fetch.line), lines_(fetch.lines), steps_(steps > 0 ? steps : 1) {}
-  KVANT_INLINE void step() {
-    due_ += lines_;
+  Fetcher(const FetchAhead& fetch, int steps) : fetch_(fetch), steps_(steps > 0 ? steps : 1) {}
+  // As many steps at once as `weight` says.
+  KVANT_INLINE void step(int weight = 1) {
+    due_ += weight * fetch_.lines;
     while (due_ > 0) {
-      __builtin_prefetch(line_, 0, 2);
-      line_ += 64;
+      unroll<kFetchStreams>([&](auto i) __attribute__((always_inline)) {
+        __builtin_prefetch(fetch_.stream[i.value] + offset_, 0, 2);
+      });
+      offset_ += 64;
       due_ -= steps_;
     }
   }
 
  private:
-  const uint8_t* line_;
-  int lines_;
-  int steps_;
+  const FetchAhead fetch_;
+  const int steps_;
+  int64_t offset_ = 0;
   int due_ = 0;  // what is owed, in parts of a line: `steps_` make one
 };
 

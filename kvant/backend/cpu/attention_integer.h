@@ -37,9 +37,12 @@ struct IntegerRows {
   float* sum = nullptr;
 };
 
-// Lines to fetch while a pass computes, evenly: the memory is then never idle and never ahead.
+// Lines to fetch while a pass computes, evenly: `lines` of each stream. Streams go together because
+// the processor's own prefetcher, which frees the line buffers, follows several at once but gets
+// only so far ahead in each (docs/kernels/cpu-attention.md).
+constexpr int kFetchStreams = 4;
 struct FetchAhead {
-  const uint8_t* line = nullptr;
+  const uint8_t* stream[kFetchStreams] = {};
   int lines = 0;
 };
 
@@ -108,7 +111,7 @@ namespace avx512 {
 extern const IntegerKernels kIntegerKernels;
 }
 namespace amx {  // the rest of this level is avx512's
-void scores(const IntegerScoreArgs& args);
+void channel_scores(const IntegerScoreArgs& args);
 }
 
 }  // namespace kvant::backend::cpu

@@ -261,7 +261,7 @@ struct ScoreTile {
   }
 
   // Sixteen channels stay in registers for both bytes of the queries.
-  KVANT_INLINE void short_block(int b, Fetcher& fetcher) {
+  KVANT_INLINE void short_block(int b) {
     __m512i key[4][N];
     unroll<4>([&](auto j) KVANT_ALWAYS {
       unroll<N>([&](auto n) KVANT_ALWAYS {
@@ -271,15 +271,11 @@ struct ScoreTile {
     __m512i acc[M][N];
     begin_block(acc, b);
     const int c = b * kLanes;
-    unroll<4>([&](auto j) KVANT_ALWAYS {
-      multiply(acc, key[j.value], hi + c + 4 * j.value, a.head_dim);
-      if constexpr (j.value % 2 == 0) fetcher.step();
-    });
+    unroll<4>([&](auto j)
+                  KVANT_ALWAYS { multiply(acc, key[j.value], hi + c + 4 * j.value, a.head_dim); });
     shift(acc, b);
-    unroll<4>([&](auto j) KVANT_ALWAYS {
-      multiply(acc, key[j.value], lo + c + 4 * j.value, a.head_dim);
-      if constexpr (j.value % 2 == 0) fetcher.step();
-    });
+    unroll<4>([&](auto j)
+                  KVANT_ALWAYS { multiply(acc, key[j.value], lo + c + 4 * j.value, a.head_dim); });
     end_block(acc, b);
   }
 
@@ -299,8 +295,8 @@ struct ScoreTile {
         const int c = i * kLanes + 4 * j.value;
         multiply(high, key, hi + c, a.head_dim);
         multiply(low, key, lo + c, a.head_dim);
-        fetcher.step();
       });
+      fetcher.step();
     }
     shift(high, b);
     unroll<M>([&](auto m) KVANT_ALWAYS {
@@ -318,7 +314,8 @@ KVANT_OWN_FRAME void score_tile(const IntegerScoreArgs& a, int row, int tile, Fe
   ScoreTile<Format, M, N> t(a, row, tile, num_blocks);
   for (int b = 0; b < num_blocks; ++b) {
     if constexpr (Format::kShort) {
-      t.short_block(b, fetcher);
+      t.short_block(b);
+      fetcher.step();
     } else {
       const int end = (b + 1) * a.block < a.head_dim ? (b + 1) * a.block : a.head_dim;
       t.long_block(b, (end - b * a.block) / kLanes, fetcher);
@@ -338,7 +335,7 @@ template <typename Format>
 void scores_of(const IntegerScoreArgs& a) {
   const int row_steps = (a.rows + kMaxRows - 1) / kMaxRows;
   const int tile_steps = (a.num_tiles + kKeyTiles - 1) / kKeyTiles;
-  Fetcher fetcher(a.fetch, tile_steps * row_steps * (a.head_dim / kLanes) * 4);
+  Fetcher fetcher(a.fetch, tile_steps * row_steps * (a.head_dim / kLanes));
   for (int tile = 0; tile < a.num_tiles; tile += kKeyTiles) {
     for (int r = 0; r < a.rows; r += kMaxRows) {
       with_count<kMaxRows>(a.rows - r, [&](auto m) {

@@ -254,8 +254,8 @@ KVANT_OWN_FRAME void value_tile(const IntegerValueArgs& a, const ValueChunk& chu
           acc[m.value][n.value] = _mm512_dpwssd_epi32(acc[m.value][n.value], v, weight[m.value]);
         });
       });
-      fetcher.step();
     });
+    fetcher.step();
   }
   const bool first_chunk = chunk.first_tile == 0;
   unroll<M>([&](auto m) KVANT_ALWAYS {
@@ -339,8 +339,8 @@ void values(const IntegerValueArgs& a) {
   const int chunks = (a.num_tiles * kLanes + kChunkTokens - 1) / kChunkTokens;
   const int scale_steps = a.scale == PageScale::kE4m3 ? num_blocks : 0;
   const int weight_steps = a.rows + 4 * row_steps;
-  const int product_steps =
-      a.num_tiles * (kLanes / 2) * row_steps * ((a.head_dim / kLanes + groups - 1) / groups);
+  const int word_steps = a.num_tiles * kLanes / (a.code == Code::kS8 ? 4 : 8);
+  const int product_steps = word_steps * row_steps * ((a.head_dim / kLanes + groups - 1) / groups);
   Fetcher fetcher(a.fetch, chunks * (scale_steps + weight_steps) + product_steps);
   for (int first = 0; first < a.num_tiles; first += kChunkTokens / kLanes) {
     chunk.first_tile = first;

@@ -56,6 +56,7 @@ struct ScoreArgs {
   int page_tokens = 0;
   int num_tiles = 0;
   FetchAhead fetch;
+  const uint8_t* q_tiles = nullptr;  // of TileKernels::pack_queries()
 };
 
 // Online softmax over one page: x = softcap(s * multiplier + offset[r]), masked; updates max and
@@ -124,6 +125,22 @@ struct PartialRows {
   float* share = nullptr;
 };
 
+// Products in tiles of a matrix unit.
+struct TileKernels {
+  // IntegerKernels::scores for many rows and K with scales per channel, with the same bits.
+  void (*channel_scores)(const IntegerScoreArgs& args);
+  // Floating-point codes for any number of rows: sides that page_decoder.h says. Queries go into
+  // `tiles`, query_tile_bytes() aligned to 64, once for all pages of a code; `side.out` is used for
+  // the codes as BF16.
+  void (*pack_queries)(const float* q, int rows, int head_dim, Code code, uint8_t* tiles);
+  void (*scores)(const DecodeArgs& side, const ScoreArgs& args);
+  void (*values)(const DecodeArgs& side, const ValueArgs& args);
+};
+
+constexpr int64_t query_tile_bytes(int rows, int head_dim) {
+  return int64_t{(rows + 7) / 8 * 8} * head_dim * 4;  // two BF16 a value
+}
+
 struct AttentionKernels {
   void (*decode_k)(const DecodeArgs& args);
   void (*decode_v)(const DecodeArgs& args);
@@ -143,8 +160,7 @@ struct AttentionKernels {
   void (*merge)(const PartialRows& to, const PartialRows& from, int rows, int width);
   // Products with the codes as they are stored; null where the level has none.
   const IntegerKernels* integer;
-  // For many rows and K with scales per channel, in AMX tiles: the same bits; or null.
-  void (*tile_scores)(const IntegerScoreArgs& args);
+  const TileKernels* tiles;  // null where the level has none
 };
 
 namespace scalar {
@@ -155,6 +171,9 @@ extern const AttentionKernels kAttentionKernels;
 }
 namespace avx512 {
 extern const AttentionKernels kAttentionKernels;
+}
+namespace amx {  // the rest of this level is avx512's
+extern const TileKernels kTileKernels;
 }
 
 }  // namespace kvant::backend::cpu

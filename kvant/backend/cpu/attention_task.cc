@@ -24,8 +24,8 @@ constexpr float kMinusInfinity = -__builtin_huge_valf();
 constexpr int64_t kBehindAllPages = int64_t{1} << 40;
 // Decoded in registers for each tile of rows rather than once; AMX's tiles do not pay for them.
 constexpr int kFewRows = 8;
-// Hundredths of the next unit that have been asked for when a pass ends: about its part of the
-// time, so that lines are asked for evenly. All formats together are fastest with these.
+// Hundredths of what is fetched meanwhile that have been asked for when a pass ends: about its part
+// of the time, so that lines are asked for evenly. All formats together are fastest with these.
 constexpr int kFetchedByRounding = 8;  // where queries are rounded for each page
 constexpr int kFetchedByScores = 35;
 constexpr int kFetchedBySoftmax = 52;
@@ -53,8 +53,7 @@ struct Task::Pass {
   int row_end = 0;
   int token_begin = 0;  // tokens of the page that some of the rows read
   int token_end = 0;
-  const uint8_t* next = nullptr;  // the unit read next, which lies anywhere, or null
-  int next_lines = 0;             // of 64 bytes
+  FetchAhead next;  // parts of units that are read later, which lie anywhere
 
   int rows() const { return row_end - row_begin; }
   int num_tiles() const { return (token_end + 15) / 16; }
@@ -113,6 +112,7 @@ void Task::prepare_frame(const SideFormat& k_format, const SideParams& params) {
   if (frame_ready_ && frame_ == wanted) return;
   frame_ = wanted;
   frame_ready_ = true;
+  packed_q_ = nullptr;
   rounded_block_ = 0;
   const int d = call_.head_dim;
   std::memcpy(memory_.q_stored, memory_.q_plain,
@@ -223,8 +223,11 @@ Task::ScoreTerms Task::score_page(const Pass& pass, const PageKind& kind, const 
     a.head_dim = d;
     a.page_tokens = call_.view.page_tokens;
     a.num_tiles = pass.num_tiles();
-    a.fetch = fetch_ahead(pass, 0, kFetchedByScores);
-    if (!call_.pre_rope && pass.rows() <= kFewRows && decodes_in_registers(decoder)) {
+    a.fetch = part_of(pass.next, 0, kFetchedByScores);
+    if (!call_.pre_rope && multiplies_in_tiles(decoder)) {
+      a.q_tiles = pack_queries(q, pass.rows(), decoder.code);
+      call_.kernels.tiles->scores(side, a);
+    } else if (!call_.pre_rope && pass.rows() <= kFewRows && decodes_in_registers(decoder)) {
       call_.kernels.scores_of_codes(side, a);
     } else {
       call_.kernels.decode_k(side);
@@ -257,16 +260,32 @@ void Task::score_codes(const Pass& pass, const PageDecoder& decoder, const std::
   a.page_tokens = call_.view.page_tokens;
   a.num_tiles = pass.num_tiles();
   const bool per_channel = decoder.scale == PageScale::kChannelPair;
-  a.fetch = fetch_ahead(pass, per_channel ? kFetchedByRounding : 0, kFetchedByScores);
-  if (per_channel && pass.rows() > kFewRows && call_.kernels.tile_scores != nullptr) {
+  a.fetch = part_of(pass.next, per_channel ? kFetchedByRounding : 0, kFetchedByScores);
+  if (per_channel && pass.rows() > kFewRows && call_.kernels.tiles != nullptr) {
     a.scratch = reinterpret_cast<uint8_t*>(memory_.page);
-    call_.kernels.tile_scores(a);
+    call_.kernels.tiles->channel_scores(a);
   } else {
     call_.kernels.integer->scores(a);
   }
   if (per_channel) {
     for (int r = 0; r < pass.rows(); ++r) memory_.offset[r] = a.q.sum[r * (call_.head_dim / 16)];
   }
+}
+
+bool Task::multiplies_in_tiles(const PageDecoder& decoder) const {
+  return call_.kernels.tiles != nullptr &&
+         in_tiles(decoder, call_.head_dim, call_.view.page_tokens);
+}
+
+// Rows `q` as tiles, unless they are already.
+const uint8_t* Task::pack_queries(const float* q, int rows, Code code) {
+  if (packed_q_ != q || packed_rows_ != rows || packed_code_ != code) {
+    call_.kernels.tiles->pack_queries(q, rows, call_.head_dim, code, memory_.q_tiles);
+    packed_q_ = q;
+    packed_rows_ = rows;
+    packed_code_ = code;
+  }
+  return memory_.q_tiles;
 }
 
 // The pass's rows of q_integer. Scales per channel make them a matter of each page.
@@ -280,7 +299,7 @@ IntegerRows Task::round_queries(const Pass& pass, const PageDecoder& decoder,
     a.rows = pass.rows();
     a.block = call_.head_dim;
     a.channel = scales;
-    a.fetch = fetch_ahead(pass, 0, kFetchedByRounding);
+    a.fetch = part_of(pass.next, 0, kFetchedByRounding);
     a.out = memory_.q_integer;
     rounded_block_ = 0;
     call_.kernels.integer->round_queries(a);
@@ -298,19 +317,13 @@ IntegerRows Task::round_queries(const Pass& pass, const PageDecoder& decoder,
   return rows_from(memory_.q_integer, pass.row_begin, call_.head_dim);
 }
 
-// Lines of the unit that is read next, from hundredth `begin` to `end`.
-FetchAhead Task::fetch_ahead(const Pass& pass, int begin, int end) {
-  const int first = pass.next_lines * begin / 100;
-  return {pass.next + 64 * static_cast<int64_t>(first), pass.next_lines * end / 100 - first};
-}
-
 void Task::run_pass(Pass pass, const PartialRows& out) {
   const GroupView& view = call_.view;
   const int layer = call_.args.group_layer;
   const int d = call_.head_dim;
   const PageKind& kind = view.kinds[pass.entry.kind];
   const std::byte* unit = kind.unit(pass.entry, layer, item_.kv_head);
-  look_ahead(pass);
+  pass.next = look_ahead(pass.page);
   const SideFormat& v_format = kind.v_format[layer];
   const bool plain_page = is_plain(pass.entry.kind);
   const PageDecoder decoder = plain_page ? PageDecoder{} : v_decoder_;
@@ -336,7 +349,7 @@ void Task::run_pass(Pass pass, const PartialRows& out) {
   softmax.share = rows_out.share;
   softmax.add_to_share = !plain_page && v_format.bias;
   softmax.factor = memory_.factor;
-  softmax.fetch = fetch_ahead(pass, kFetchedByScores, kFetchedBySoftmax);
+  softmax.fetch = part_of(pass.next, kFetchedByScores, kFetchedBySoftmax);
   call_.kernels.softmax(softmax);
 
   const bool rotated = call_.rotated_v && !plain_page && v_format.rotate;
@@ -369,7 +382,7 @@ void Task::add_values(const Pass& pass, const PageDecoder& decoder, const std::b
     a.page_tokens = call_.view.page_tokens;
     a.num_tiles = pass.num_tiles();
     a.scratch = memory_.integer_scratch;
-    a.fetch = fetch_ahead(pass, kFetchedBySoftmax, 100);
+    a.fetch = part_of(pass.next, kFetchedBySoftmax, 100);
     call_.kernels.integer->values(a);
     return;
   }
@@ -386,7 +399,11 @@ void Task::add_values(const Pass& pass, const PageDecoder& decoder, const std::b
   a.page_tokens = call_.view.page_tokens;
   a.token_begin = pass.token_begin;
   a.token_end = pass.token_end;
-  a.fetch = fetch_ahead(pass, kFetchedBySoftmax, 100);
+  a.fetch = part_of(pass.next, kFetchedBySoftmax, 100);
+  if (multiplies_in_tiles(decoder)) {  // tokens before token_begin weigh 0
+    call_.kernels.tiles->values(side, a);
+    return;
+  }
   if (pass.token_begin == 0 && pass.rows() <= kFewRows && decodes_in_registers(decoder)) {
     call_.kernels.values_of_codes(side, a);
     return;
@@ -445,20 +462,6 @@ void Task::split_rope(int64_t split) {
       c = next_c;
     }
   }
-}
-
-// Names the next page's unit in the pass, if all rows read that one as stored.
-void Task::look_ahead(Pass& pass) const {
-  const int64_t next = pass.page + 1;
-  const int64_t boundary = (next + sequence_.recent_pages + 1) * call_.view.page_tokens;
-  if (boundary > first_position()) return;
-  if (next * call_.view.page_tokens / attention::kSplitTokens >= end_split_) return;
-  const PageEntry entry = sequence_.stored[next];
-  if (!entry.valid()) return;
-  const PageKind& kind = call_.view.kinds[entry.kind];
-  const int layer = call_.args.group_layer;
-  pass.next = reinterpret_cast<const uint8_t*>(kind.unit(entry, layer, item_.kv_head));
-  pass.next_lines = static_cast<int>((kind.units[layer].bytes + 63) / 64);
 }
 
 void Task::run_split(int64_t split, const PartialRows& out) {

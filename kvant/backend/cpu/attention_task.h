@@ -59,8 +59,9 @@ struct WorkerMemory {
   float* bias_dot = nullptr;
   float* dot = nullptr;
   float* factor = nullptr;
-  float* row = nullptr;   // [head_dim]
-  IntegerRows q_integer;  // q_stored, or its products with the scales of a page's channels
+  float* row = nullptr;        // [head_dim]
+  IntegerRows q_integer;       // q_stored, or its products with the scales of a page's channels
+  uint8_t* q_tiles = nullptr;  // rows of q_plain or q_stored
   uint8_t* integer_scratch = nullptr;
   float* page_cos = nullptr;  // [pages of a split][head_dim / 2]
   float* page_sin = nullptr;
@@ -134,10 +135,12 @@ class Task {
   cache::PageEntry entry_of(int64_t page, bool bf16) const;
   Pass visible_part(int64_t page, int64_t first, int64_t end) const;
   bool sees_split(int64_t split) const;
-  void look_ahead(Pass& pass) const;
+  const std::byte* stored_unit(int64_t page) const;
+  FetchAhead look_ahead(int64_t page);
+  void fetch_missing(int64_t page, int64_t lines) const;
   DecodeArgs decode_args(const Pass& pass, const PageDecoder& decoder, const std::byte* codes,
                          const std::byte* scales) const;
-  static FetchAhead fetch_ahead(const Pass& pass, int begin, int end);
+  static FetchAhead part_of(FetchAhead part, int begin, int end);
   void run_pass(Pass pass, const PartialRows& out);
   void add_values(const Pass& pass, const PageDecoder& decoder, const std::byte* unit,
                   const PartialRows& out);
@@ -146,6 +149,8 @@ class Task {
                    const formats::UnitSections& sections);
   void add_terms(const Pass& pass, const float* q, const uint16_t* mean);
   IntegerRows round_queries(const Pass& pass, const PageDecoder& decoder, const uint8_t* scales);
+  bool multiplies_in_tiles(const PageDecoder& decoder) const;
+  const uint8_t* pack_queries(const float* q, int rows, Code code);
   void prepare_frame(const formats::SideFormat& k_format, const formats::SideParams& params);
   void finish_pre_rope(const Pass& pass, const formats::SideFormat& format,
                        const formats::SideParams& params, const uint16_t* mean, float factor);
@@ -159,11 +164,18 @@ class Task {
   const PageDecoder k_decoder_;  // of stored pages
   const PageDecoder v_decoder_;
   int64_t end_split_ = std::numeric_limits<int64_t>::max();
+  // The units of the pages behind page `ahead_of_`; null where they are not fetched.
+  int64_t ahead_of_ = -2;
+  const std::byte* ahead_[kFetchStreams] = {};
   QueryFrame frame_;
   bool frame_ready_ = false;
   // What q_integer holds of all rows in this frame, if anything.
   Code rounded_code_{};
   int rounded_block_ = 0;
+  // What q_tiles holds, if anything.
+  const float* packed_q_ = nullptr;
+  int packed_rows_ = 0;
+  Code packed_code_{};
 };
 
 }  // namespace kvant::backend::cpu

@@ -62,6 +62,7 @@ WorkerMemory take_worker(Cutter& cutter, int head_dim, int page_tokens) {
   w.dot = cutter.take<float>(kMaxQueryRows);
   w.factor = cutter.take<float>(kMaxQueryRows);
   w.row = cutter.take<float>(d);
+  w.q_tiles = cutter.take<uint8_t>(query_tile_bytes(kMaxQueryRows, head_dim));
   w.q_integer.hi = cutter.take<int8_t>(kMaxQueryRows * d);
   w.q_integer.lo = cutter.take<int8_t>(kMaxQueryRows * d);
   w.q_integer.scale = cutter.take<float>(kMaxQueryRows);

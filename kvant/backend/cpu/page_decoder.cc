@@ -48,6 +48,14 @@ bool integer_values(const PageDecoder& decoder) {
   return integer_keys(decoder) && decoder.scale != PageScale::kChannelPair;
 }
 
+bool in_tiles(const PageDecoder& decoder, int head_dim, int page_tokens) {
+  const bool plain = decoder.scale == PageScale::kNone;
+  const bool by_token = decoder.scale == PageScale::kF32 && decoder.block >= head_dim;
+  const bool takes_code = (decoder.code == Code::kBf16 && plain) ||
+                          (decoder.code == Code::kE4m3 && (plain || by_token));
+  return takes_code && head_dim % 32 == 0 && page_tokens % 32 == 0;
+}
+
 bool decodes_in_registers(const PageDecoder& decoder) {
   if (decoder.code == Code::kE4m3) {
     return decoder.scale == PageScale::kNone || decoder.scale == PageScale::kF32 ||
