@@ -1,7 +1,11 @@
 // Time and bandwidth of matrix products on a device: each shape of Llama-3.1-8B and type of weight,
 // for 1 to 2048 rows. Weights of several matrices are read in turn, more than caches hold.
 //
-// Usage: kvant_cuda_linear_bench [DEVICE]      default: cuda
+// Usage: kvant_cuda_linear_bench [DEVICE [GEOMETRY]]      default: cuda
+//
+// With a geometry that kvant knows, instead: the products of a layer and the head, norm and gate
+// included, 1 to 128 rows, each as a run that the device keeps; in microseconds, products of few
+// rows (deterministic mode) / what the backend chooses by itself.
 
 #include <algorithm>
 #include <chrono>
@@ -12,6 +16,7 @@
 
 #include "kvant/backend/backend.h"
 #include "kvant/backend/testing/random_matrix.h"
+#include "kvant/model/config.h"
 
 namespace kvant::backend {
 namespace {
@@ -88,7 +93,141 @@ class Bench {
   Buffer out_;
 };
 
-int main_of(const std::string& device) {
+// A product of a model: matrices over one input.
+struct Part {
+  std::string name;
+  std::vector<int64_t> outputs;
+  int64_t cols;
+  enum Kind { kPlain, kNormed, kGated } kind;
+};
+
+// One backend's times of parts.
+class PartBench {
+ public:
+  PartBench(const std::string& device, bool deterministic, int64_t max_cols, int64_t outputs) {
+    BackendOptions options;
+    options.name = device;
+    options.deterministic = deterministic;
+    options.repetition = Repetition::kWherePossible;
+    backend_ = create_backend(options).value();
+    WorkspaceNeeds needs;
+    needs.max_rows = kMostRows;
+    needs.max_cols = static_cast<int>(max_cols);
+    backend_->reserve_workspace(needs).value();
+    const auto make = [&](int64_t values) {
+      return Buffer::create(backend_->memory(), 4 * values, MemoryUse::kOther).value();
+    };
+    x_ = make(kMostRows * max_cols);
+    normed_ = make(kMostRows * max_cols);
+    weight_ = make(max_cols);
+    out_ = make(kMostRows * outputs);
+    const std::vector<float> noise = testing::random_activations(kMostRows, max_cols, 1);
+    backend_->upload_f32(noise.data(), kMostRows * max_cols, x_.data()).value();
+    backend_->upload_f32(noise.data(), max_cols, weight_.data()).value();
+  }
+
+  void load(const Part& part, const std::vector<testing::RandomMatrix>& random, int copies) {
+    part_ = part;
+    copies_.clear();
+    for (int copy = 0; copy < copies; ++copy) {
+      copies_.emplace_back();
+      for (const testing::RandomMatrix& matrix : random) {
+        copies_.back().push_back(backend_->load_matrix(matrix.source()).value());
+      }
+    }
+    ++loads_;
+  }
+
+  // Microseconds a part, the median of some runs over all copies.
+  double measure(int64_t rows) {
+    const auto once = [&] {
+      return backend_->repeat({.owner = this, .part = loads_, .num_rows = rows}, [&]() -> Status {
+        for (const auto& matrices : copies_) KVANT_TRY(enqueue(matrices, rows));
+        return {};
+      });
+    };
+    std::vector<double> times;
+    for (int time = -6; time < 9; ++time) {  // kept from the fourth on
+      const auto start = std::chrono::steady_clock::now();
+      once().value();
+      backend_->synchronize().value();
+      const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+      if (time >= 0) times.push_back(1e6 * elapsed.count() / static_cast<double>(copies_.size()));
+    }
+    std::sort(times.begin(), times.end());
+    return times[times.size() / 2];
+  }
+
+  static constexpr int64_t kMostRows = 128;
+
+ private:
+  Status enqueue(const std::vector<std::unique_ptr<Matrix>>& matrices, int64_t rows) {
+    const RmsNormArgs norm{x_.data(), weight_.as<float>(),          normed_.data(),
+                           rows,      static_cast<int>(part_.cols), 1e-5f};
+    float* out = out_.as<float>();
+    if (part_.kind == Part::kGated) {
+      return backend_->norm_gated({.norm = norm,
+                                   .gate = matrices[0].get(),
+                                   .up = matrices[1].get(),
+                                   .out = out,
+                                   .up_scratch = out + kMostRows * matrices[0]->rows()});
+    }
+    std::vector<LinearTarget> targets;
+    for (const auto& matrix : matrices) {
+      targets.push_back({matrix.get(), nullptr, out, part_.kind == Part::kPlain});
+      out += kMostRows * matrix->rows();
+    }
+    return part_.kind == Part::kNormed ? backend_->norm_linear(norm, targets)
+                                       : backend_->linear(x_.data(), rows, targets);
+  }
+
+  std::unique_ptr<Backend> backend_;
+  Buffer x_, normed_, weight_, out_;
+  Part part_;
+  std::vector<std::vector<std::unique_ptr<Matrix>>> copies_;
+  int64_t loads_ = 0;
+};
+
+void run_geometry(const std::string& device, const model::ModelConfig& config) {
+  const int64_t dim = config.dim;
+  const int64_t q = int64_t{config.num_query_heads} * config.head_dim;
+  const int64_t kv = int64_t{config.num_kv_heads} * config.head_dim;
+  const std::vector<Part> parts = {
+      {"q, k, v", {q, kv, kv}, dim, Part::kNormed},
+      {"output", {dim}, q, Part::kPlain},
+      {"gate, up", {config.ffn_dim, config.ffn_dim}, dim, Part::kGated},
+      {"down", {dim}, config.ffn_dim, Part::kPlain},
+      {"head", {config.vocab_size}, dim, Part::kNormed}};
+  const int64_t outputs = std::max<int64_t>(config.vocab_size, 2 * config.ffn_dim);
+  const int64_t cols = std::max<int64_t>({dim, q, config.ffn_dim});
+  PartBench few(device, true, cols, outputs);
+  PartBench chosen(device, false, cols, outputs);
+  using formats::WeightType;
+  for (const WeightType type : {WeightType::kQ4_0, WeightType::kQ4_K, WeightType::kQ6_K,
+                                WeightType::kQ8_0, WeightType::kBF16}) {
+    for (const Part& part : parts) {
+      if (part.cols % formats::weight_type_info(type).block_elements != 0) continue;
+      std::vector<testing::RandomMatrix> random;
+      size_t bytes = 0;
+      for (const int64_t rows : part.outputs) {
+        random.push_back(testing::random_matrix(type, rows, part.cols, 1));
+        bytes += random.back().bytes.size();
+      }
+      const int copies = static_cast<int>(std::min<size_t>(100, (size_t{120} << 20) / bytes + 1));
+      few.load(part, random, copies);
+      chosen.load(part, random, copies);
+      std::printf("%-5s %-8s", std::string(random[0].source().name).c_str(), part.name.c_str());
+      for (const int64_t rows : {1, 4, 8, 9, 16, 17, 32, 33, 48, 64, 65, 128}) {
+        std::printf(" | %lld: %.1f/%.1f", static_cast<long long>(rows), few.measure(rows),
+                    chosen.measure(rows));
+      }
+      std::printf("\n");
+      std::fflush(stdout);
+    }
+  }
+}
+
+int main_of(const std::string& device, const std::string& geometry) {
   BackendOptions options;
   options.name = device;
   auto backend = create_backend(options);
@@ -97,6 +236,15 @@ int main_of(const std::string& device) {
     return 69;
   }
   std::printf("%s\n", (*backend)->info().description.c_str());
+  if (!geometry.empty()) {
+    const auto config = model::load_config(geometry);
+    if (!config) {
+      std::fprintf(stderr, "%s\n", config.error().message().c_str());
+      return 64;
+    }
+    run_geometry(device, *config);
+    return 0;
+  }
   Bench bench(**backend);
   using formats::WeightType;
   for (const WeightType type : {WeightType::kQ4_0, WeightType::kQ4_K, WeightType::kQ6_K,
@@ -112,5 +260,5 @@ int main_of(const std::string& device) {
 }  // namespace kvant::backend
 
 int main(int argc, char** argv) {
-  return kvant::backend::main_of(argc > 1 ? argv[1] : "cuda");
+  return kvant::backend::main_of(argc > 1 ? argv[1] : "cuda", argc > 2 ? argv[2] : "");
 }

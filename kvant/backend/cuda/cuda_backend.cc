@@ -18,7 +18,7 @@ constexpr int64_t kRingBytes = int64_t{64} << 20;
 constexpr int64_t kStagingBytes = int64_t{16} << 20;
 // Steps whose dense operators are enqueued as graphs: shorter ones are few kernels that overlap,
 // longer ones keep the device busy for longer than the host needs to enqueue them.
-constexpr int64_t kLeastKeptRows = 9;
+constexpr int64_t kLeastKeptRows = 5;
 constexpr int64_t kMostKeptRows = 256;
 
 int64_t round_up(int64_t bytes) {
@@ -267,11 +267,12 @@ Status CudaBackend::linear(const void* x, int64_t num_rows, std::span<const Line
 }
 
 Status CudaBackend::norm_linear(const RmsNormArgs& norm, std::span<const LinearTarget> targets) {
-  if (linear_.can_norm(norm.num_rows, targets)) return linear_.run_normed(norm, targets, stream_);
-  if (norm.num_rows <= max_rows_ && linear_.rounds(norm.num_rows, targets)) {
-    return linear_.run_rounded(norm, targets, stream_);
+  if (!linear_.rounds(norm.num_rows, targets)) {
+    return linear_.can_norm(targets) ? linear_.run_normed(norm, targets, stream_)
+                                     : Backend::norm_linear(norm, targets);
   }
-  return Backend::norm_linear(norm, targets);
+  return norm.num_rows <= max_rows_ ? linear_.run_rounded(norm, targets, stream_)
+                                    : Backend::norm_linear(norm, targets);
 }
 
 Status CudaBackend::norm_gated(const GatedArgs& args) {

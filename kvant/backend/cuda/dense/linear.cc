@@ -12,10 +12,18 @@
 namespace kvant::backend::cuda {
 namespace {
 
-// Up to so many rows a product that reads the stored weights is faster: cuBLASLt reads BF16 as it
-// is and everything else once more than that.
+// Where products that read the stored weights are faster than cuBLASLt, which reads BF16 as it is
+// and everything else once more than that. Measured on an H100 (docs/kernels/cuda-linear.md).
+constexpr int64_t kMostGroups = kPreparedRows / kGroupRows;
+// A strip costs them a fixed time beside that of its inputs, so that those of more inputs stand
+// more groups of rows; up to so many turns what cuBLASLt needs in any case is more than all of
+// that.
+constexpr int64_t kLeastGroups = 2;
+constexpr int64_t kColsOfGroup = 288;
+constexpr int64_t kFewTurns = 3;
 constexpr int64_t kFewRowsBf16 = 8;
-constexpr int64_t kFewRows = 32;
+constexpr int64_t kMostFewRowsBf16 = 16;
+constexpr int64_t kMostColsBf16 = 2048;
 constexpr int64_t kBlasWorkspace = int64_t{32} << 20;     // cuBLASLt's advice for Hopper
 constexpr size_t kMaxAlgorithms = 4096;                   // remembered
 constexpr int64_t kDequantisedPiece = int64_t{64} << 20;  // of BF16 weights
@@ -124,8 +132,18 @@ Status CudaLinear::run(const float* x, int64_t num_rows, std::span<const LinearT
 }
 
 bool CudaLinear::rounds(int64_t num_rows, std::span<const LinearTarget> targets) const {
-  const bool is_bf16 = tiles_of(targets[0].matrix).type == formats::WeightType::kBF16;
-  return !deterministic_ && num_rows > (is_bf16 ? kFewRowsBf16 : kFewRows);
+  if (deterministic_) return false;
+  const int64_t cols = targets[0].matrix->cols();
+  const int64_t groups = num_row_groups(num_rows);
+  int64_t strips = 0;
+  for (const LinearTarget& target : targets) strips += tiles_of(target.matrix).num_strips();
+  const bool few_turns = strips * groups <= kFewTurns * num_teams(num_sms_);
+  if (tiles_of(targets[0].matrix).type == formats::WeightType::kBF16) {
+    const bool more = few_turns && cols <= kMostColsBf16;
+    return num_rows > (more ? kMostFewRowsBf16 : kFewRowsBf16);
+  }
+  return groups >
+         (few_turns ? kMostGroups : std::clamp(cols / kColsOfGroup, kLeastGroups, kMostGroups));
 }
 
 Status CudaLinear::run_rounded(const RmsNormArgs& norm, std::span<const LinearTarget> targets,
@@ -136,10 +154,11 @@ Status CudaLinear::run_rounded(const RmsNormArgs& norm, std::span<const LinearTa
   return run_targets(norm.num_rows, targets, stream);
 }
 
-bool CudaLinear::can_norm(int64_t num_rows, std::span<const LinearTarget> targets) const {
-  return std::ranges::all_of(targets, [&](const LinearTarget& target) {
-    return cuda::can_norm(tiles_of(target.matrix), num_rows);
-  });
+bool CudaLinear::can_norm(std::span<const LinearTarget> targets) const {
+  return blas_workspace_ != nullptr &&
+         std::ranges::all_of(targets, [&](const LinearTarget& target) {
+           return cuda::can_norm(tiles_of(target.matrix));
+         });
 }
 
 Status CudaLinear::run_normed(const RmsNormArgs& norm, std::span<const LinearTarget> targets,
@@ -152,7 +171,9 @@ Status CudaLinear::run_normed(const RmsNormArgs& norm, std::span<const LinearTar
 bool CudaLinear::can_gate(const GatedArgs& args) const {
   const WeightTiles& gate = tiles_of(args.gate);
   const WeightTiles& up = tiles_of(args.up);
-  return gate.type == up.type && gate.rows == up.rows && cuda::can_norm(gate, args.norm.num_rows);
+  const std::array<LinearTarget, 2> targets = {{{.matrix = args.gate}, {.matrix = args.up}}};
+  return gate.type == up.type && gate.rows == up.rows && can_norm(targets) &&
+         !rounds(args.norm.num_rows, targets);
 }
 
 Status CudaLinear::run_gated(const GatedArgs& args, cudaStream_t stream) {
@@ -248,7 +269,8 @@ Status CudaLinear::run_in_pieces(int64_t num_rows, const LinearTarget& target,
     const auto* weights = reinterpret_cast<const uint16_t*>(tiles.data);
     return multiply_piece(num_rows, {target, 0, tiles.rows, weights}, stream);
   }
-  const int64_t step = piece_rows(max_cols_);
+  const int64_t room = piece_rows(max_cols_) * padded(max_cols_);
+  const int64_t step = room / tiles.padded_cols() / kStripRows * kStripRows;
   for (int64_t first = 0; first < tiles.rows; first += step) {
     const Bf16Piece piece = {.weights = tiles,
                              .first_row = first,

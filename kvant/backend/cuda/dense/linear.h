@@ -41,15 +41,16 @@ class CudaLinear {
   Status run_chosen(const float* x, int64_t num_rows, const LinearTarget& target,
                     const ExpertChoice& choice, cudaStream_t stream);
 
-  // Many rows, which are rounded; run_rounded() norms them on the way too (norm.out is not
-  // written).
+  // Whether run() takes so many rows of a product with such matrices for many, which are rounded;
+  // run_rounded() norms them on the way too (norm.out is not written).
   bool rounds(int64_t num_rows, std::span<const LinearTarget> targets) const;
   Status run_rounded(const RmsNormArgs& norm, std::span<const LinearTarget> targets,
                      cudaStream_t stream);
 
-  // Whether the next two can be had for so many rows and such matrices: products that norm their
-  // input on the way (norm.out is not written), and a gate with what it is for in one.
-  bool can_norm(int64_t num_rows, std::span<const LinearTarget> targets) const;
+  // Whether the next two can be had for such matrices: products of few rows that norm their input
+  // on the way (norm.out is not written), and a gate with what it is for in one (so many rows,
+  // too).
+  bool can_norm(std::span<const LinearTarget> targets) const;
   Status run_normed(const RmsNormArgs& norm, std::span<const LinearTarget> targets,
                     cudaStream_t stream);
   bool can_gate(const GatedArgs& args) const;

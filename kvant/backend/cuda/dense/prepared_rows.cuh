@@ -156,26 +156,56 @@ __device__ void prepare_inputs(const RowWriter<kForm>& writer, int row, const fl
   }
 }
 
-// A whole row, normed, by a block of kNormThreads. `held` are the thread's first weights.
+// `num_rows` whole rows, likewise: their groups of 8 inputs in a row, so that short rows do not
+// wait for memory one after the other.
 template <RowForm kForm>
+__device__ void prepare_rows_whole(const RowWriter<kForm>& writer, int num_rows, const float* x,
+                                   int64_t cols, int padded, int num_threads) {
+  constexpr int kBatch = 4;  // groups whose loads are in flight together
+  const int groups = padded / 8;
+  const int count = num_rows * groups;
+  for (int base = static_cast<int>(threadIdx.x); base < count; base += num_threads * kBatch) {
+    float v[kBatch][8];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int group = base + i * num_threads;
+      const int row = group / groups;
+      if (group < count) load_eight(x + row * cols, 8 * (group - row * groups), cols, v[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int group = base + i * num_threads;
+      const int row = group / groups;
+      if (group < count) writer.put(row, 8 * (group - row * groups), v[i]);
+    }
+  }
+}
+
+// Rows [row, row + kRows) of x, whole and normed, by a block of kNormThreads. `held` are the
+// thread's first weights.
+template <int kRows, RowForm kForm>
 __device__ void prepare_normed(const RowWriter<kForm>& writer, int row, const float* x,
                                int64_t cols, int padded, const float* weight, float epsilon,
                                const float (&held)[8]) {
   const int first = 8 * static_cast<int>(threadIdx.x);
-  float v[8];
-  load_eight(x, first, cols, v);
-  const float factor = norm_factor(x, cols, v, epsilon);
+  const float* from = x + row * cols;
+  float v[kRows][8];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) load_eight(from + r * cols, first, cols, v[r]);
+  float factors[kRows];
+  norm_factors<kRows>(from, cols, v, epsilon, factors);
   float w[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) w[i] = held[i];
   for (int at = first; at < padded; at += 8 * kNormThreads) {
-    if (at > first) {
-      load_eight(x, at, cols, v);
-      load_eight(weight, at, cols, w);
-    }
+    if (at > first) load_eight(weight, at, cols, w);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = v[i] * factor * w[i];
-    writer.put(row, at, v);
+    for (int r = 0; r < kRows; ++r) {
+      if (at > first) load_eight(from + r * cols, at, cols, v[r]);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[r][i] = v[r][i] * factors[r] * w[i];
+      writer.put(row + r, at, v[r]);
+    }
   }
 }
 

@@ -17,11 +17,13 @@ namespace {
 
 constexpr int kWarps = 8;  // of a team, which shares the inputs of a strip
 constexpr int kTeamThreads = 32 * kWarps;
-constexpr int kTeams = 2;  // of a block
+constexpr int kTeams = kTeamsOfBlock;
 constexpr int kThreads = kTeams * kTeamThreads;
-constexpr int kRowTile = 4;     // rows of x in one instruction: two columns each, high and low
-constexpr int kGroupRows = 16;  // rows of x that a block multiplies at once
-constexpr int kMostNormed = 8;  // rows of x that a product may norm
+constexpr int kRowTile = 4;  // rows of x in one instruction: two columns each, high and low
+// Rows of x that blocks prepare for themselves, each block all of them: beyond that a kernel that
+// does it once is faster, though it is one launch more. Measured on an H100 (cuda-linear.md).
+constexpr int kMostNormedInBlocks = 4;
+constexpr int kMostValuesInBlocks = 12288;  // of rows as they are, if there is more than one
 // A multiprocessor has one block, so that all have equal work; its shared memory is filled with
 // weights while it waits for its inputs.
 constexpr int kSharedMemory = 226 << 10;
@@ -356,6 +358,32 @@ struct Ring {
   // Bytes of prepared rows that a block keeps for itself.
   static constexpr int kMostStaged = kSharedMemory - kAll - kTeams * int{sizeof(Parts<kTiles>)};
 };
+// Whether blocks ever prepare rows for themselves; registers are short where more are multiplied.
+template <int kTiles>
+inline constexpr bool kStages = kTiles <= 2;
+
+// All rows of x, by all threads of the block. `norm_weights`: the thread's first, if they are
+// normed, which only up to kRowTile are.
+template <WeightType kType, int kTiles>
+__device__ void prepare_all(const ProductArgs& args, const PreparedRows& prepared,
+                            const float (&norm_weights)[8]) {
+  const RowWriter<kRowForm<kType>> writer{prepared};
+  const auto cols = args.targets[0].weights.cols;
+  const int padded = static_cast<int>(args.targets[0].weights.padded_cols());
+  const auto normed = [&](auto count, int row) {
+    prepare_normed<decltype(count)::value>(writer, row, args.x, cols, padded, args.norm.weight,
+                                           args.norm.epsilon, norm_weights);
+  };
+  if (kTiles == 1 && args.norm.weight != nullptr) {
+    int row = 0;
+    for (; row + 2 <= args.prepared_rows; row += 2) normed(std::integral_constant<int, 2>(), row);
+    if (row < args.prepared_rows) normed(std::integral_constant<int, 1>(), row);
+  } else if (args.prepared_rows == 1) {
+    prepare_inputs(writer, 0, args.x, cols, 0, padded, kThreads);
+  } else {
+    prepare_rows_whole(writer, args.prepared_rows, args.x, cols, padded, kThreads);
+  }
+}
 
 // Blocks stay; each team takes every so many-th item.
 template <WeightType kType, int kTiles>
@@ -383,25 +411,16 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
   for (int slot = 0; slot < kSlots - 1; ++slot) stream.copy_next(ring_address + slot * kStageBytes);
   float norm_weights[8] = {};
-  if (args.norm.weight != nullptr) {
+  if (kTiles == 1 && args.prepared == nullptr && args.norm.weight != nullptr) {
     load_eight(args.norm.weight, 8 * static_cast<int>(threadIdx.x), cols, norm_weights);
   }
   ptx::wait_prerequisites();
 
-  const bool staged = args.prepared == nullptr;
+  const bool staged = kStages<kTiles> && args.prepared == nullptr;
   const PreparedRows prepared(staged ? memory + Ring<kType, kTiles>::kAll : args.prepared,
                               kTiled<kType>, args.prepared_rows, padded);
   if (staged) {
-    const RowWriter<kRowForm<kType>> writer{prepared};
-    for (int row = 0; row < args.prepared_rows; ++row) {
-      const float* x = args.x + row * cols;
-      if (args.norm.weight != nullptr) {
-        prepare_normed(writer, row, x, cols, padded, args.norm.weight, args.norm.epsilon,
-                       norm_weights);
-      } else {
-        prepare_inputs(writer, row, x, cols, 0, padded, kThreads);
-      }
-    }
+    prepare_all<kType, kTiles>(args, prepared, norm_weights);
     __syncthreads();
   }
 
@@ -448,15 +467,43 @@ __global__ void __launch_bounds__(kThreads)
                  kThreads);
 }
 
+// A block a row, which is normed first.
+template <RowForm kForm>
+__global__ void __launch_bounds__(kNormThreads)
+    prepare_normed_kernel(const float* x, RowNorm norm, int64_t cols, int padded, int num_rows,
+                          uint8_t* out) {
+  ptx::launch_dependents();
+  float weights[8];
+  load_eight(norm.weight, 8 * static_cast<int>(threadIdx.x), cols, weights);
+  ptx::wait_prerequisites();
+  const RowWriter<kForm> writer{PreparedRows(out, kForm == RowForm::kCodes, num_rows, padded)};
+  prepare_normed<1>(writer, static_cast<int>(blockIdx.x), x, cols, padded, norm.weight,
+                    norm.epsilon, weights);
+}
+
 template <WeightType kType>
 Status prepare_rows(const ProductArgs& args, cudaStream_t stream) {
   const WeightTiles& weights = args.targets[0].weights;
   const int padded = static_cast<int>(weights.padded_cols());
-  const dim3 grid(static_cast<unsigned>(args.prepared_rows),
-                  static_cast<unsigned>((padded + kPreparedChunk - 1) / kPreparedChunk));
+  const auto rows = static_cast<unsigned>(args.prepared_rows);
+  if (args.norm.weight != nullptr) {
+    return launch_overlapped("norm and preparation of rows", prepare_normed_kernel<kRowForm<kType>>,
+                             {rows, kNormThreads, 0, stream}, args.x, args.norm, weights.cols,
+                             padded, args.prepared_rows, args.prepared);
+  }
+  const dim3 grid(rows, static_cast<unsigned>((padded + kPreparedChunk - 1) / kPreparedChunk));
   return launch_overlapped("preparation of rows", prepare_kernel<kRowForm<kType>>,
                            {grid, kThreads, 0, stream}, args.x, weights.cols, padded,
                            args.prepared_rows, args.prepared);
+}
+
+// Whether blocks prepare the rows for themselves, which takes so many bytes.
+template <WeightType kType, int kTiles>
+bool prepares_in_blocks(const ProductArgs& args, int64_t bytes) {
+  if (!kStages<kTiles> || bytes > Ring<kType, kTiles>::kMostStaged) return false;
+  if (args.norm.weight != nullptr) return args.prepared_rows <= kMostNormedInBlocks;
+  return args.prepared_rows == 1 ||
+         args.prepared_rows * args.targets[0].weights.padded_cols() <= kMostValuesInBlocks;
 }
 
 template <WeightType kType, int kTiles>
@@ -465,8 +512,7 @@ Status launch_product(ProductArgs args, const RowProduct& product, cudaStream_t 
   const int padded = static_cast<int>(args.targets[0].weights.padded_cols());
   const PreparedRows shape(nullptr, kTiled<kType>, args.prepared_rows, padded);
   const int64_t bytes = shape.bytes(args.prepared_rows);
-  const bool staged = bytes <= Rings::kMostStaged;
-  KVANT_CHECK(staged || args.norm.weight == nullptr, "rows are normed where blocks keep them");
+  const bool staged = prepares_in_blocks<kType, kTiles>(args, bytes);
   if (!staged) {
     KVANT_CHECK(bytes <= product.workspace_bytes, "reserve_workspace covers the prepared rows");
     args.prepared = reinterpret_cast<uint8_t*>(product.workspace);
@@ -503,8 +549,7 @@ Status multiply_chunk(const RowProduct& product, std::span<const ProductTarget> 
   args.gated = product.gated;
   args.gate = product.gate;
   args.prepared_rows = static_cast<int>(x_rows);
-  args.num_groups = static_cast<int>(chosen ? product.num_rows
-                                            : (product.num_rows + kGroupRows - 1) / kGroupRows);
+  args.num_groups = static_cast<int>(chosen ? product.num_rows : num_row_groups(product.num_rows));
   const WeightTiles& weights = targets[0].weights;
   args.stride = is_tiled(weights.type) ? weights.strip_bytes()
                                        : weights.padded_cols() * weights.element_bytes();
@@ -529,16 +574,8 @@ Status multiply_chunk(const RowProduct& product, std::span<const ProductTarget> 
 
 }  // namespace
 
-bool can_norm(const WeightTiles& weights, int64_t num_rows) {
-  if (num_rows > kMostNormed || weights.cols <= kMostWarpNorm) return false;
-  const auto rows = static_cast<int>(num_rows);
-  const PreparedRows shape(nullptr, is_tiled(weights.type), rows,
-                           static_cast<int>(weights.padded_cols()));
-  return for_weight_type<WeightTag>(weights.type, [&](auto tag) {
-    return for_row_tiles(rows, [&](auto tiles) {
-      return shape.bytes(rows) <= Ring<decltype(tag)::kValue, decltype(tiles)::value>::kMostStaged;
-    });
-  });
+bool can_norm(const WeightTiles& weights) {
+  return weights.cols > kMostWarpNorm;  // shorter rows are summed in another order
 }
 
 Status multiply_rows(const RowProduct& product, std::span<const ProductTarget> targets,

@@ -50,7 +50,7 @@ struct RowProduct {
   bool gated = false;  // where can_norm(): targets are a gate and what it is for, both of one size;
   GateKind gate = GateKind::kSilu;  // the first one's `out` gets act(gate) * up
   int num_sms = 1;
-  // For rows of x in the form in which they are multiplied, where a block cannot keep them.
+  // For rows of x in the form in which they are multiplied, unless blocks prepare them.
   std::byte* workspace = nullptr;
   int64_t workspace_bytes = 0;
 };
@@ -58,10 +58,20 @@ struct RowProduct {
 // Rows that the workspace of a product holds; more are multiplied in turns.
 inline constexpr int64_t kPreparedRows = 64;
 
-// Whether products of so many rows with such a matrix can norm them, and end in a gate.
-bool can_norm(const WeightTiles& weights, int64_t num_rows);
+// Strips of 16 outputs times groups of 16 rows are what teams of warps take in turns.
+inline constexpr int kGroupRows = 16;
+inline constexpr int kTeamsOfBlock = 2;  // a block a multiprocessor
+constexpr int64_t num_row_groups(int64_t num_rows) {
+  return (num_rows + kGroupRows - 1) / kGroupRows;
+}
+constexpr int64_t num_teams(int num_sms) {
+  return int64_t{kTeamsOfBlock} * num_sms;
+}
 
-// Any number of rows; efficient up to 16. At most kMaxProductTargets targets with the same type and
+// Whether products with such a matrix can norm their rows, and end in a gate.
+bool can_norm(const WeightTiles& weights);
+
+// Any number of rows. At most kMaxProductTargets targets with the same type and
 // number of columns; with a choice of experts exactly one.
 Status multiply_rows(const RowProduct& product, std::span<const ProductTarget> targets,
                      cudaStream_t stream);

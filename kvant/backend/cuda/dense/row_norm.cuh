@@ -28,28 +28,56 @@ __device__ inline void load_eight(const float* x, int64_t at, int64_t cols, floa
   }
 }
 
-// What the values of a row are multiplied with. `held` are the thread's first eight.
+// What the values of kRows rows of `cols`, from x on, are multiplied with. `held` are the thread's
+// first eight of each.
+template <int kRows>
+__device__ inline void norm_factors(const float* x, int64_t cols, const float (&held)[kRows][8],
+                                    float epsilon, float (&factors)[kRows]) {
+  constexpr int kWarps = kNormThreads / 32;
+  __shared__ float parts[kRows][kWarps];
+  float sums[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    sums[r] = 0.0f;
+#pragma unroll
+    for (const float v : held[r]) sums[r] = fmaf(v, v, sums[r]);
+  }
+  for (int64_t at = 8 * (kNormThreads + threadIdx.x); at < cols; at += 8 * kNormThreads) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      float more[8];
+      load_eight(x + r * cols, at, cols, more);
+#pragma unroll
+      for (const float v : more) sums[r] = fmaf(v, v, sums[r]);
+    }
+  }
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+#pragma unroll
+    for (float& sum : sums) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+  }
+  __syncthreads();  // the parts of the rows before have been read
+  if (threadIdx.x % 32 == 0) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) parts[r][threadIdx.x / 32] = sums[r];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    float sum = 0.0f;
+#pragma unroll
+    for (const float part : parts[r]) sum += part;
+    factors[r] = 1.0f / sqrtf(sum / static_cast<float>(cols) + epsilon);
+  }
+}
+
 __device__ inline float norm_factor(const float* x, int64_t cols, const float (&held)[8],
                                     float epsilon) {
-  constexpr int kWarps = kNormThreads / 32;
-  __shared__ float parts[kWarps];
-  float sum = 0.0f;
+  float one[1][8];
 #pragma unroll
-  for (const float v : held) sum = fmaf(v, v, sum);
-  for (int64_t at = 8 * (kNormThreads + threadIdx.x); at < cols; at += 8 * kNormThreads) {
-    float more[8];
-    load_eight(x, at, cols, more);
-#pragma unroll
-    for (const float v : more) sum = fmaf(v, v, sum);
-  }
-  for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
-  __syncthreads();  // the parts of the row before have been read
-  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = sum;
-  __syncthreads();
-  sum = 0.0f;
-#pragma unroll
-  for (const float part : parts) sum += part;
-  return 1.0f / sqrtf(sum / static_cast<float>(cols) + epsilon);
+  for (int i = 0; i < 8; ++i) one[0][i] = held[i];
+  float factors[1];
+  norm_factors<1>(x, cols, one, epsilon, factors);
+  return factors[0];
 }
 
 }  // namespace kvant::backend::cuda
