@@ -176,7 +176,15 @@ CudaBackend::WorkspaceParts CudaBackend::parts_of(const WorkspaceNeeds& needs) c
           decode_->workspace_bytes(needs),
           prefills ? PrefillAttention::workspace_bytes(
                          prefill_limits(needs, prefill_workspace_, images_))
-                   : 0};
+                   : 0,
+          most_graphs(needs) * KeptGraphs::kBytesOfGraph};
+}
+
+int64_t CudaBackend::most_graphs(const WorkspaceNeeds& needs) const {
+  if (repetition_ == Repetition::kNever) return 0;
+  const bool always = repetition_ == Repetition::kWherePossible;
+  return KeptGraphs::most_graphs(needs, always ? 1 : kLeastKeptRows,
+                                 always ? needs.max_rows : kMostKeptRows);
 }
 
 int64_t CudaBackend::workspace_bytes(const WorkspaceNeeds& needs) const {
@@ -196,9 +204,14 @@ Status CudaBackend::reserve_workspace(const WorkspaceNeeds& needs) {
   prefill_ = nullptr;
   decode_->set_workspace(nullptr, needs);
   workspace_ = Buffer();  // given back first, so that the peak is the larger of the two
+  memory_->uncount(std::exchange(graph_bytes_, 0), MemoryUse::kWorkspace);
+  graphs_.set_most(0);
   max_rows_ = 0;
   if (parts.total() == 0) return {};
-  KVANT_ASSIGN(workspace_, Buffer::create(*memory_, parts.total(), MemoryUse::kWorkspace));
+  KVANT_ASSIGN(workspace_, Buffer::create(*memory_, parts.allocated(), MemoryUse::kWorkspace));
+  KVANT_TRY(memory_->count(parts.graphs, MemoryUse::kWorkspace));
+  graph_bytes_ = parts.graphs;
+  graphs_.set_most(most_graphs(needs));
   std::byte* at = workspace_.data();
   linear_.set_workspace(at, needs.max_rows, needs.max_cols);
   rope_tables_.set_workspace(at += parts.linear, needs.max_rows, needs.head_dim);

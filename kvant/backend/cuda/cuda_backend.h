@@ -67,7 +67,7 @@ class CudaBackend final : public Backend {
   CudaBackend() = default;
   Status start(const BackendOptions& options);
   void update_free_memory();
-  // Of the workspace, in this order.
+  // Of the workspace, in this order; the last is memory that the driver takes for kept graphs.
   struct WorkspaceParts {
     int64_t linear;
     int64_t rope;
@@ -75,9 +75,12 @@ class CudaBackend final : public Backend {
     int64_t rows;
     int64_t decode;
     int64_t prefill;
-    int64_t total() const { return linear + rope + moe + rows + decode + prefill; }
+    int64_t graphs;
+    int64_t allocated() const { return linear + rope + moe + rows + decode + prefill; }
+    int64_t total() const { return allocated() + graphs; }
   };
   WorkspaceParts parts_of(const WorkspaceNeeds& needs) const;
+  int64_t most_graphs(const WorkspaceNeeds& needs) const;
   Result<const float*> rope_table_for(const RopeArgs& args);  // of the step, made once
 
   cudaStream_t stream_ = nullptr;
@@ -96,6 +99,7 @@ class CudaBackend final : public Backend {
   CudaMoe moe_;
   RopeTables rope_tables_;
   KeptGraphs graphs_;
+  int64_t graph_bytes_ = 0;                         // counted in memory_
   Repetition repetition_ = Repetition::kWherePays;  // BackendOptions
   std::unique_ptr<CacheAppend> append_;
   std::unique_ptr<CudaAttention> decode_;

@@ -32,19 +32,33 @@ Result<void*> allocate_zeroed(int64_t bytes, bool on_host, cudaStream_t stream) 
   return pointer;
 }
 
+std::string asked_for(int64_t bytes, MemoryUse use) {
+  return std::to_string(bytes) + " bytes asked for " + std::string(memory_use_name(use));
+}
+
 }  // namespace
+
+Status DeviceMemory::check_limit(int64_t bytes, const std::string& asked) const {
+  if (limit_bytes_ == 0 || bytes <= limit_bytes_ - stats_.total_now) return {};
+  return Error(ErrorCode::kResourceExhausted, "out of memory: " + asked + ", " +
+                                                  std::to_string(stats_.total_now) +
+                                                  " in use, limit " + std::to_string(limit_bytes_) +
+                                                  "; lower the context or raise the limit");
+}
+
+void DeviceMemory::add(int64_t bytes, MemoryUse use) {
+  const auto index = static_cast<size_t>(use);
+  stats_.bytes_now[index] += bytes;
+  stats_.bytes_peak[index] = std::max(stats_.bytes_peak[index], stats_.bytes_now[index]);
+  stats_.total_now += bytes;
+  stats_.total_peak = std::max(stats_.total_peak, stats_.total_now);
+}
 
 Result<void*> DeviceMemory::allocate(int64_t bytes, MemoryUse use) {
   KVANT_CHECK(bytes > 0, "allocations have a positive size");
   const std::lock_guard lock(mutex_);
-  const std::string asked =
-      std::to_string(bytes) + " bytes asked for " + std::string(memory_use_name(use));
-  if (limit_bytes_ > 0 && bytes > limit_bytes_ - stats_.total_now) {
-    return Error(ErrorCode::kResourceExhausted,
-                 "out of memory: " + asked + ", " + std::to_string(stats_.total_now) +
-                     " in use, limit " + std::to_string(limit_bytes_) +
-                     "; lower the context or raise the limit");
-  }
+  const std::string asked = asked_for(bytes, use);
+  KVANT_TRY(check_limit(bytes, asked));
   Result<void*> pointer = allocate_zeroed(bytes, use == MemoryUse::kTables, stream_);
   if (!pointer && pointer.error().code() == ErrorCode::kResourceExhausted) {
     return Error(ErrorCode::kResourceExhausted,
@@ -53,11 +67,7 @@ Result<void*> DeviceMemory::allocate(int64_t bytes, MemoryUse use) {
                      "who uses it)");
   }
   KVANT_TRY(pointer);
-  const auto index = static_cast<size_t>(use);
-  stats_.bytes_now[index] += bytes;
-  stats_.bytes_peak[index] = std::max(stats_.bytes_peak[index], stats_.bytes_now[index]);
-  stats_.total_now += bytes;
-  stats_.total_peak = std::max(stats_.total_peak, stats_.total_now);
+  add(bytes, use);
   return pointer;
 }
 
@@ -70,6 +80,19 @@ void DeviceMemory::deallocate(void* pointer, int64_t bytes, MemoryUse use) {
   } else {
     cudaFree(pointer);  // waits for the device
   }
+  stats_.bytes_now[static_cast<size_t>(use)] -= bytes;
+  stats_.total_now -= bytes;
+}
+
+Status DeviceMemory::count(int64_t bytes, MemoryUse use) {
+  const std::lock_guard lock(mutex_);
+  KVANT_TRY(check_limit(bytes, asked_for(bytes, use)));
+  add(bytes, use);
+  return {};
+}
+
+void DeviceMemory::uncount(int64_t bytes, MemoryUse use) {
+  const std::lock_guard lock(mutex_);
   stats_.bytes_now[static_cast<size_t>(use)] -= bytes;
   stats_.total_now -= bytes;
 }

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <mutex>
+#include <string>
 
 #include "kvant/base/memory.h"
 #include "kvant/base/result.h"
@@ -25,6 +26,10 @@ class DeviceMemory final : public MemoryResource {
   // Waits for the device, which may still use the memory.
   void deallocate(void* pointer, int64_t bytes, MemoryUse use) override;
   MemoryStats stats() const override;
+  // Counts memory that the driver takes for itself as if it had been allocated here: within the
+  // limit, or an error. uncount() gives it back.
+  Status count(int64_t bytes, MemoryUse use);
+  void uncount(int64_t bytes, MemoryUse use);
   // The source may be memory of the host or of the device; host memory may be reused on return.
   // A failure stays with the device: take_error().
   void copy(void* target, const void* source, int64_t bytes) override;
@@ -34,6 +39,8 @@ class DeviceMemory final : public MemoryResource {
 
  private:
   void remember(cudaError_t error);
+  Status check_limit(int64_t bytes, const std::string& asked) const;  // with mutex_ held, as below
+  void add(int64_t bytes, MemoryUse use);
 
   const cudaStream_t stream_;
   const int64_t limit_bytes_;
