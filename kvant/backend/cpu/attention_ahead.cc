@@ -5,10 +5,10 @@
 
 namespace kvant::backend::cpu {
 
-// From hundredth `begin` to `end` of what is fetched meanwhile.
+// From 64th `begin` to `end` of what is fetched while a page is read.
 FetchAhead Task::part_of(FetchAhead part, int begin, int end) {
-  const int first = part.lines * begin / 100;
-  part.lines = part.lines * end / 100 - first;
+  const int first = part.lines * begin >> 6;
+  part.lines = (part.lines * end >> 6) - first;
   for (const uint8_t*& stream : part.stream) stream += int64_t{64} * first;
   return part;
 }

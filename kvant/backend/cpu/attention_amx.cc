@@ -96,14 +96,11 @@ void scores_of(const IntegerScoreArgs& a) {
 }  // namespace
 
 void channel_scores(const IntegerScoreArgs& a) {
-  static constexpr TileConfig kConfig = whole_tiles();
-  _tile_loadconfig(&kConfig);
   switch (a.code) {
     case Code::kU4: scores_of<Code::kU4>(a); break;
     case Code::kU3: scores_of<Code::kU3>(a); break;
     default: scores_of<Code::kU2>(a); break;
   }
-  _tile_release();
 }
 
 }  // namespace kvant::backend::cpu::amx

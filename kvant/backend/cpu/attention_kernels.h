@@ -127,6 +127,10 @@ struct PartialRows {
 
 // Products in tiles of a matrix unit.
 struct TileKernels {
+  // Around calls of the others, on the same thread: the tiles' shapes are state of the thread that
+  // takes hundreds of cycles to set.
+  void (*begin)();
+  void (*end)();
   // IntegerKernels::scores for many rows and K with scales per channel, with the same bits.
   void (*channel_scores)(const IntegerScoreArgs& args);
   // Floating-point codes for any number of rows: sides that page_decoder.h says. Queries go into

@@ -24,11 +24,12 @@ constexpr float kMinusInfinity = -__builtin_huge_valf();
 constexpr int64_t kBehindAllPages = int64_t{1} << 40;
 // Decoded in registers for each tile of rows rather than once; AMX's tiles do not pay for them.
 constexpr int kFewRows = 8;
-// Hundredths of what is fetched meanwhile that have been asked for when a pass ends: about its part
+// 64ths of what is fetched meanwhile that have been asked for when a pass ends: about its part
 // of the time, so that lines are asked for evenly. All formats together are fastest with these.
-constexpr int kFetchedByRounding = 8;  // where queries are rounded for each page
-constexpr int kFetchedByScores = 35;
-constexpr int kFetchedBySoftmax = 52;
+constexpr int kFetchedByRounding = 5;  // where queries are rounded for each page
+constexpr int kFetchedByScores = 22;
+constexpr int kFetchedBySoftmax = 33;
+constexpr int kFetchedByValues = 64;
 
 // Open, sink, recent and staging pages hold plain values.
 bool is_plain(uint32_t kind) {
@@ -210,7 +211,8 @@ Task::ScoreTerms Task::score_page(const Pass& pass, const PageKind& kind, const 
   const float* q =
       (plain_query ? memory_.q_plain : memory_.q_stored) + static_cast<int64_t>(pass.row_begin) * d;
   std::fill_n(memory_.offset, pass.rows(), 0.0f);
-  if (call_.kernels.integer != nullptr && !plain_query && integer_keys(decoder)) {
+  const bool tiles = !call_.pre_rope && multiplies_in_tiles(decoder);
+  if (call_.kernels.integer != nullptr && !plain_query && !tiles && integer_keys(decoder)) {
     score_codes(pass, decoder, unit, sections);
   } else {
     const DecodeArgs side =
@@ -224,7 +226,7 @@ Task::ScoreTerms Task::score_page(const Pass& pass, const PageKind& kind, const 
     a.page_tokens = call_.view.page_tokens;
     a.num_tiles = pass.num_tiles();
     a.fetch = part_of(pass.next, 0, kFetchedByScores);
-    if (!call_.pre_rope && multiplies_in_tiles(decoder)) {
+    if (tiles) {
       a.q_tiles = pack_queries(q, pass.rows(), decoder.code);
       call_.kernels.tiles->scores(side, a);
     } else if (!call_.pre_rope && pass.rows() <= kFewRows && decodes_in_registers(decoder)) {
@@ -272,9 +274,16 @@ void Task::score_codes(const Pass& pass, const PageDecoder& decoder, const std::
   }
 }
 
+// E2M1 is as fast in integers, which decode faster, but not in turn with tiles: the unit that
+// multiplies them takes some thousand cycles to begin again.
 bool Task::multiplies_in_tiles(const PageDecoder& decoder) const {
-  return call_.kernels.tiles != nullptr &&
-         in_tiles(decoder, call_.head_dim, call_.view.page_tokens);
+  if (call_.kernels.tiles == nullptr) return false;
+  const auto fits = [&](const PageDecoder& side) {
+    return in_tiles(side, call_.head_dim, call_.view.page_tokens);
+  };
+  if (decoder.code != Code::kE2m1) return fits(decoder);
+  const bool beside_tiles = k_decoder_.code != Code::kE2m1 || v_decoder_.code != Code::kE2m1;
+  return beside_tiles && fits(k_decoder_) && fits(v_decoder_);
 }
 
 // Rows `q` as tiles, unless they are already.
@@ -366,7 +375,8 @@ void Task::run_pass(Pass pass, const PartialRows& out) {
 void Task::add_values(const Pass& pass, const PageDecoder& decoder, const std::byte* unit,
                       const PartialRows& out) {
   const auto& sections = call_.view.kinds[pass.entry.kind].units[call_.args.group_layer];
-  if (call_.kernels.integer != nullptr && integer_values(decoder)) {
+  const bool tiles = multiplies_in_tiles(decoder);
+  if (call_.kernels.integer != nullptr && !tiles && integer_values(decoder)) {
     IntegerValueArgs a;
     a.p = memory_.s;
     a.codes = reinterpret_cast<const uint8_t*>(unit + sections.v_codes);
@@ -382,7 +392,7 @@ void Task::add_values(const Pass& pass, const PageDecoder& decoder, const std::b
     a.page_tokens = call_.view.page_tokens;
     a.num_tiles = pass.num_tiles();
     a.scratch = memory_.integer_scratch;
-    a.fetch = part_of(pass.next, kFetchedBySoftmax, 100);
+    a.fetch = part_of(pass.next, kFetchedBySoftmax, kFetchedByValues);
     call_.kernels.integer->values(a);
     return;
   }
@@ -399,8 +409,8 @@ void Task::add_values(const Pass& pass, const PageDecoder& decoder, const std::b
   a.page_tokens = call_.view.page_tokens;
   a.token_begin = pass.token_begin;
   a.token_end = pass.token_end;
-  a.fetch = part_of(pass.next, kFetchedBySoftmax, 100);
-  if (multiplies_in_tiles(decoder)) {  // tokens before token_begin weigh 0
+  a.fetch = part_of(pass.next, kFetchedBySoftmax, kFetchedByValues);
+  if (tiles) {  // tokens before token_begin weigh 0
     call_.kernels.tiles->values(side, a);
     return;
   }
@@ -472,6 +482,7 @@ void Task::run_split(int64_t split, const PartialRows& out) {
   if (!sees_split(split)) return;
   for (int r = 0; r < rows(); ++r) std::fill_n(out.acc + r * out.stride, call_.width(), 0.0f);
   if (call_.pre_rope) split_rope(split);
+  if (call_.kernels.tiles != nullptr) call_.kernels.tiles->begin();
   const int64_t first = first_position();
   const int64_t end = first + item_.num_tokens;
   const int64_t page_begin = split * attention::kSplitTokens / view.page_tokens;
@@ -488,6 +499,7 @@ void Task::run_split(int64_t split, const PartialRows& out) {
       run_pass(pass, out);
     }
   }
+  if (call_.kernels.tiles != nullptr) call_.kernels.tiles->end();
 }
 
 void Task::clear_total(const PartialRows& total) const {

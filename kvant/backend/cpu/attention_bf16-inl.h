@@ -1,0 +1,116 @@
+// Codes, queries and weights as BF16, for AMX tiles; included by attention_floats_amx.cc only.
+//
+// A row of B is sixteen words of two BF16: two channels of a token each (K) or two tokens of a
+// channel (V). Codes become BF16 exactly, but for a power of two: f16 arithmetic gives normal
+// numbers, and f16's exponent and upper mantissa are those of a BF16 with another bias.
+#pragma once
+
+#include "kvant/backend/cpu/attention_kernels.h"
+#include "kvant/backend/cpu/attention_simd.h"
+
+namespace kvant::backend::cpu::amx {
+namespace {
+
+// Unrolled bodies must not become functions.
+#define KVANT_ALWAYS __attribute__((always_inline))
+
+using namespace avx512;  // NOLINT(google-build-using-namespace): the level's vector language
+
+// Rows of A are so many times their values: sums keep clear of what fp32 flushes to zero.
+template <Code C>
+constexpr float kRowFactor = C == Code::kBf16 ? 1.0f : 0x1p64f;
+// What sums have to be multiplied by for code values (E2M1: times their scales).
+template <Code C>
+constexpr float kSumFactor = C == Code::kBf16   ? 1.0f
+                             : C == Code::kE4m3 ? 0x1p41f
+                                                : 0x1p48f;
+
+// Normal f16 numbers of at most eight significant bits as 2^-112 of their values.
+KVANT_INLINE __m512i as_bf16(__m512i half) {
+  return _mm512_and_si512(_mm512_srai_epi16(half, 3), _mm512_set1_epi16(-0x7001));
+}
+KVANT_INLINE __m512i mul_halves(__m512i a, __m512i b) {
+  return _mm512_castph_si512(_mm512_mul_ph(_mm512_castsi512_ph(a), _mm512_castsi512_ph(b)));
+}
+
+// E4M3 in the upper bytes. Moved into f16 they are 2^-8 of their values, subnormals included; times
+// 2^15 none is subnormal.
+KVANT_INLINE __m512i e4m3_as_bf16(__m512i upper_bytes) {
+  const __m512i half =
+      _mm512_and_si512(_mm512_srai_epi16(upper_bytes, 1), _mm512_set1_epi16(-0x4080));
+  return as_bf16(mul_halves(half, _mm512_set1_epi16(0x7800)));
+}
+// Words of four E4M3 as two rows of B: the even two and the odd two.
+KVANT_INLINE void unpack_e4m3(__m512i words, uint8_t* rows) {
+  _mm512_store_si512(rows, e4m3_as_bf16(_mm512_slli_epi16(words, 8)));
+  _mm512_store_si512(rows + 64, e4m3_as_bf16(words));
+}
+
+// Thirty-two E4M3 scales, none negative, as f16 of their values.
+KVANT_INLINE __m512i scales_as_half(__m512i words) {
+  return mul_halves(_mm512_slli_epi16(words, 7), _mm512_set1_epi16(0x5c00));
+}
+
+// E2M1 in f16: lower bytes are 0.
+#define KVANT_E2M1_HALF                                                                            \
+  0x00, 0x38, 0x3c, 0x3e, 0x40, 0x42, 0x44, 0x46, -0x80, -0x48, -0x44, -0x42, -0x40, -0x3e, -0x3c, \
+      -0x3a
+// vpermb looks at six bits, of which the upper two are the neighbour's.
+alignas(64) constexpr int8_t kE2m1Half[64] = {KVANT_E2M1_HALF, KVANT_E2M1_HALF, KVANT_E2M1_HALF,
+                                              KVANT_E2M1_HALF};
+#undef KVANT_E2M1_HALF
+
+// Words of eight E2M1 as four rows of B: nibbles J and J + 4, times `scale(J)`, f16 like they are.
+template <typename Scale>
+KVANT_INLINE void unpack_e2m1(__m512i words, uint8_t* rows, Scale&& scale) {
+  const __m512i table = _mm512_load_si512(kE2m1Half);
+  unroll<4>([&](auto pair) KVANT_ALWAYS {
+    constexpr int J = decltype(pair)::value;
+    const __m512i index = J == 2   ? words
+                          : J == 3 ? _mm512_srli_epi16(words, 4)
+                                   : _mm512_slli_epi16(words, J < 2 ? 8 - 4 * J : 0);
+    const __m512i half = _mm512_maskz_permutexvar_epi8(0xaaaaaaaaaaaaaaaa, index, table);
+    _mm512_store_si512(rows + 64 * J, as_bf16(mul_halves(half, scale(pair))));
+  });
+}
+
+// 16-bit values of channels or tokens in the order of B's rows.
+template <Code C>
+KVANT_INLINE __m512i in_row_order(__m512i v) {
+  if constexpr (C == Code::kE4m3) {  // of each four: 0, 2, 1, 3
+    return _mm512_shufflehi_epi16(_mm512_shufflelo_epi16(v, 0xd8), 0xd8);
+  }
+  if constexpr (C == Code::kE2m1) {  // of each eight: 0, 4, 1, 5, 2, 6, 3, 7
+    return _mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4,
+                                                                       5, 12, 13, 6, 7, 14, 15)));
+  }
+  return v;
+}
+
+// Fp32 values of 32 channels or tokens as two rows of A: what BF16 holds of each, and the rest.
+template <Code C>
+KVANT_INLINE void store_parts(F first, F second, uint8_t* upper, uint8_t* lower) {
+  const F x[2] = {mul(first, bcast(kRowFactor<C>)), mul(second, bcast(kRowFactor<C>))};
+  const auto join = [](const F(&v)[2]) KVANT_ALWAYS {
+    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(v[1].v, v[0].v));
+  };
+  const auto widen = [](__m256i v) KVANT_ALWAYS {
+    return as_float({_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)});
+  };
+  const __m512i top = join(x);
+  const F rest[2] = {sub(x[0], widen(_mm512_castsi512_si256(top))),
+                     sub(x[1], widen(_mm512_extracti64x4_epi64(top, 1)))};
+  _mm512_store_si512(upper, in_row_order<C>(top));
+  _mm512_store_si512(lower, in_row_order<C>(join(rest)));
+}
+
+// Calls f(Int<code>) with the code as a constant.
+template <typename Fn>
+KVANT_INLINE void with_tile_code(Code code, Fn&& f) {
+  if (code == Code::kE4m3) return f(Int<static_cast<int>(Code::kE4m3)>{});
+  if (code == Code::kE2m1) return f(Int<static_cast<int>(Code::kE2m1)>{});
+  f(Int<static_cast<int>(Code::kBf16)>{});
+}
+
+}  // namespace
+}  // namespace kvant::backend::cpu::amx
