@@ -6,10 +6,11 @@
 namespace kvant::backend::cpu {
 
 // From 64th `begin` to `end` of what is fetched while a page is read.
-FetchAhead Task::part_of(FetchAhead part, int begin, int end) {
-  const int first = part.lines * begin >> 6;
-  part.lines = (part.lines * end >> 6) - first;
-  for (const uint8_t*& stream : part.stream) stream += int64_t{64} * first;
+FetchAhead Task::part_of(const FetchAhead& all, int begin, int end) {
+  FetchAhead part = all;
+  const int first = all.lines * begin / 64;
+  part.begin = int64_t{64} * first;
+  part.lines = all.lines * end / 64 - first;
   return part;
 }
 

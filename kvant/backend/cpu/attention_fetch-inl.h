@@ -13,7 +13,8 @@ namespace {
 class Fetcher {
  public:
   // step() will be called `steps` times; oftener fetches lines behind the last.
-  Fetcher(const FetchAhead& fetch, int steps) : fetch_(fetch), steps_(steps > 0 ? steps : 1) {}
+  Fetcher(const FetchAhead& fetch, int steps)
+      : fetch_(fetch), offset_(fetch.begin), steps_(steps > 0 ? steps : 1) {}
   // As many steps at once as `weight` says.
   KVANT_INLINE void step(int weight = 1) {
     due_ += weight * fetch_.lines;
@@ -28,8 +29,8 @@ class Fetcher {
 
  private:
   const FetchAhead fetch_;
+  int64_t offset_;
   const int steps_;
-  int64_t offset_ = 0;
   int due_ = 0;  // what is owed, in parts of a line: `steps_` make one
 };
 

@@ -37,12 +37,13 @@ struct IntegerRows {
   float* sum = nullptr;
 };
 
-// Lines to fetch while a pass computes, evenly: `lines` of each stream. Streams go together because
-// the processor's own prefetcher, which frees the line buffers, follows several at once but gets
-// only so far ahead in each (docs/kernels/cpu-attention.md).
+// Lines to fetch while a pass computes, evenly: `lines` of each stream from byte `begin` on.
+// Streams go together because the processor's own prefetcher, which frees the line buffers, follows
+// several at once but gets only so far ahead in each (docs/kernels/cpu-attention.md).
 constexpr int kFetchStreams = 4;
 struct FetchAhead {
   const uint8_t* stream[kFetchStreams] = {};
+  int64_t begin = 0;
   int lines = 0;
 };
 

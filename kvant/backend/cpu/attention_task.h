@@ -140,7 +140,7 @@ class Task {
   void fetch_missing(int64_t page, int64_t lines) const;
   DecodeArgs decode_args(const Pass& pass, const PageDecoder& decoder, const std::byte* codes,
                          const std::byte* scales) const;
-  static FetchAhead part_of(FetchAhead part, int begin, int end);
+  static FetchAhead part_of(const FetchAhead& all, int begin, int end);
   void run_pass(Pass pass, const PartialRows& out);
   void add_values(const Pass& pass, const PageDecoder& decoder, const std::byte* unit,
                   const PartialRows& out);
