@@ -7,7 +7,8 @@
 // (prefill_plan.h).
 //
 // Accumulation has two levels: wgmma's accumulators keep about 14 bits, so they hold one key tile
-// only, which is then added to outputs in fp32 by the instruction that rescales them anyway.
+// only, which is then added to outputs in fp32 by the instruction that rescales them anyway. Sums
+// of weights are products with ones.
 #pragma once
 
 #include <algorithm>
@@ -115,39 +116,44 @@ __device__ __forceinline__ void largest_scores(const float (&s)[kKeys / 2], floa
   }
 }
 
+// The same as bits that are compared as integers, three at a time (Hopper has no such instruction
+// for floats): right unless the result is negative.
+template <int kKeys>
+__device__ __forceinline__ void largest_bits(const float (&s)[kKeys / 2], int (&largest)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    int x[2];  // independent chains
+#pragma unroll
+    for (int j = 0; j < kKeys / 8; ++j) {
+      const int a = __float_as_int(s[4 * j + 2 * r]);
+      const int b = __float_as_int(s[4 * j + 2 * r + 1]);
+      x[j % 2] = j < 2 ? max(a, b) : __vimax3_s32(x[j % 2], a, b);
+    }
+    largest[r] = max(x[0], x[1]);
+  }
+}
+
 // Takes a tile's scores, to be multiplied by `unit`, into what exponents are taken from, which is
 // 2^kWeightBits below the largest weight. `factor` is what earlier sums shrink by.
 __device__ __forceinline__ void move_base(const float (&largest)[2], const float (&unit)[2],
-                                          float (&base)[2], float (&row_sum)[2],
-                                          float (&factor)[2]) {
+                                          float (&base)[2], float (&factor)[2]) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float m = fmaxf(largest[r], __shfl_xor_sync(~0u, largest[r], 1));
     m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
     m = fmaxf(fmaf(m, unit[r], -kWeightBits), base[r]);
     factor[r] = ptx::exp2_approx(base[r] - m);
-    row_sum[r] *= factor[r];
     base[r] = m;
   }
 }
 
-// Scores become weights, whose sums are added.
+// Scores become weights.
 template <int kKeys>
 __device__ __forceinline__ void weigh_scores(float (&s)[kKeys / 2], const float (&unit)[2],
-                                             const float (&base)[2], float (&row_sum)[2]) {
-  float a[8];
+                                             const float (&base)[2]) {
 #pragma unroll
-  for (int j = 0; j < kKeys / 8; ++j) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float& x = s[4 * j + i];
-      x = ptx::exp2_approx(fmaf(x, unit[i / 2], -base[i / 2]));
-      a[2 * i + j % 2] = j < 2 ? x : a[2 * i + j % 2] + x;
-    }
-  }
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    row_sum[r] += (a[4 * r] + a[4 * r + 1]) + (a[4 * r + 2] + a[4 * r + 3]);
+  for (int i = 0; i < kKeys / 2; ++i) {
+    s[i] = ptx::exp2_approx(fmaf(s[i], unit[(i / 2) % 2], -base[(i / 2) % 2]));
   }
 }
 
@@ -185,6 +191,21 @@ __device__ __forceinline__ void issue_product_e4m3(float (&product)[kChannels / 
   }
 }
 
+// Sums of kKeys weights, as a product with ones: in d[0] of a row and d[2] of the row 8 further.
+template <int kKeys>
+__device__ __forceinline__ void issue_sums_e4m3(float (&sums)[4], const uint32_t (&p)[kKeys / 8],
+                                                uint64_t ones, bool first) {
+#pragma unroll
+  for (int step = 0; step < kKeys / 32; ++step) {
+    WgmmaRegistersE4m3<8>::run(sums, p + 4 * step, ones, !first || step > 0);
+  }
+}
+__device__ __forceinline__ void add_sums(float (&row_sum)[2], const float (&factor)[2],
+                                         const float (&sums)[4]) {
+  row_sum[0] = fmaf(row_sum[0], factor[0], sums[0]);
+  row_sum[1] = fmaf(row_sum[1], factor[1], sums[2]);
+}
+
 // out = out * factor + product, of channels from `first` / 2 on.
 template <int kHeadDim, int kChannels>
 __device__ __forceinline__ void add_product(float (&out)[kHeadDim / 2], int first,
@@ -204,8 +225,8 @@ struct ItemE4m3 {
   const QueryTile& tile;
   const RowPlace& place;
   uint32_t bars;
-  uint64_t queries, keys, values;  // descriptors, of stage 0
-  uint32_t phases;                 // bit s: how often stage s was used before, modulo 2
+  uint64_t queries, keys, values, ones;  // descriptors, of stage 0
+  uint32_t phases;                       // bit s: how often stage s was used before, modulo 2
   int warpgroup;
   float unit[2];   // of scores; 1 once they are capped
   float shift[2];  // q . b, for the cap
@@ -245,7 +266,7 @@ struct ItemE4m3 {
 
 // The key tiles of an item where registers hold scores and a product at the same time (head_dim up
 // to 128). A tile's keys are two halves: while the weights of one are worked out, the tensor cores
-// multiply those of the other and score the next tile.
+// multiply those of the other and score the next tile. Warpgroups take turns with exponentials.
 template <int kHeadDim, bool kSoftcap>
 __device__ __forceinline__ void read_tiles_in_halves(const ItemE4m3<kHeadDim, kSoftcap>& item,
                                                      RowState<kHeadDim>& state) {
@@ -255,7 +276,9 @@ __device__ __forceinline__ void read_tiles_in_halves(const ItemE4m3<kHeadDim, kS
   float low[kHalf / 2], high[kHalf / 2];  // scores, then weights
   uint32_t low_p[kHalf / 8], high_p[kHalf / 8];
   float product[kHeadDim / 2];
-  float largest[2], more[2], factor[2];
+  float sums[4];
+  int bits[2];  // of the largest scores
+  float factor[2];
 
   item.wait_full(kKeysFull, 0, 0);
   wgmma_fence();
@@ -268,14 +291,26 @@ __device__ __forceinline__ void read_tiles_in_halves(const ItemE4m3<kHeadDim, kS
   item.release(kKeysEmpty, 0);
   const auto take_low = [&](int i, bool masked) {
     item.template finish_scores<kHalf>(low, i, 0, masked);
-    largest_scores<kHalf>(low, largest);
+    largest_bits<kHalf>(low, bits);
   };
   const auto take_high = [&](int i, bool masked) {
     item.template finish_scores<kHalf>(high, i, kHalf, masked);
-    largest_scores<kHalf>(high, more);
+    int more[2];
+    largest_bits<kHalf>(high, more);
+    float largest[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) largest[r] = fmaxf(largest[r], more[r]);
-    move_base(largest, unit, state.max, state.sum, factor);
+    for (int r = 0; r < 2; ++r) {
+      bits[r] = max(bits[r], more[r]);
+      largest[r] = __int_as_float(bits[r]);
+    }
+    if (__any_sync(~0u, (bits[0] | bits[1]) < 0)) {
+      float other[2];
+      largest_scores<kHalf>(low, largest);
+      largest_scores<kHalf>(high, other);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) largest[r] = fmaxf(largest[r], other[r]);
+    }
+    move_base(largest, unit, state.max, factor);
   };
   take_low(0, true);
   take_high(0, true);
@@ -284,20 +319,24 @@ __device__ __forceinline__ void read_tiles_in_halves(const ItemE4m3<kHeadDim, kS
   const auto step = [&](int i, int stage, auto masked) {
     constexpr bool kMasked = decltype(masked)::value;
     const int next = stage ^ 1;
-    weigh_scores<kHalf>(low, unit, state.max, state.sum);
+    ptx::named_barrier(kTurn + item.warpgroup, 256);
+    weigh_scores<kHalf>(low, unit, state.max);
     pack_weights<kHalf>(low, low_p);
     item.wait_full(kValuesFull, i, stage);
     item.wait_full(kKeysFull, i + 1, next);
     wgmma_fence();
     issue_product_e4m3<kHeadDim, kHeadDim, kHalf>(product, low_p, item.value_tile(stage, 0, 0),
                                                   true);
+    issue_sums_e4m3<kHalf>(sums, low_p, item.ones, true);
     issue_scores_e4m3<kHeadDim, kHalf>(low, item.queries, item.key_tile(next, 0));
     wgmma_commit();
-    weigh_scores<kHalf>(high, unit, state.max, state.sum);
+    weigh_scores<kHalf>(high, unit, state.max);
     pack_weights<kHalf>(high, high_p);
+    ptx::named_arrive(kTurn + (item.warpgroup ^ 1), 256);
     wgmma_fence();
     issue_product_e4m3<kHeadDim, kHeadDim, kHalf>(product, high_p, item.value_tile(stage, kHalf, 0),
                                                   false);
+    issue_sums_e4m3<kHalf>(sums, high_p, item.ones, false);
     wgmma_commit();
     issue_scores_e4m3<kHeadDim, kHalf>(high, item.queries, item.key_tile(next, kHalf));
     wgmma_commit();
@@ -306,7 +345,9 @@ __device__ __forceinline__ void read_tiles_in_halves(const ItemE4m3<kHeadDim, kS
     take_low(i + 1, kMasked);
     wgmma_wait<1>();
     hold(product);
+    hold(sums);
     item.release(kValuesEmpty, stage);
+    add_sums(state.sum, factor, sums);
     add_product<kHeadDim, kHeadDim>(state.out, 0, factor, product);
     wgmma_wait<0>();
     hold(high);
@@ -334,8 +375,8 @@ __device__ __forceinline__ void read_tiles_in_halves(const ItemE4m3<kHeadDim, kS
     masked_end = key_tiles;
   }
   const int stage = (key_tiles - 1) & 1;
-  weigh_scores<kHalf>(low, unit, state.max, state.sum);
-  weigh_scores<kHalf>(high, unit, state.max, state.sum);
+  weigh_scores<kHalf>(low, unit, state.max);
+  weigh_scores<kHalf>(high, unit, state.max);
   pack_weights<kHalf>(low, low_p);
   pack_weights<kHalf>(high, high_p);
   item.wait_full(kValuesFull, key_tiles - 1, stage);
@@ -343,9 +384,13 @@ __device__ __forceinline__ void read_tiles_in_halves(const ItemE4m3<kHeadDim, kS
   issue_product_e4m3<kHeadDim, kHeadDim, kHalf>(product, low_p, item.value_tile(stage, 0, 0), true);
   issue_product_e4m3<kHeadDim, kHeadDim, kHalf>(product, high_p, item.value_tile(stage, kHalf, 0),
                                                 false);
+  issue_sums_e4m3<kHalf>(sums, low_p, item.ones, true);
+  issue_sums_e4m3<kHalf>(sums, high_p, item.ones, false);
   wgmma_commit();
   wgmma_wait<0>();
   hold(product);
+  hold(sums);
+  add_sums(state.sum, factor, sums);
   add_product<kHeadDim, kHeadDim>(state.out, 0, factor, product);
   item.release(kValuesEmpty, stage);
 }
@@ -373,21 +418,31 @@ __device__ __forceinline__ void read_tiles_in_turn(const ItemE4m3<kHeadDim, kSof
     item.release(kKeysEmpty, stage);
     item.template finish_scores<kKeys>(s, i, 0, masked);
     float largest[2];
-    largest_scores<kKeys>(s, largest);
-    move_base(largest, unit, state.max, state.sum, factor);
-    weigh_scores<kKeys>(s, unit, state.max, state.sum);
+    int bits[2];
+    largest_bits<kKeys>(s, bits);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) largest[r] = __int_as_float(bits[r]);
+    if (__any_sync(~0u, (bits[0] | bits[1]) < 0)) largest_scores<kKeys>(s, largest);
+    move_base(largest, unit, state.max, factor);
+    weigh_scores<kKeys>(s, unit, state.max);
     pack_weights<kKeys>(s, p);
   };
   const auto multiply = [&](int stage) {
+    float sums[4];
 #pragma unroll
     for (int channel = 0; channel < kHeadDim; channel += kChannels) {
       float product[kChannels / 2];
       wgmma_fence();
       issue_product_e4m3<kHeadDim, kChannels, kKeys>(product, p, item.value_tile(stage, 0, channel),
                                                      true);
+      if (channel == 0) issue_sums_e4m3<kKeys>(sums, p, item.ones, true);
       wgmma_commit();
       wgmma_wait<0>();
       hold(product);
+      if (channel == 0) {
+        hold(sums);
+        add_sums(state.sum, factor, sums);
+      }
       add_product<kHeadDim, kChannels>(state.out, channel, factor, product);
     }
     item.release(kValuesEmpty, stage);
@@ -432,7 +487,7 @@ __device__ __forceinline__ void consume_e4m3(const PrefillKernelArgs& args, uint
   constexpr bool kHalves = kHeadDim <= 128;
   const uint32_t bars = base + Shape::kBarriers;
   uint32_t phases = 0;
-  if (!kHalves && warpgroup == 1) ptx::named_arrive(kTurn, 256);
+  if (warpgroup == 1) ptx::named_arrive(kTurn, 256);
   for (int n = 0;; ++n) {
     const int slot = n & 1;
     ptx::mbarrier_wait(bars + 8 * (kItemFull + slot), (n >> 1) & 1);
@@ -465,6 +520,11 @@ __device__ __forceinline__ void consume_e4m3(const PrefillKernelArgs& args, uint
     for (int i = 0; i < kHeadDim / 2; ++i) state.out[i] = 0.0f;
     if (tile.resumes != 0) {
       resume_rows<kHeadDim>(args, place, image_scales[0], kResumedBits, state);
+      // Here each thread of a row has the whole sum.
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        state.sum[h] = __shfl_sync(~0u, state.sum[h], threadIdx.x % 32 & ~3);
+      }
     }
     ItemE4m3<kHeadDim, kSoftcap> item{
         args,
@@ -474,6 +534,7 @@ __device__ __forceinline__ void consume_e4m3(const PrefillKernelArgs& args, uint
         core_descriptor(base + Shape::kQueries + warpgroup * 64 * kHeadDim, 128, 8 * kHeadDim),
         core_descriptor(base + Shape::kKeyTiles, 128, 8 * kHeadDim),
         core_descriptor(base + Shape::kValueTiles, 16 * kHeadDim, 128),
+        core_descriptor(base + Shape::kOnes, 128, 256),
         phases,
         warpgroup,
         {},
@@ -497,6 +558,7 @@ __device__ __forceinline__ void consume_e4m3(const PrefillKernelArgs& args, uint
       shift[0] = shift_of(base + Shape::kShifts, place.row[0]);
       shift[1] = shift_of(base + Shape::kShifts, place.row[1]);
     }
+    if (threadIdx.x % 4 != 0) state.sum[0] = state.sum[1] = 0.0f;
     store_rows<kHeadDim>(args, tile, place, shift, image_scales[1], state);
     // Shifts are read before the next item's are written.
     ptx::named_barrier(kOwn + warpgroup, 128);
@@ -510,6 +572,11 @@ __global__ __launch_bounds__(kPrefillThreads, 1) void prefill_attention_e4m3(
   extern __shared__ uint8_t shared[];
   const uint32_t base = (ptx::shared_address(shared) + 1023u) & ~1023u;
   if (threadIdx.x == 0) init_barriers(base + Shape::kBarriers);
+  if (threadIdx.x < 256 / 16) {
+    constexpr uint32_t kOnes = 0x38383838;  // 1 in E4M3
+    store_shared(base + Shape::kOnes + threadIdx.x * 16, make_uint4(kOnes, kOnes, kOnes, kOnes));
+    fence_async_shared();
+  }
   __syncthreads();
   const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 128), 0);
   if (warpgroup == 0) {

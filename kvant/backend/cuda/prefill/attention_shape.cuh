@@ -64,7 +64,8 @@ struct PrefillShapeE4m3 {
   static constexpr int kValueTiles = kKeyTiles + kStages * kTileBytes;
   static constexpr int kShifts = kValueTiles + kStages * kTileBytes;  // [2][128] floats
   static constexpr int kScales = kShifts + 2 * kTileRows * 4;         // [128] floats, of queries
-  static constexpr int kBarriers = kScales + kTileRows * 4;
+  static constexpr int kOnes = kScales + kTileRows * 4;               // two core matrices
+  static constexpr int kBarriers = kOnes + 2 * 128;
   static constexpr int kItems = kBarriers + 16 * 8;
   static constexpr int kBytes = kItems + 16 + 1024;
 };
