@@ -274,8 +274,8 @@ void Task::score_codes(const Pass& pass, const PageDecoder& decoder, const std::
   }
 }
 
-// E2M1 is as fast in integers, which decode faster, but not in turn with tiles: the unit that
-// multiplies them takes some thousand cycles to begin again.
+// E2M1 decodes faster in integers, but not in turn with tiles: a page then waits a thousand cycles
+// for its first product of tiles (docs/kernels/cpu-attention.md).
 bool Task::multiplies_in_tiles(const PageDecoder& decoder) const {
   if (call_.kernels.tiles == nullptr) return false;
   const auto fits = [&](const PageDecoder& side) {
