@@ -29,6 +29,7 @@ namespace kvant::backend::cpu::amx {
 namespace {
 
 constexpr int kTileBytes = 1024;
+alignas(64) constexpr int8_t kZeroTile[kTileBytes] = {};
 
 // What _tile_loadconfig reads.
 struct alignas(64) TileConfig {

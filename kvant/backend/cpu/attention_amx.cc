@@ -18,8 +18,6 @@ constexpr int kTileRows = 8;  // query rows of a tile: upper bytes, then lower b
 constexpr int kDepth = 64;    // channels of a tile
 constexpr int kMaxTiles = 4;  // of sixteen tokens, at once
 
-alignas(64) constexpr int8_t kZeros[kTileBytes] = {};
-
 // Rows of B: [tile of 16 tokens][head_dim / 4][16 tokens][4 channels].
 template <Code C>
 void unpack_keys(const IntegerScoreArgs& a, int8_t* bytes, Fetcher& fetcher) {
@@ -53,7 +51,7 @@ template <int N>
 KVANT_OWN_FRAME void score_tiles(const IntegerScoreArgs& a, int row, int rows, int tile,
                                  const int8_t* keys, const int8_t* queries, Fetcher& fetcher) {
   alignas(64) int32_t sums[N][256];
-  unroll<N>([&](auto n) KVANT_ALWAYS { load_tile<4 + decltype(n)::value>(kZeros, 64); });
+  unroll<N>([&](auto n) KVANT_ALWAYS { load_tile<4 + decltype(n)::value>(kZeroTile, 64); });
   for (int c = 0; c < a.head_dim; c += kDepth) {
     load_tile<0>(queries + c / kDepth * kTileBytes, 64);
     unroll<N>([&](auto n) KVANT_ALWAYS {

@@ -5,14 +5,12 @@
 // numbers, and f16's exponent and upper mantissa are those of a BF16 with another bias.
 #pragma once
 
+#include "kvant/backend/cpu/attention_integer-inl.h"
 #include "kvant/backend/cpu/attention_kernels.h"
 #include "kvant/backend/cpu/attention_simd.h"
 
 namespace kvant::backend::cpu::amx {
 namespace {
-
-// Unrolled bodies must not become functions.
-#define KVANT_ALWAYS __attribute__((always_inline))
 
 using namespace avx512;  // NOLINT(google-build-using-namespace): the level's vector language
 
@@ -66,10 +64,7 @@ KVANT_INLINE void unpack_e2m1(__m512i words, uint8_t* rows, Scale&& scale) {
   const __m512i table = _mm512_load_si512(kE2m1Half);
   unroll<4>([&](auto pair) KVANT_ALWAYS {
     constexpr int J = decltype(pair)::value;
-    const __m512i index = J == 2   ? words
-                          : J == 3 ? _mm512_srli_epi16(words, 4)
-                                   : _mm512_slli_epi16(words, J < 2 ? 8 - 4 * J : 0);
-    const __m512i half = _mm512_maskz_permutexvar_epi8(0xaaaaaaaaaaaaaaaa, index, table);
+    const __m512i half = upper_bytes_of<J>(words, table);
     _mm512_store_si512(rows + 64 * J, as_bf16(mul_halves(half, scale(pair))));
   });
 }

@@ -15,28 +15,23 @@
 namespace kvant::backend::cpu::amx {
 namespace {
 
-// Kernels have frames of their own: registers are enough for one.
-#define KVANT_OWN_FRAME __attribute__((noinline))
-
 constexpr int kTileRows = 8;      // query rows of a tile: upper parts, then lower parts
 constexpr int kDepth = 32;        // channels or tokens of a tile
 constexpr int kMaxTiles = 4;      // of sixteen tokens, at once
 constexpr int kProductSteps = 4;  // of a Fetcher: a product takes as long as so many words unpacked
 constexpr int kMaxPageTokens = 128;
 
-alignas(64) constexpr int8_t kZeros[kTileBytes] = {};
-
-// `x` [rows][stride] as A: [row / 8][32 values][16 rows][64 bytes], zeros for rows that are not
-// there; of values from `count` on, too.
+// Queries as A: [row / 8][32 channels][16 rows][64 bytes], zeros for rows that are not there.
 template <Code C>
-void pack_rows(const float* x, int64_t stride, int rows, int count, uint8_t* tiles) {
+void pack_rows(const float* q, int rows, int head_dim, uint8_t* tiles) {
   for (int row = 0; row < rows; row += kTileRows) {
-    for (int c = 0; c < count; c += kDepth, tiles += kTileBytes) {
+    for (int c = 0; c < head_dim; c += kDepth, tiles += kTileBytes) {
       for (int r = 0; r < kTileRows; ++r) {
         F first = zero(), second = zero();
         if (row + r < rows) {
-          first = load(x + (row + r) * stride + c);
-          second = load(x + (row + r) * stride + c + kLanes);
+          const float* x = q + static_cast<int64_t>(row + r) * head_dim + c;
+          first = load(x);
+          second = load(x + kLanes);
         }
         store_parts<C>(first, second, tiles + r * 64, tiles + (kTileRows + r) * 64);
       }
@@ -46,7 +41,7 @@ void pack_rows(const float* x, int64_t stride, int rows, int count, uint8_t* til
 
 void pack_queries(const float* q, int rows, int head_dim, Code code, uint8_t* tiles) {
   with_tile_code(code, [&](auto c) {
-    pack_rows<static_cast<Code>(decltype(c)::value)>(q, head_dim, rows, head_dim, tiles);
+    pack_rows<static_cast<Code>(decltype(c)::value)>(q, rows, head_dim, tiles);
   });
 }
 
@@ -64,7 +59,7 @@ KVANT_INLINE void multiply_tiles(const uint8_t* a, const uint8_t* b, int64_t str
 }
 template <int N>
 KVANT_INLINE void clear_sums() {
-  unroll<N>([&](auto n) KVANT_ALWAYS { load_tile<4 + decltype(n)::value>(kZeros, 64); });
+  unroll<N>([&](auto n) KVANT_ALWAYS { load_tile<4 + decltype(n)::value>(kZeroTile, 64); });
 }
 template <int N>
 KVANT_INLINE void store_sums(float* sums) {  // [n][16 rows][16 lanes]
@@ -213,9 +208,7 @@ KVANT_INLINE void unpack_values(const DecodeArgs& side, const ValueArgs& a, int 
     }
     if constexpr (C == Code::kE2m1) {
       unpack_e2m1(words, to, [&](auto pair) KVANT_ALWAYS {
-        int32_t two;
-        __builtin_memcpy(&two, scales + kFirst + 2 * pair.value, sizeof(two));
-        return _mm512_set1_epi32(two);
+        return bcast_dword(scales + kFirst + 2 * pair.value);
       });
     } else if constexpr (C == Code::kE4m3) {
       unpack_e4m3(words, to);

@@ -1,5 +1,5 @@
 // What the integer products of keys and of values have in common; included by
-// attention_integer_avx512.cc only.
+// attention_integer_avx512.cc and *_amx.cc only.
 #pragma once
 
 #include "kvant/backend/cpu/attention_fetch-inl.h"
@@ -35,6 +35,16 @@ KVANT_INLINE __m512i bcast_dword(const void* p) {
   int32_t x;
   __builtin_memcpy(&x, p, sizeof(x));
   return _mm512_set1_epi32(x);
+}
+
+// Sixteen-bit words whose upper bytes are `table` at nibble J of each word of four; lower bytes are
+// 0. (vpermw would be two instructions in one.)
+template <int J>
+KVANT_INLINE __m512i upper_bytes_of(__m512i w, __m512i table) {
+  const __m512i index = J == 2   ? w
+                        : J == 3 ? _mm512_srli_epi16(w, 4)
+                                 : _mm512_slli_epi16(w, J < 2 ? 8 - 4 * J : 0);
+  return _mm512_maskz_permutexvar_epi8(0xaaaaaaaaaaaaaaaa, index, table);
 }
 
 constexpr int kMaxRows = 4;  // of a register tile

@@ -206,11 +206,7 @@ KVANT_INLINE __m512i value_words(__m512i w) {
   if constexpr (C == Code::kS8) {
     return J == 0 ? _mm512_slli_epi16(w, 8) : _mm512_and_si512(w, _mm512_set1_epi16(-256));
   } else if constexpr (C == Code::kE2m1) {
-    // Into the upper bytes, with the code below; vpermw would be two instructions in one.
-    const __m512i index = J == 2   ? w
-                          : J == 3 ? _mm512_srli_epi16(w, 4)
-                                   : _mm512_slli_epi16(w, J < 2 ? 8 - 4 * J : 0);
-    return _mm512_maskz_permutexvar_epi8(0xaaaaaaaaaaaaaaaa, index, _mm512_load_si512(kE2m1Times8));
+    return upper_bytes_of<J>(w, _mm512_load_si512(kE2m1Times8));
   } else {
     const __m512i on_top = J == 3 ? w : _mm512_slli_epi16(w, 12 - 4 * J);
     // (on_top & 0xf000) ^ 0x8000: less kValueOffset
