@@ -14,6 +14,7 @@
 
 #include "kvant/serve/events/kv_event_source.h"
 #include "kvant/serve/events/testing/foreign_reader.h"
+#include "kvant/serve/events/testing/subscriber.h"
 
 namespace kvant::serve {
 namespace {
@@ -171,8 +172,7 @@ class ForeignSubscriber : public ::testing::TestWithParam<KvEventEncoding> {
     ASSERT_EQ(reader_->line(), "ready");
   }
   nlohmann::json index() {
-    while (publisher_->stats().queue_batches > 0) std::this_thread::yield();
-    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    testing::wait_until_sent(*publisher_);
     return reader_->index_after(static_cast<uint64_t>(publisher_->stats().batches_published - 1));
   }
   void expect_equal(const nlohmann::json& index) {
@@ -280,8 +280,9 @@ TEST_P(ForeignSubscriber, IsRepairedAfterAnOverflow) {
     std::this_thread::sleep_for(std::chrono::milliseconds(5));
     cache_->random_step();
   }
-  std::this_thread::sleep_for(std::chrono::milliseconds(100));
+  testing::wait_until_sent(*publisher_);
   source_->end_step();
+  testing::wait_until_sent(*publisher_);
   const KvEventStats stats = publisher_->stats();
   const nlohmann::json found = reader_->index_after(
       static_cast<uint64_t>(stats.batches_published + stats.batches_dropped - 1));

@@ -79,8 +79,9 @@ struct KvEventPublisher::State {
   std::thread thread;
 
   uint64_t next_number = 0;  // publish()'s thread only
-  mutable std::mutex mutex;  // of queue
+  mutable std::mutex mutex;  // of queue and sending
   std::deque<Queued> queue;
+  bool sending = false;  // a batch has left the queue and is not counted yet
   std::atomic<bool> stopping = false;
 
   std::deque<Sent> sent;  // for replay; the thread's only, as are the sockets
@@ -167,7 +168,8 @@ void KvEventPublisher::State::send_queued() {
     Queued item;
     {
       const std::lock_guard lock(mutex);
-      if (queue.empty()) return;
+      sending = !queue.empty();
+      if (!sending) return;
       item = std::move(queue.front());
       queue.pop_front();
     }
@@ -297,16 +299,19 @@ bool KvEventPublisher::publish(std::vector<KvEvent> events) {
 
 KvEventStats KvEventPublisher::stats() const {
   const State& s = *state_;
-  KvEventStats stats{.batches_published = s.batches_published,
-                     .events_published = s.events_published,
-                     .batches_dropped = s.batches_dropped,
-                     .batches_missed = s.batches_missed,
-                     .replays = s.replays,
-                     .replays_refused = s.replays_refused,
-                     .queue_batches = 0,
-                     .subscriptions = s.subscriptions};
-  const std::lock_guard lock(s.mutex);
-  stats.queue_batches = static_cast<int64_t>(s.queue.size());
+  KvEventStats stats;
+  {
+    // Before the counters: a batch that is no longer in the queue is in one of them.
+    const std::lock_guard lock(s.mutex);
+    stats.queue_batches = static_cast<int64_t>(s.queue.size()) + s.sending;
+  }
+  stats.batches_published = s.batches_published;
+  stats.events_published = s.events_published;
+  stats.batches_dropped = s.batches_dropped;
+  stats.batches_missed = s.batches_missed;
+  stats.replays = s.replays;
+  stats.replays_refused = s.replays_refused;
+  stats.subscriptions = s.subscriptions;
   return stats;
 }
 

@@ -32,7 +32,7 @@ struct KvEventStats {
   int64_t batches_missed = 0;
   int64_t replays = 0;          // requests answered
   int64_t replays_refused = 0;  // malformed, or the client does not read
-  int64_t queue_batches = 0;    // waiting now
+  int64_t queue_batches = 0;    // waiting or being sent now; the rest is counted above
   int64_t subscriptions = 0;    // now; a subscriber with two filters counts twice
 };
 

@@ -122,8 +122,7 @@ TEST_F(KvEventSourceTest, AfterALossEverythingIsToldAgain) {
     }
     ASSERT_LT(hash, 1'000'000u);
   }
-  while (publisher_->stats().queue_batches > 0) {
-  }
+  testing::wait_until_sent(*publisher_);
   source_->end_step();  // the repair
   std::vector<uint64_t> known;
   bool gap = false;

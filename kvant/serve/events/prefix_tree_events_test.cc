@@ -3,18 +3,17 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <chrono>
 #include <map>
 #include <memory>
 #include <random>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "kvant/cache/prefix_tree.h"
 #include "kvant/cache/testing/cache_harness.h"
 #include "kvant/serve/events/kv_event_source.h"
 #include "kvant/serve/events/testing/foreign_reader.h"
+#include "kvant/serve/events/testing/subscriber.h"
 
 namespace kvant::serve {
 namespace {
@@ -149,8 +148,7 @@ TEST_P(PrefixTreeEvents, ForeignIndexEqualsTheTree) {
     if (round == 0) must(joined());
     if (round == 2) must(tree_->clear());
     must(tree_->check_invariants());
-    while (publisher_->stats().queue_batches > 0) std::this_thread::yield();
-    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    testing::wait_until_sent(*publisher_);
 
     const nlohmann::json index =
         reader_->index_after(static_cast<uint64_t>(publisher_->stats().batches_published - 1));

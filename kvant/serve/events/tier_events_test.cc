@@ -2,11 +2,9 @@
 // foreign subscriber knows where each lies and whose it is.
 #include <gtest/gtest.h>
 
-#include <chrono>
 #include <memory>
 #include <set>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -14,6 +12,7 @@
 #include "kvant/cache/testing/cache_harness.h"
 #include "kvant/serve/events/kv_event_source.h"
 #include "kvant/serve/events/testing/foreign_reader.h"
+#include "kvant/serve/events/testing/subscriber.h"
 #include "kvant/serve/tiers/disk_store.h"
 #include "kvant/serve/tiers/host_store.h"
 #include "kvant/serve/tiers/page_tiers.h"
@@ -110,8 +109,7 @@ class TierEvents : public ::testing::TestWithParam<KvEventEncoding> {
 
   // "MEDIUM salt" of the blocks that the subscriber knows.
   std::multiset<std::string> index() {
-    while (publisher_->stats().queue_batches > 0) std::this_thread::yield();
-    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    testing::wait_until_sent(*publisher_);
     const nlohmann::json found =
         reader_->index_after(static_cast<uint64_t>(publisher_->stats().batches_published - 1));
     EXPECT_EQ(found["errors"], nlohmann::json::array());

@@ -262,7 +262,7 @@ KvantMetrics::KvantMetrics(MetricTable& t, const MetricsConfig& config)
       events_missed(t.counter("kvant:kv_event_batches_missed_total",
                               "Batches that some subscriber was too slow for.")),
       event_replays(t.counter("kvant:kv_event_replays_total", "Replays answered.")),
-      event_queue(t.gauge("kvant:kv_event_queue_batches", "Batches that wait to be published.")),
+      event_queue(t.gauge("kvant:kv_event_queue_batches", "Batches that wait or are being sent.")),
       event_subscriptions(t.gauge("kvant:kv_event_subscriptions", "Subscriptions.")),
       scale_audit(t.gauges("kvant:scale_audit_layers",
                            "Layers by where the tensor scale of a side comes from: plan, unit "

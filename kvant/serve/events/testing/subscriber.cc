@@ -6,6 +6,7 @@
 
 #include <chrono>
 #include <stdexcept>
+#include <thread>
 
 namespace kvant::serve::testing {
 namespace {
@@ -95,6 +96,22 @@ DecodedBatch Subscriber::next() {
   return batch;
 }
 
+void wait_until_sent(const KvEventPublisher& publisher) {
+  wait_until_counted(publisher, &KvEventStats::queue_batches, 0);
+}
+
+void wait_until_counted(const KvEventPublisher& publisher, int64_t KvEventStats::*counter,
+                        int64_t value) {
+  const auto give_up = std::chrono::steady_clock::now() + kPatience;
+  while (publisher.stats().*counter != value) {
+    if (std::chrono::steady_clock::now() > give_up) {
+      throw std::runtime_error("a counter is " + std::to_string(publisher.stats().*counter) +
+                               " and should be " + std::to_string(value));
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+}
+
 std::string eight_bytes(uint64_t number) {
   std::string bytes(8, '\0');
   for (int i = 0; i < 8; ++i) bytes[7 - i] = static_cast<char>(number >> (8 * i));
@@ -106,7 +123,8 @@ std::vector<uint64_t> replayed_numbers(const std::string& endpoint, const std::s
   zmq::context_t context{1};
   zmq::socket_t dealer{context, zmq::socket_type::dealer};
   dealer.set(zmq::sockopt::linger, 0);
-  dealer.set(zmq::sockopt::rcvtimeo, 1000);
+  // A malformed request is not answered: there is nothing to be patient for.
+  dealer.set(zmq::sockopt::rcvtimeo, request.size() == 8 ? 10'000 : 500);
   dealer.connect(endpoint);
   dealer.send(zmq::message_t(), zmq::send_flags::sndmore);
   dealer.send(zmq::buffer(request), zmq::send_flags::none);

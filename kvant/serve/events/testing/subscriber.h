@@ -46,6 +46,12 @@ class Subscriber {
   uint64_t last_number_ = 0;
 };
 
+// Until all that was handed to the publisher has been sent, and is counted.
+void wait_until_sent(const KvEventPublisher& publisher);
+// Until a counter has the value: a client can have its answer before the publisher counts it.
+void wait_until_counted(const KvEventPublisher& publisher, int64_t KvEventStats::*counter,
+                        int64_t value);
+
 // What a DEALER gets for a replay from `first`: the numbers, in order, without the end mark.
 // `ended` tells whether the end mark came.
 std::vector<uint64_t> replayed_numbers(const std::string& endpoint, const std::string& request,
