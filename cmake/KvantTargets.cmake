@@ -28,7 +28,9 @@ set(KVANT_FLAGS_avx2 -mavx2 -mfma -mf16c -mbmi2)
 set(KVANT_FLAGS_avx512 -mavx2 -mfma -mf16c -mbmi2 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2
     -mavx512vnni -mavx512bf16 -mprefer-vector-width=512
     # GCC 12 takes the deliberately undefined operands in its own AVX-512 headers for a mistake.
-    $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized;-Wno-uninitialized>)
+    $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized;-Wno-uninitialized>
+    # With it GCC 12 copies every sum of a register tile twice a step, and some to memory.
+    $<$<CXX_COMPILER_ID:GNU>:-fno-tree-pre>)
 
 set(KVANT_FLAGS_amx ${KVANT_FLAGS_avx512} -mavx512fp16 -mamx-tile -mamx-int8 -mamx-bf16)
 

@@ -27,14 +27,25 @@ namespace {
 // vpermb looks at six bits, of which the upper two are the neighbour's.
 alignas(64) constexpr int8_t kUnsignedE2m1[64] = {KVANT_E2M1(1, 12), KVANT_E2M1(1, 12),
                                                   KVANT_E2M1(1, 12), KVANT_E2M1(1, 12)};
+alignas(64) constexpr int8_t kSignedE2m1[64] = {KVANT_E2M1(1, 0), KVANT_E2M1(1, 0),
+                                                KVANT_E2M1(1, 0), KVANT_E2M1(1, 0)};
 alignas(64) constexpr int8_t kE2m1Times8[64] = {KVANT_E2M1(8, 0), KVANT_E2M1(8, 0),
                                                 KVANT_E2M1(8, 0), KVANT_E2M1(8, 0)};
 #undef KVANT_E2M1
+#define KVANT_U4 -8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7
+alignas(64) constexpr int8_t kSignedU4[64] = {KVANT_U4, KVANT_U4, KVANT_U4, KVANT_U4};
+#undef KVANT_U4
 
 KVANT_INLINE __m512i bcast_dword(const void* p) {
   int32_t x;
   __builtin_memcpy(&x, p, sizeof(x));
   return _mm512_set1_epi32(x);
+}
+
+// sum += a . b in each lane, four bytes of `a` unsigned, of `b` signed. Not the intrinsic: with
+// that g++ 12 copies every sum of a tile twice a step.
+KVANT_INLINE void add_products(__m512i& sum, __m512i a, __m512i b) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 }
 
 // Sixteen-bit words whose upper bytes are `table` at nibble J of each word of four; lower bytes are
@@ -47,7 +58,8 @@ KVANT_INLINE __m512i upper_bytes_of(__m512i w, __m512i table) {
   return _mm512_maskz_permutexvar_epi8(0xaaaaaaaaaaaaaaaa, index, table);
 }
 
-constexpr int kMaxRows = 4;  // of a register tile
+constexpr int kMaxRows = 4;        // of a register tile
+constexpr int kMaxWeightRows = 8;  // of a tile of weights
 
 // An index for a permute.
 template <typename T, int N>

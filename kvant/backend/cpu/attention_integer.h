@@ -102,10 +102,10 @@ struct IntegerKernels {
 
 constexpr int kMaxIntegerHeadDim = 256;
 
-// What values() needs for up to `rows` rows.
-constexpr int64_t integer_scratch_bytes(int rows, int head_dim) {
-  // Weights of 64 tokens and their factors; scales and zeros of all blocks.
-  return int64_t{rows} * (128 + 4) + head_dim / 16 * (128 + 256) + 256;
+// What values() needs, aligned to 64.
+constexpr int64_t integer_scratch_bytes(int head_dim) {
+  // Of each block of 16 channels and 64 tokens: weights of eight rows, scales and zeros.
+  return head_dim / 16 * (8 * 128 + 128 + 256);
 }
 
 namespace avx512 {

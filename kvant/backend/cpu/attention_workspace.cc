@@ -69,7 +69,7 @@ WorkerMemory take_worker(Cutter& cutter, int head_dim, int page_tokens) {
   w.q_integer.start = cutter.take<int32_t>(kMaxQueryRows * (d / 16));
   w.q_integer.rest = cutter.take<int32_t>(kMaxQueryRows * (d / 16));
   w.q_integer.sum = cutter.take<float>(kMaxQueryRows * (d / 16));
-  w.integer_scratch = cutter.take<uint8_t>(integer_scratch_bytes(kMaxQueryRows, head_dim));
+  w.integer_scratch = cutter.take<uint8_t>(integer_scratch_bytes(head_dim));
   const int64_t split_pages = attention::kSplitTokens / page_tokens;
   w.page_cos = cutter.take<float>(split_pages * d / 2);
   w.page_sin = cutter.take<float>(split_pages * d / 2);
