@@ -73,6 +73,15 @@ inline __attribute__((always_inline)) void multiply_bytes() {
   if constexpr (C == 6) _tile_dpbssd(6, 0, 1);
   if constexpr (C == 7) _tile_dpbssd(7, 0, 2);
 }
+// The same with A's bytes unsigned.
+template <int C>
+inline __attribute__((always_inline)) void multiply_unsigned_bytes() {
+  static_assert(C >= 4 && C < 8);
+  if constexpr (C == 4) _tile_dpbusd(4, 0, 1);
+  if constexpr (C == 5) _tile_dpbusd(5, 0, 2);
+  if constexpr (C == 6) _tile_dpbusd(6, 0, 1);
+  if constexpr (C == 7) _tile_dpbusd(7, 0, 2);
+}
 // The same in BF16 and fp32.
 template <int C>
 inline __attribute__((always_inline)) void multiply_bf16() {

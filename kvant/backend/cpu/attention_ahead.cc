@@ -5,15 +5,6 @@
 
 namespace kvant::backend::cpu {
 
-// From 64th `begin` to `end` of what is fetched while a page is read.
-FetchAhead Task::part_of(const FetchAhead& all, int begin, int end) {
-  FetchAhead part = all;
-  const int first = all.lines * begin / 64;
-  part.begin = int64_t{64} * first;
-  part.lines = all.lines * end / 64 - first;
-  return part;
-}
-
 // The unit of a page that all rows read as stored and this task reads; otherwise null.
 const std::byte* Task::stored_unit(int64_t page) const {
   const int64_t boundary = (page + sequence_.recent_pages + 1) * call_.view.page_tokens;
@@ -24,9 +15,9 @@ const std::byte* Task::stored_unit(int64_t page) const {
   return call_.view.kinds[entry.kind].unit(entry, call_.args.group_layer, item_.kv_head);
 }
 
-// What to fetch while `page` is read: the last quarter of the next unit, the third of the one after
-// it, and so on, so that each unit is there when its turn comes.
-FetchAhead Task::look_ahead(int64_t page) {
+// Puts into next_ what to fetch while `page` is read: the last quarter of the next unit, the third
+// of the one after it, and so on, so that each unit is there when its turn comes.
+void Task::look_ahead(int64_t page) {
   const int64_t lines =
       call_.view.kinds[cache::kKindStored].units[call_.args.group_layer].bytes / 64;
   if (page == ahead_of_ + 1) {
@@ -37,17 +28,16 @@ FetchAhead Task::look_ahead(int64_t page) {
     fetch_missing(page, lines);
   }
   ahead_of_ = page;
-  FetchAhead fetch;
-  if (ahead_[0] == nullptr) return fetch;
+  next_.lines = 0;
+  if (ahead_[0] == nullptr) return;
   for (int i = 0; i < kFetchStreams; ++i) {
     const int64_t first = lines * (kFetchStreams - 1 - i) / kFetchStreams;
     // Behind the last unit, what was just asked for: that costs little.
-    fetch.stream[i] = ahead_[i] == nullptr
-                          ? fetch.stream[i - 1]
+    next_.stream[i] = ahead_[i] == nullptr
+                          ? next_.stream[i - 1]
                           : reinterpret_cast<const uint8_t*>(ahead_[i]) + 64 * first;
   }
-  fetch.lines = static_cast<int>((lines + kFetchStreams - 1) / kFetchStreams);
-  return fetch;
+  next_.lines = static_cast<int>((lines + kFetchStreams - 1) / kFetchStreams);
 }
 
 // What would have been asked for while the pages before `page` were read.

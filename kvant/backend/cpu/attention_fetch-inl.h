@@ -8,19 +8,23 @@
 namespace kvant::backend::cpu::KVANT_LEVEL {
 namespace {
 
-// Spreads the lines of a FetchAhead evenly over the steps of a pass: bursts wait for the
+// Spreads the lines of a FetchPart evenly over the steps of a pass: bursts wait for the
 // processor's line buffers, and while none are asked for, the memory is idle.
 class Fetcher {
  public:
   // step() will be called `steps` times; oftener fetches lines behind the last.
-  Fetcher(const FetchAhead& fetch, int steps)
-      : fetch_(fetch), offset_(fetch.begin), steps_(steps > 0 ? steps : 1) {}
+  Fetcher(const FetchPart& part, int steps) : all_(part.all), steps_(steps > 0 ? steps : 1) {
+    if (all_ == nullptr) return;
+    const int first = all_->lines * part.begin / 64;
+    offset_ = int64_t{64} * first;
+    lines_ = all_->lines * part.end / 64 - first;
+  }
   // As many steps at once as `weight` says.
   KVANT_INLINE void step(int weight = 1) {
-    due_ += weight * fetch_.lines;
+    due_ += weight * lines_;
     while (due_ > 0) {
       unroll<kFetchStreams>([&](auto i) __attribute__((always_inline)) {
-        __builtin_prefetch(fetch_.stream[i.value] + offset_, 0, 2);
+        __builtin_prefetch(all_->stream[i.value] + offset_, 0, 2);
       });
       offset_ += 64;
       due_ -= steps_;
@@ -28,8 +32,9 @@ class Fetcher {
   }
 
  private:
-  const FetchAhead fetch_;
-  int64_t offset_;
+  const FetchAhead* all_;
+  int64_t offset_ = 0;
+  int lines_ = 0;
   const int steps_;
   int due_ = 0;  // what is owed, in parts of a line: `steps_` make one
 };

@@ -335,6 +335,7 @@ void end() {
 }  // namespace
 
 extern const TileKernels kTileKernels;
-const TileKernels kTileKernels = {begin, end, channel_scores, pack_queries, scores, values};
+const TileKernels kTileKernels = {begin,        end,    channel_scores, integer_values,
+                                  pack_queries, scores, values};
 
 }  // namespace kvant::backend::cpu::amx

@@ -37,14 +37,21 @@ struct IntegerRows {
   float* sum = nullptr;
 };
 
-// Lines to fetch while a pass computes, evenly: `lines` of each stream from byte `begin` on.
-// Streams go together because the processor's own prefetcher, which frees the line buffers, follows
-// several at once but gets only so far ahead in each (docs/kernels/cpu-attention.md).
+// Lines to fetch while a page is worked on, evenly: `lines` of each stream. Streams go together
+// because the processor's own prefetcher, which frees the line buffers, follows several at once but
+// gets only so far ahead in each (docs/kernels/cpu-attention.md).
 constexpr int kFetchStreams = 4;
 struct FetchAhead {
   const uint8_t* stream[kFetchStreams] = {};
-  int64_t begin = 0;
   int lines = 0;
+};
+
+// What one pass over the page fetches: from 64th `begin` to 64th `end`; nothing if `all` is null.
+// Passes get a pointer because a copy of what has just been written waits for all work before it.
+struct FetchPart {
+  const FetchAhead* all = nullptr;
+  int begin = 0;
+  int end = 0;
 };
 
 struct RoundQueriesArgs {
@@ -55,7 +62,7 @@ struct RoundQueriesArgs {
   int block = 0;                     // of K; head_dim for scales per channel
   const uint8_t* channel = nullptr;  // f16 scales of the channels, then their zeros; or null
   IntegerRows out;
-  FetchAhead fetch;
+  FetchPart fetch = {};
 };
 
 // s[r][t] = q[r] . k[t] for t in [0, 16 * num_tiles); without q . zero of channels.
@@ -72,7 +79,7 @@ struct IntegerScoreArgs {
   int page_tokens = 0;
   int num_tiles = 0;
   uint8_t* scratch = nullptr;  // for tiles: 4 * page_tokens * head_dim bytes, aligned to 64
-  FetchAhead fetch;
+  FetchPart fetch = {};
 };
 
 // acc[r] = acc[r] * factor[r] + sum over t of p[r][t] * v[t].
@@ -90,8 +97,9 @@ struct IntegerValueArgs {
   int head_dim = 0;
   int page_tokens = 0;
   int num_tiles = 0;
-  uint8_t* scratch = nullptr;  // integer_scratch_bytes()
-  FetchAhead fetch;
+  uint8_t* scratch = nullptr;   // integer_scratch_bytes()
+  uint8_t* unpacked = nullptr;  // for tiles: 64 * head_dim bytes, aligned to 64
+  FetchPart fetch = {};
 };
 
 struct IntegerKernels {
@@ -113,6 +121,7 @@ extern const IntegerKernels kIntegerKernels;
 }
 namespace amx {  // the rest of this level is avx512's
 void channel_scores(const IntegerScoreArgs& args);
-}
+void integer_values(const IntegerValueArgs& args);
+}  // namespace amx
 
 }  // namespace kvant::backend::cpu

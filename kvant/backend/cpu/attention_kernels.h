@@ -55,7 +55,7 @@ struct ScoreArgs {
   int head_dim = 0;
   int page_tokens = 0;
   int num_tiles = 0;
-  FetchAhead fetch;
+  FetchPart fetch = {};
   const uint8_t* q_tiles = nullptr;  // of TileKernels::pack_queries()
 };
 
@@ -80,7 +80,7 @@ struct SoftmaxArgs {
   float* share = nullptr;  // [rows]: sum over keys whose values lack the bias
   bool add_to_share = false;
   float* factor = nullptr;  // [rows], out
-  FetchAhead fetch;
+  FetchPart fetch = {};
 };
 
 // acc[r] = acc[r] * factor[r] + sum over t in [token_begin, token_end) of p[r][t] * v[t].
@@ -95,7 +95,7 @@ struct ValueArgs {
   int page_tokens = 0;
   int token_begin = 0;
   int token_end = 0;
-  FetchAhead fetch;
+  FetchPart fetch = {};
 };
 
 // Undoes what was done to keys stored before RoPE, in place on decoded K, then applies RoPE at the
@@ -131,8 +131,10 @@ struct TileKernels {
   // takes hundreds of cycles to set.
   void (*begin)();
   void (*end)();
-  // IntegerKernels::scores for many rows and K with scales per channel, with the same bits.
+  // IntegerKernels::scores and values for many rows, with the same bits; scores for K with scales
+  // per channel.
   void (*channel_scores)(const IntegerScoreArgs& args);
+  void (*integer_values)(const IntegerValueArgs& args);
   // Floating-point codes for any number of rows: sides that page_decoder.h says. Queries go into
   // `tiles`, query_tile_bytes() aligned to 64, once for all pages of a code; `side.out` is used for
   // the codes as BF16.

@@ -54,7 +54,6 @@ struct Task::Pass {
   int row_end = 0;
   int token_begin = 0;  // tokens of the page that some of the rows read
   int token_end = 0;
-  FetchAhead next;  // parts of units that are read later, which lie anywhere
 
   int rows() const { return row_end - row_begin; }
   int num_tiles() const { return (token_end + 15) / 16; }
@@ -225,7 +224,7 @@ Task::ScoreTerms Task::score_page(const Pass& pass, const PageKind& kind, const 
     a.head_dim = d;
     a.page_tokens = call_.view.page_tokens;
     a.num_tiles = pass.num_tiles();
-    a.fetch = part_of(pass.next, 0, kFetchedByScores);
+    a.fetch = part_of_next(0, kFetchedByScores);
     if (tiles) {
       a.q_tiles = pack_queries(q, pass.rows(), decoder.code);
       call_.kernels.tiles->scores(side, a);
@@ -249,8 +248,7 @@ Task::ScoreTerms Task::score_page(const Pass& pass, const PageKind& kind, const 
 void Task::score_codes(const Pass& pass, const PageDecoder& decoder, const std::byte* unit,
                        const formats::UnitSections& sections) {
   const auto* scales = reinterpret_cast<const uint8_t*>(unit + sections.k_scales);
-  IntegerScoreArgs a;
-  a.q = round_queries(pass, decoder, scales);
+  IntegerScoreArgs a{.q = rounded_queries(pass, decoder, scales)};
   a.codes = reinterpret_cast<const uint8_t*>(unit + sections.k_codes);
   a.scales = scales;
   a.code = decoder.code;
@@ -262,7 +260,7 @@ void Task::score_codes(const Pass& pass, const PageDecoder& decoder, const std::
   a.page_tokens = call_.view.page_tokens;
   a.num_tiles = pass.num_tiles();
   const bool per_channel = decoder.scale == PageScale::kChannelPair;
-  a.fetch = part_of(pass.next, per_channel ? kFetchedByRounding : 0, kFetchedByScores);
+  a.fetch = part_of_next(per_channel ? kFetchedByRounding : 0, kFetchedByScores);
   if (per_channel && pass.rows() > kFewRows && call_.kernels.tiles != nullptr) {
     a.scratch = reinterpret_cast<uint8_t*>(memory_.page);
     call_.kernels.tiles->channel_scores(a);
@@ -298,8 +296,8 @@ const uint8_t* Task::pack_queries(const float* q, int rows, Code code) {
 }
 
 // The pass's rows of q_integer. Scales per channel make them a matter of each page.
-IntegerRows Task::round_queries(const Pass& pass, const PageDecoder& decoder,
-                                const uint8_t* scales) {
+IntegerRows Task::rounded_queries(const Pass& pass, const PageDecoder& decoder,
+                                  const uint8_t* scales) {
   RoundQueriesArgs a;
   a.head_dim = call_.head_dim;
   a.code = decoder.code;
@@ -308,11 +306,11 @@ IntegerRows Task::round_queries(const Pass& pass, const PageDecoder& decoder,
     a.rows = pass.rows();
     a.block = call_.head_dim;
     a.channel = scales;
-    a.fetch = part_of(pass.next, 0, kFetchedByRounding);
+    a.fetch = part_of_next(0, kFetchedByRounding);
     a.out = memory_.q_integer;
     rounded_block_ = 0;
     call_.kernels.integer->round_queries(a);
-    return a.out;
+    return memory_.q_integer;
   }
   if (rounded_block_ != decoder.block || rounded_code_ != decoder.code) {
     a.q = memory_.q_stored;
@@ -326,13 +324,13 @@ IntegerRows Task::round_queries(const Pass& pass, const PageDecoder& decoder,
   return rows_from(memory_.q_integer, pass.row_begin, call_.head_dim);
 }
 
-void Task::run_pass(Pass pass, const PartialRows& out) {
+void Task::run_pass(const Pass& pass, const PartialRows& out) {
   const GroupView& view = call_.view;
   const int layer = call_.args.group_layer;
   const int d = call_.head_dim;
   const PageKind& kind = view.kinds[pass.entry.kind];
   const std::byte* unit = kind.unit(pass.entry, layer, item_.kv_head);
-  pass.next = look_ahead(pass.page);
+  look_ahead(pass.page);
   const SideFormat& v_format = kind.v_format[layer];
   const bool plain_page = is_plain(pass.entry.kind);
   const PageDecoder decoder = plain_page ? PageDecoder{} : v_decoder_;
@@ -358,11 +356,11 @@ void Task::run_pass(Pass pass, const PartialRows& out) {
   softmax.share = rows_out.share;
   softmax.add_to_share = !plain_page && v_format.bias;
   softmax.factor = memory_.factor;
-  softmax.fetch = part_of(pass.next, kFetchedByScores, kFetchedBySoftmax);
+  softmax.fetch = part_of_next(kFetchedByScores, kFetchedBySoftmax);
   call_.kernels.softmax(softmax);
 
   const bool rotated = call_.rotated_v && !plain_page && v_format.rotate;
-  PartialRows target = rows_out;
+  PartialRows target = rows_from(out, pass.row_begin);
   target.acc += rotated ? d : 0;
   add_values(pass, decoder, unit, target);
   if (call_.rotated_v) {  // the other accumulator follows the new maximum too
@@ -392,8 +390,13 @@ void Task::add_values(const Pass& pass, const PageDecoder& decoder, const std::b
     a.page_tokens = call_.view.page_tokens;
     a.num_tiles = pass.num_tiles();
     a.scratch = memory_.integer_scratch;
-    a.fetch = part_of(pass.next, kFetchedBySoftmax, kFetchedByValues);
-    call_.kernels.integer->values(a);
+    a.fetch = part_of_next(kFetchedBySoftmax, kFetchedByValues);
+    if (pass.rows() > kFewRows && call_.kernels.tiles != nullptr) {
+      a.unpacked = reinterpret_cast<uint8_t*>(memory_.page);
+      call_.kernels.tiles->integer_values(a);
+    } else {
+      call_.kernels.integer->values(a);
+    }
     return;
   }
   const DecodeArgs side =
@@ -409,7 +412,7 @@ void Task::add_values(const Pass& pass, const PageDecoder& decoder, const std::b
   a.page_tokens = call_.view.page_tokens;
   a.token_begin = pass.token_begin;
   a.token_end = pass.token_end;
-  a.fetch = part_of(pass.next, kFetchedBySoftmax, kFetchedByValues);
+  a.fetch = part_of_next(kFetchedBySoftmax, kFetchedByValues);
   if (tiles) {  // tokens before token_begin weigh 0
     call_.kernels.tiles->values(side, a);
     return;

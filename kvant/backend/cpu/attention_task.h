@@ -136,19 +136,19 @@ class Task {
   Pass visible_part(int64_t page, int64_t first, int64_t end) const;
   bool sees_split(int64_t split) const;
   const std::byte* stored_unit(int64_t page) const;
-  FetchAhead look_ahead(int64_t page);
+  void look_ahead(int64_t page);
   void fetch_missing(int64_t page, int64_t lines) const;
   DecodeArgs decode_args(const Pass& pass, const PageDecoder& decoder, const std::byte* codes,
                          const std::byte* scales) const;
-  static FetchAhead part_of(const FetchAhead& all, int begin, int end);
-  void run_pass(Pass pass, const PartialRows& out);
+  FetchPart part_of_next(int begin, int end) const { return {&next_, begin, end}; }
+  void run_pass(const Pass& pass, const PartialRows& out);
   void add_values(const Pass& pass, const PageDecoder& decoder, const std::byte* unit,
                   const PartialRows& out);
   ScoreTerms score_page(const Pass& pass, const cache::PageKind& kind, const std::byte* unit);
   void score_codes(const Pass& pass, const PageDecoder& decoder, const std::byte* unit,
                    const formats::UnitSections& sections);
   void add_terms(const Pass& pass, const float* q, const uint16_t* mean);
-  IntegerRows round_queries(const Pass& pass, const PageDecoder& decoder, const uint8_t* scales);
+  IntegerRows rounded_queries(const Pass& pass, const PageDecoder& decoder, const uint8_t* scales);
   bool multiplies_in_tiles(const PageDecoder& decoder) const;
   const uint8_t* pack_queries(const float* q, int rows, Code code);
   void prepare_frame(const formats::SideFormat& k_format, const formats::SideParams& params);
@@ -167,6 +167,7 @@ class Task {
   // The units of the pages behind page `ahead_of_`; null where they are not fetched.
   int64_t ahead_of_ = -2;
   const std::byte* ahead_[kFetchStreams] = {};
+  FetchAhead next_;  // parts of them
   QueryFrame frame_;
   bool frame_ready_ = false;
   // What q_integer holds of all rows in this frame, if anything.

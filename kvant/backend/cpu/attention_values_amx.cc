@@ -1,0 +1,116 @@
+// Weights times V's codes in AMX tiles, for many query rows. The integers and what follows are
+// those of attention_integer_values-inl.h, so the bits are the same; one product of tiles has all
+// 64 tokens of a chunk, eight rows and sixteen channels.
+//
+// B holds V's codes as bytes: a row is four tokens of each of sixteen channels. A holds the upper
+// and the lower bytes of the weights of eight rows, in turn.
+#define KVANT_LEVEL avx512
+#include "kvant/backend/cpu/amx_tiles-inl.h"
+#include "kvant/backend/cpu/attention_integer_weights-inl.h"
+
+namespace kvant::backend::cpu::amx {
+namespace {
+
+using namespace avx512;  // NOLINT(google-build-using-namespace): the level's vector language
+
+constexpr int kMaxTiles = 4;  // of sixteen channels, at once
+static_assert(2 * kMaxWeightRows * kChunkTokens == kTileBytes);
+
+// B of every sixteen channels. Rows of tokens that have no weights keep what they have: any bytes
+// will do.
+template <Code C>
+void unpack_values(const IntegerValueArgs& a, const ValueChunk& chunk, Fetcher& fetcher) {
+  constexpr int kTokens = C == Code::kS8 ? 4 : 8;  // in a word
+  const int words = chunk.num_tiles * (kLanes / kTokens);
+  const int64_t group_bytes = static_cast<int64_t>(a.page_tokens) / kTokens * 64;
+  const uint8_t* codes = a.codes + chunk.first_tile * (kLanes / kTokens * 64);
+  uint8_t* out = a.unpacked;
+  for (int group = 0; group < a.head_dim / kLanes; ++group) {
+    for (int w = 0; w < words; ++w) {
+      const __m512i word = _mm512_loadu_si512(codes + 64 * w);
+      unroll<kTokens / 4>([&](auto j) KVANT_ALWAYS {
+        _mm512_store_si512(out + 64 * (w * (kTokens / 4) + j.value), value_bytes<C, j.value>(word));
+      });
+    }
+    fetcher.step();
+    codes += group_bytes;
+    out += kTileBytes;
+  }
+}
+
+// Up to eight rows with N groups of sixteen channels.
+template <int N>
+KVANT_OWN_FRAME void value_tiles(const IntegerValueArgs& a, const ValueChunk& chunk, int row,
+                                 int rows, int group, Fetcher& fetcher) {
+  alignas(64) int32_t sums[N][256];
+  unroll<N>([&](auto n) KVANT_ALWAYS { load_tile<4 + decltype(n)::value>(kZeroTile, 64); });
+  unroll<N>([&](auto n) KVANT_ALWAYS {
+    constexpr int kC = 4 + decltype(n)::value;
+    const int block = (group + n.value) * kLanes / a.block;
+    load_tile<0>(chunk.weights + int64_t{block} * kTileBytes, 64);
+    load_tile<1 + kC % 2>(a.unpacked + int64_t{group + n.value} * kTileBytes, 64);
+    multiply_unsigned_bytes<kC>();
+    fetcher.step();
+  });
+  unroll<N>([&](auto n) KVANT_ALWAYS { store_tile<4 + decltype(n)::value>(sums[n.value], 64); });
+  for (int r = 0; r < rows; ++r) {
+    const F scale = bcast(chunk.weight_scale[r]);
+    const F factor = bcast(chunk.first_tile == 0 ? a.factor[row + r] : 1.0f);
+    float* out = a.acc + (row + r) * a.acc_stride + group * kLanes;
+    unroll<N>([&](auto n) KVANT_ALWAYS {
+      const int32_t* sum = sums[n.value] + 2 * kLanes * r;
+      add_sums(out + n.value * kLanes, _mm512_load_si512(sum), _mm512_load_si512(sum + kLanes),
+               factor, scale);
+    });
+  }
+}
+
+template <Code C>
+void value_chunk(const IntegerValueArgs& a, ValueChunk& chunk, Fetcher& fetcher) {
+  prepare_scales(a, chunk, fetcher);
+  unpack_values<C>(a, chunk, fetcher);
+  const int groups = a.head_dim / kLanes;
+  for (int row = 0; row < a.rows; row += kMaxWeightRows) {
+    const int rows = a.rows - row < kMaxWeightRows ? a.rows - row : kMaxWeightRows;
+    for (int r = 0; r < rows; r += kMaxRows) {
+      with_count<kMaxRows>(rows - r, [&](auto m) {
+        constexpr int M = decltype(m)::value;
+        prepare_weights<M>(a, chunk, row, r, kMaxWeightRows, fetcher);
+      });
+    }
+    for (int group = 0; group < groups;) {
+      group += with_power<kMaxTiles>(groups - group, [&](auto n) {
+        value_tiles<decltype(n)::value>(a, chunk, row, rows, group, fetcher);
+      });
+    }
+    if (a.scale != PageScale::kF16Pair) continue;
+    for (int r = 0; r < rows; r += kMaxRows) {
+      with_count<kMaxRows>(rows - r,
+                           [&](auto m) { add_zeros<decltype(m)::value>(a, chunk, row + r); });
+    }
+  }
+}
+
+}  // namespace
+
+void integer_values(const IntegerValueArgs& a) {
+  const int num_blocks = (a.head_dim + a.block - 1) / a.block;
+  const int groups = a.head_dim / kLanes;
+  const int row_steps = (a.rows + kMaxWeightRows - 1) / kMaxWeightRows;
+  ValueChunk chunk = first_chunk(a);
+  const int chunks = (a.num_tiles * kLanes + kChunkTokens - 1) / kChunkTokens;
+  const int scale_steps = a.scale == PageScale::kE4m3 ? num_blocks : 0;
+  const int weight_steps = a.rows + 2 * row_steps * num_blocks;
+  Fetcher fetcher(a.fetch, chunks * (scale_steps + groups + weight_steps + row_steps * groups));
+  for (; chunk.first_tile < a.num_tiles; chunk.first_tile += kChunkTokens / kLanes) {
+    const int tiles = a.num_tiles - chunk.first_tile;
+    chunk.num_tiles = tiles < kChunkTokens / kLanes ? tiles : kChunkTokens / kLanes;
+    switch (a.code) {
+      case Code::kS8: value_chunk<Code::kS8>(a, chunk, fetcher); break;
+      case Code::kU4: value_chunk<Code::kU4>(a, chunk, fetcher); break;
+      default: value_chunk<Code::kE2m1>(a, chunk, fetcher); break;
+    }
+  }
+}
+
+}  // namespace kvant::backend::cpu::amx
