@@ -614,6 +614,10 @@ void softmax_rows(const SoftmaxArgs& a, int row, Fetcher& fetcher) {
     if (old_max > base[m.value]) base[m.value] = old_max;
     sum[m.value] = zero();
   });
+  alignas(64) float change[kLanes] = {};
+  unroll<M>([&](auto m) { change[m.value] = a.max[row + m.value] - base[m.value]; });
+  alignas(64) float factor[kLanes];
+  store(factor, exp_lanes(load(change)));
   for (int tile = 0; tile < a.num_tiles; ++tile) {
     unroll<M>([&](auto m) {
       float* x = s + m.value * a.page_tokens + tile * kLanes;
@@ -624,10 +628,6 @@ void softmax_rows(const SoftmaxArgs& a, int row, Fetcher& fetcher) {
     });
   }
   sum_rows(sum, page_sum);
-  alignas(64) float change[kLanes] = {};
-  unroll<M>([&](auto m) { change[m.value] = a.max[row + m.value] - base[m.value]; });
-  alignas(64) float factor[kLanes];
-  store(factor, exp_lanes(load(change)));
   unroll<M>([&](auto m) {
     const int r = row + m.value;
     a.factor[r] = factor[m.value];
