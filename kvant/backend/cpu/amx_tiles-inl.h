@@ -41,13 +41,18 @@ struct alignas(64) TileConfig {
 };
 static_assert(sizeof(TileConfig) == 64);
 
-constexpr TileConfig whole_tiles() {
+// Tiles as multiply_bytes() takes them, A and C with `rows` rows: loads and stores of fewer rows
+// take less time, products do not.
+constexpr TileConfig tiles_of(int rows) {
   TileConfig config;
   for (int t = 0; t < 8; ++t) {
     config.row_bytes[t] = 64;
-    config.rows[t] = 16;
+    config.rows[t] = t == 1 || t == 2 ? 16 : static_cast<uint8_t>(rows);
   }
   return config;
+}
+constexpr TileConfig whole_tiles() {
+  return tiles_of(16);
 }
 
 template <int T>

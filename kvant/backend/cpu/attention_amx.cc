@@ -4,7 +4,7 @@
 // other sides are not multiplied here.
 //
 // B holds K's codes as bytes: a row is four channels of each of sixteen tokens, as words of the
-// page unpack. A holds the upper and the lower bytes of eight queries' integers.
+// page unpack. A holds the upper and the lower bytes of the integers of four or eight queries.
 #define KVANT_LEVEL avx512
 #include "kvant/backend/cpu/amx_tiles-inl.h"
 #include "kvant/backend/cpu/attention_integer-inl.h"
@@ -14,7 +14,6 @@ namespace {
 
 using namespace avx512;  // NOLINT(google-build-using-namespace): the level's vector language
 
-constexpr int kTileRows = 8;  // query rows of a tile: upper bytes, then lower bytes
 constexpr int kDepth = 64;    // channels of a tile
 constexpr int kMaxTiles = 4;  // of sixteen tokens, at once
 
@@ -31,22 +30,23 @@ void unpack_keys(const IntegerScoreArgs& a, int8_t* bytes, Fetcher& fetcher) {
   }
 }
 
-// A: [64 channels][16 rows][64 bytes], zeros for rows that are not there and behind the last
-// channels, where B has another tile's.
+// A: [64 channels][upper bytes of tile_rows rows, then lower ones][64 bytes], zeros for rows that
+// are not there and behind the last channels, where B has another tile's.
 void pack_queries(const IntegerScoreArgs& a, int row, int rows, int8_t* tiles) {
   const int d = a.head_dim;
   for (int c = 0; c < d; c += kDepth, tiles += kTileBytes) {
     const __mmask64 valid = d - c >= kDepth ? ~__mmask64{0} : (__mmask64{1} << (d - c)) - 1;
-    for (int r = 0; r < kTileRows; ++r) {
+    for (int r = 0; r < a.tile_rows; ++r) {
       const __mmask64 mask = r < rows ? valid : __mmask64{0};
       const int64_t at = static_cast<int64_t>(row + r) * d + c;
       _mm512_store_si512(tiles + r * 64, _mm512_maskz_loadu_epi8(mask, a.q.hi + at));
-      _mm512_store_si512(tiles + (kTileRows + r) * 64, _mm512_maskz_loadu_epi8(mask, a.q.lo + at));
+      _mm512_store_si512(tiles + (a.tile_rows + r) * 64,
+                         _mm512_maskz_loadu_epi8(mask, a.q.lo + at));
     }
   }
 }
 
-// Up to eight rows with N tiles of sixteen tokens.
+// Up to tile_rows rows with N tiles of sixteen tokens.
 template <int N>
 KVANT_OWN_FRAME void score_tiles(const IntegerScoreArgs& a, int row, int rows, int tile,
                                  const int8_t* keys, const int8_t* queries, Fetcher& fetcher) {
@@ -67,7 +67,7 @@ KVANT_OWN_FRAME void score_tiles(const IntegerScoreArgs& a, int row, int rows, i
     const F scale = bcast(a.q.scale[row + r]);
     unroll<N>([&](auto n) KVANT_ALWAYS {
       const __m512i high = _mm512_slli_epi32(_mm512_load_si512(sums[n.value] + r * kLanes), 8);
-      const __m512i low = _mm512_load_si512(sums[n.value] + (kTileRows + r) * kLanes);
+      const __m512i low = _mm512_load_si512(sums[n.value] + (a.tile_rows + r) * kLanes);
       store(s + n.value * kLanes, mul({_mm512_cvtepi32_ps(_mm512_add_epi32(high, low))}, scale));
     });
   }
@@ -80,8 +80,8 @@ void scores_of(const IntegerScoreArgs& a) {
   const int depths = (a.head_dim + kDepth - 1) / kDepth;
   Fetcher fetcher(a.fetch, a.num_tiles * (a.head_dim / kLanes + depths));
   unpack_keys<C>(a, keys, fetcher);
-  for (int row = 0; row < a.rows; row += kTileRows) {
-    const int rows = a.rows - row < kTileRows ? a.rows - row : kTileRows;
+  for (int row = 0; row < a.rows; row += a.tile_rows) {
+    const int rows = a.rows - row < a.tile_rows ? a.rows - row : a.tile_rows;
     pack_queries(a, row, rows, queries);
     for (int tile = 0; tile < a.num_tiles; tile += kMaxTiles) {
       with_count<kMaxTiles>(a.num_tiles - tile, [&](auto n) {

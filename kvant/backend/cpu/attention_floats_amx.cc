@@ -1,10 +1,11 @@
-// Products of queries or weights and floating-point codes in AMX tiles of BF16, any number of rows.
+// Products of queries or weights and floating-point codes in AMX tiles of BF16, any number of rows;
+// keys of E2M1 with E4M3 scales, too.
 //
 // Pages as they are stored are rows of B: two channels of each of sixteen tokens (K) or two tokens
 // of each of sixteen channels (V), as 32-bit words. E4M3 codes, and E2M1 codes times their E4M3
 // scales, become BF16 on the way. Queries and weights are fp32 and become the sum of two BF16 (16
-// bits): eight rows of upper parts and eight of lower ones are a tile of A. A row's sums run over
-// channels or tokens in tiles of 32, whatever the number of rows (ADR 0003).
+// bits): four or eight rows of upper parts and as many of lower ones are a tile of A. A row's sums
+// run over channels or tokens in tiles of 32, whatever the number of rows (ADR 0003).
 #define KVANT_LEVEL avx512
 #include "kvant/backend/cpu/amx_tiles-inl.h"
 #include "kvant/backend/cpu/attention_bf16-inl.h"
@@ -15,37 +16,38 @@
 namespace kvant::backend::cpu::amx {
 namespace {
 
-constexpr int kTileRows = 8;      // query rows of a tile: upper parts, then lower parts
 constexpr int kDepth = 32;        // channels or tokens of a tile
 constexpr int kMaxTiles = 4;      // of sixteen tokens, at once
 constexpr int kProductSteps = 4;  // of a Fetcher: a product takes as long as so many words unpacked
 constexpr int kMaxPageTokens = 128;
 
-// Queries as A: [row / 8][32 channels][16 rows][64 bytes], zeros for rows that are not there.
+// Queries as A: [row / tile_rows][32 channels][2 * tile_rows][64 bytes], each tile's share 1024
+// bytes, zeros for rows that are not there.
 template <Code C>
-void pack_rows(const float* q, int rows, int head_dim, uint8_t* tiles) {
-  for (int row = 0; row < rows; row += kTileRows) {
+void pack_rows(const float* q, int rows, int head_dim, int tile_rows, uint8_t* tiles) {
+  for (int row = 0; row < rows; row += tile_rows) {
     for (int c = 0; c < head_dim; c += kDepth, tiles += kTileBytes) {
-      for (int r = 0; r < kTileRows; ++r) {
+      for (int r = 0; r < tile_rows; ++r) {
         F first = zero(), second = zero();
         if (row + r < rows) {
           const float* x = q + static_cast<int64_t>(row + r) * head_dim + c;
           first = load(x);
           second = load(x + kLanes);
         }
-        store_parts<C>(first, second, tiles + r * 64, tiles + (kTileRows + r) * 64);
+        store_parts<C>(first, second, tiles + r * 64, tiles + (tile_rows + r) * 64);
       }
     }
   }
 }
 
-void pack_queries(const float* q, int rows, int head_dim, Code code, uint8_t* tiles) {
+void pack_queries(const float* q, int rows, int head_dim, Code code, int tile_rows,
+                  uint8_t* tiles) {
   with_tile_code(code, [&](auto c) {
-    pack_rows<static_cast<Code>(decltype(c)::value)>(q, rows, head_dim, tiles);
+    pack_rows<static_cast<Code>(decltype(c)::value)>(q, rows, head_dim, tile_rows, tiles);
   });
 }
 
-// Adds the products of A's sixteen rows and N tiles of B, which lie `stride` bytes apart.
+// Adds the products of A's rows and N tiles of B, which lie `stride` bytes apart.
 template <int N>
 KVANT_INLINE void multiply_tiles(const uint8_t* a, const uint8_t* b, int64_t stride,
                                  Fetcher& fetcher) {
@@ -110,7 +112,8 @@ KVANT_OWN_FRAME void score_rows(const DecodeArgs& side, const ScoreArgs& a, int 
                                 const KeyTiles& keys, Fetcher& fetcher) {
   constexpr bool kStored = C == Code::kBf16;
   alignas(64) float sums[N * 256];
-  const uint8_t* queries = a.q_tiles + static_cast<int64_t>(row) * a.head_dim * 4;
+  const uint8_t* queries =
+      a.q_tiles + int64_t{row / a.tile_rows} * (a.head_dim / kDepth) * kTileBytes;
   const int64_t depth_bytes = kStored ? kTileBytes : int64_t{a.num_tiles} * kTileBytes;
   const int64_t tile_bytes = kStored ? int64_t{a.head_dim} * (kLanes * 2) : kTileBytes;
   const uint8_t* first = (kStored ? side.codes : keys.unpacked) + tile * tile_bytes;
@@ -132,12 +135,12 @@ KVANT_OWN_FRAME void score_rows(const DecodeArgs& side, const ScoreArgs& a, int 
                       fetcher);
   }
   store_sums<N>(sums);
-  const int rows = a.rows - row < kTileRows ? a.rows - row : kTileRows;
+  const int rows = a.rows - row < a.tile_rows ? a.rows - row : a.tile_rows;
   for (int r = 0; r < rows; ++r) {
     float* s = a.s + static_cast<int64_t>(row + r) * a.page_tokens + tile * kLanes;
     unroll<N>([&](auto n) KVANT_ALWAYS {
       const float* sum = sums + n.value * 256 + r * kLanes;
-      F score = add(load(sum), load(sum + kTileRows * kLanes));
+      F score = add(load(sum), load(sum + a.tile_rows * kLanes));
       if constexpr (!kStored) score = mul(score, load(keys.factor + (tile + n.value) * kLanes));
       store(s + n.value * kLanes, score);
     });
@@ -157,7 +160,7 @@ void load_factors(const DecodeArgs& side, int num_tiles, float* factor) {
 
 template <Code C>
 void scores_of(const DecodeArgs& side, const ScoreArgs& a) {
-  const int row_steps = (a.rows + kTileRows - 1) / kTileRows;
+  const int row_steps = (a.rows + a.tile_rows - 1) / a.tile_rows;
   const int unpack_steps = C == Code::kBf16 ? 0 : a.num_tiles * (a.head_dim / 4);
   Fetcher fetcher(a.fetch,
                   unpack_steps + kProductSteps * row_steps * a.num_tiles * (a.head_dim / kDepth));
@@ -168,7 +171,7 @@ void scores_of(const DecodeArgs& side, const ScoreArgs& a) {
     keys = {reinterpret_cast<uint8_t*>(side.out), factor};
   }
   for (int tile = 0; tile < a.num_tiles; tile += kMaxTiles) {
-    for (int row = 0; row < a.rows; row += kTileRows) {
+    for (int row = 0; row < a.rows; row += a.tile_rows) {
       with_count<kMaxTiles>(a.num_tiles - tile, [&](auto n) {
         score_rows<C, decltype(n)::value>(side, a, row, tile, keys, fetcher);
       });
@@ -188,15 +191,9 @@ void scores(const DecodeArgs& side, const ScoreArgs& a) {
 template <Code C>
 KVANT_INLINE void unpack_values(const DecodeArgs& side, const ValueArgs& a, int group, int t,
                                 uint8_t* rows, Fetcher& fetcher) {
-  constexpr int kInWord = C == Code::kE2m1 ? 8 : C == Code::kE4m3 ? 4 : 2;
+  constexpr int kInWord = C == Code::kE4m3 ? 4 : 2;
   const int64_t at = static_cast<int64_t>(group) * a.page_tokens + t;
   const uint8_t* codes = side.codes + at / kInWord * 64;
-  alignas(64) uint16_t scales[kDepth];
-  if constexpr (C == Code::kE2m1) {
-    const __m512i words = _mm512_cvtepu8_epi16(
-        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(side.scales + at)));
-    _mm512_store_si512(scales, in_row_order<C>(scales_as_half(words)));
-  }
   unroll<kDepth / kInWord>([&](auto i) KVANT_ALWAYS {
     constexpr int kFirst = decltype(i)::value * kInWord;
     uint8_t* to = rows + kFirst * 32;
@@ -206,21 +203,17 @@ KVANT_INLINE void unpack_values(const DecodeArgs& side, const ValueArgs& a, int 
       const int mask = left > 0 ? (1 << (32 / kInWord * left)) - 1 : 0;
       words = _mm512_and_si512(words, _mm512_set1_epi32(mask));
     }
-    if constexpr (C == Code::kE2m1) {
-      unpack_e2m1(words, to, [&](auto pair) KVANT_ALWAYS {
-        return bcast_dword(scales + kFirst + 2 * pair.value);
-      });
-    } else if constexpr (C == Code::kE4m3) {
+    if constexpr (C == Code::kE4m3) {
       unpack_e4m3(words, to);
     } else {
       _mm512_store_si512(to, words);
     }
-    if (C == Code::kE2m1 || i.value % 2 == 1) fetcher.step(C == Code::kE2m1 ? 4 : kInWord);
+    if (i.value % 2 == 1) fetcher.step(kInWord);
   });
 }
 
-// Weights of up to eight rows as A, [tokens / 32][16 rows][64 bytes]; times the tokens' scales.
-// Rows that are not there are zeros from before.
+// Weights of up to tile_rows rows as A, [tokens / 32][1024 bytes] like pack_rows(); times the
+// tokens' scales. Rows that are not there are zeros from before.
 template <Code C>
 void pack_weights(const ValueArgs& a, int row, int rows, int tokens, const float* scale,
                   uint8_t* tiles) {
@@ -239,7 +232,7 @@ void pack_weights(const ValueArgs& a, int row, int rows, int tokens, const float
           x[i.value] = mul(x[i.value], {_mm512_maskz_loadu_ps(valid, scale + first)});
         }
       });
-      store_parts<C>(x[0], x[1], tiles + r * 64, tiles + (kTileRows + r) * 64);
+      store_parts<C>(x[0], x[1], tiles + r * 64, tiles + (a.tile_rows + r) * 64);
     }
   }
 }
@@ -251,7 +244,7 @@ struct ValueTiles {
   float factor = 1.0f;
 };
 
-// N groups of sixteen channels of up to eight rows.
+// N groups of sixteen channels of up to tile_rows rows.
 template <Code C, int N>
 KVANT_OWN_FRAME void value_rows(const DecodeArgs& side, const ValueArgs& a, int row, int group,
                                 const ValueTiles& values, Fetcher& fetcher) {
@@ -274,13 +267,13 @@ KVANT_OWN_FRAME void value_rows(const DecodeArgs& side, const ValueArgs& a, int 
     multiply_tiles<N>(values.weights + at, first + at, group_bytes, fetcher);
   }
   store_sums<N>(sums);
-  const int rows = a.rows - row < kTileRows ? a.rows - row : kTileRows;
+  const int rows = a.rows - row < a.tile_rows ? a.rows - row : a.tile_rows;
   for (int r = 0; r < rows; ++r) {
     float* out = a.acc + (row + r) * a.acc_stride + group * kLanes;
     const F before = bcast(a.factor[row + r]);
     unroll<N>([&](auto n) KVANT_ALWAYS {
       const float* sum = sums + n.value * 256 + r * kLanes;
-      const F all = add(load(sum), load(sum + kTileRows * kLanes));
+      const F all = add(load(sum), load(sum + a.tile_rows * kLanes));
       float* to = out + n.value * kLanes;
       store(to, fma(all, bcast(values.factor), mul(load(to), before)));
     });
@@ -290,7 +283,7 @@ KVANT_OWN_FRAME void value_rows(const DecodeArgs& side, const ValueArgs& a, int 
 template <Code C>
 void values_of(const DecodeArgs& side, const ValueArgs& a) {
   const int groups = a.head_dim / kLanes;
-  const int row_steps = (a.rows + kTileRows - 1) / kTileRows;
+  const int row_steps = (a.rows + a.tile_rows - 1) / a.tile_rows;
   ValueTiles values;
   values.tokens = (a.token_end + kDepth - 1) / kDepth * kDepth;
   const bool unpacks = C != Code::kBf16 || values.tokens != a.token_end;
@@ -301,13 +294,13 @@ void values_of(const DecodeArgs& side, const ValueArgs& a) {
   values.factor = kSumFactor<C> / (is_left_divided ? kE4m3Factor : 1.0f);
   alignas(64) uint8_t weights[kMaxPageTokens / kDepth * kTileBytes];
   values.weights = weights;
-  if (a.rows % kTileRows != 0) {
+  if (a.rows % a.tile_rows != 0) {
     __builtin_memset(weights, 0, static_cast<size_t>(values.tokens / kDepth) * kTileBytes);
   }
   Fetcher fetcher(a.fetch, (unpacks ? groups * values.tokens / 2 : 0) +
                                kProductSteps * row_steps * groups * (values.tokens / kDepth));
-  for (int row = 0; row < a.rows; row += kTileRows) {
-    const int rows = a.rows - row < kTileRows ? a.rows - row : kTileRows;
+  for (int row = 0; row < a.rows; row += a.tile_rows) {
+    const int rows = a.rows - row < a.tile_rows ? a.rows - row : a.tile_rows;
     pack_weights<C>(a, row, rows, values.tokens, scale, weights);
     for (int group = 0; group < groups;) {
       group += with_power<kMaxTiles>(groups - group, [&](auto n) {
@@ -318,15 +311,15 @@ void values_of(const DecodeArgs& side, const ValueArgs& a) {
 }
 
 void values(const DecodeArgs& side, const ValueArgs& a) {
-  with_tile_code(side.code,
-                 [&](auto c) { values_of<static_cast<Code>(decltype(c)::value)>(side, a); });
+  if (side.code == Code::kE4m3) return values_of<Code::kE4m3>(side, a);
+  values_of<Code::kBf16>(side, a);
 }
 
 // ---- state ----
 
-void begin() {
-  static constexpr TileConfig kConfig = whole_tiles();
-  _tile_loadconfig(&kConfig);
+void begin(int tile_rows) {
+  static constexpr TileConfig kFour = tiles_of(2 * 4), kEight = tiles_of(2 * kMaxTileRows);
+  _tile_loadconfig(tile_rows == kMaxTileRows ? &kEight : &kFour);
 }
 void end() {
   _tile_release();

@@ -58,8 +58,7 @@ KVANT_INLINE __m512i upper_bytes_of(__m512i w, __m512i table) {
   return _mm512_maskz_permutexvar_epi8(0xaaaaaaaaaaaaaaaa, index, table);
 }
 
-constexpr int kMaxRows = 4;        // of a register tile
-constexpr int kMaxWeightRows = 8;  // of a tile of weights
+constexpr int kMaxRows = 4;  // of a register tile
 
 // An index for a permute.
 template <typename T, int N>

@@ -54,6 +54,9 @@ struct FetchPart {
   int end = 0;
 };
 
+// Query rows of a tile of a matrix unit: four where there are no more, else eight.
+constexpr int kMaxTileRows = 8;
+
 struct RoundQueriesArgs {
   const float* q = nullptr;  // [rows][head_dim]
   int rows = 0;
@@ -79,6 +82,7 @@ struct IntegerScoreArgs {
   int page_tokens = 0;
   int num_tiles = 0;
   uint8_t* scratch = nullptr;  // for tiles: 4 * page_tokens * head_dim bytes, aligned to 64
+  int tile_rows = kMaxTileRows;
   FetchPart fetch = {};
 };
 
@@ -99,6 +103,7 @@ struct IntegerValueArgs {
   int num_tiles = 0;
   uint8_t* scratch = nullptr;   // integer_scratch_bytes()
   uint8_t* unpacked = nullptr;  // for tiles: 64 * head_dim bytes, aligned to 64
+  int tile_rows = kMaxTileRows;
   FetchPart fetch = {};
 };
 
@@ -112,8 +117,8 @@ constexpr int kMaxIntegerHeadDim = 256;
 
 // What values() needs, aligned to 64.
 constexpr int64_t integer_scratch_bytes(int head_dim) {
-  // Of each block of 16 channels and 64 tokens: weights of eight rows, scales and zeros.
-  return head_dim / 16 * (8 * 128 + 128 + 256);
+  // Of each block of 16 channels and 64 tokens: weights of a tile's rows, scales and zeros.
+  return head_dim / 16 * (kMaxTileRows * 128 + 128 + 256);
 }
 
 namespace avx512 {

@@ -16,13 +16,13 @@ constexpr int kWeightBytes = 2 * kChunkTokens;  // upper bytes, then lower ones
 // (value_bytes()).
 struct ValueChunk {
   int first_tile = 0;
-  int num_tiles = 0;                   // with weights
-  int16_t* scales = nullptr;           // [blocks][64], at most 2^15 - 1
-  float* zeros = nullptr;              // [blocks][64], in token order
-  F power[kChunkTokens / kLanes];      // of each token: what its scales have to be multiplied by
-  __m512i order;                       // for store_words()
-  uint8_t* weights = nullptr;          // of a tile of rows: [blocks][rows][2][64]
-  float weight_scale[kMaxWeightRows];  // of those rows
+  int num_tiles = 0;                 // with weights
+  int16_t* scales = nullptr;         // [blocks][64], at most 2^15 - 1
+  float* zeros = nullptr;            // [blocks][64], in token order
+  F power[kChunkTokens / kLanes];    // of each token: what its scales have to be multiplied by
+  __m512i order;                     // for store_words()
+  uint8_t* weights = nullptr;        // of a tile of rows: [blocks][rows][2][64]
+  float weight_scale[kMaxTileRows];  // of those rows
 };
 
 // Token of place i % 8 of eight when V's words are taken apart four tokens at a time.
@@ -279,7 +279,7 @@ ValueChunk first_chunk(const IntegerValueArgs& a) {
     at += (bytes + 63) / 64 * 64;
     return result;
   };
-  chunk.weights = take(int64_t{num_blocks} * kMaxWeightRows * kWeightBytes);
+  chunk.weights = take(int64_t{num_blocks} * kMaxTileRows * kWeightBytes);
   chunk.scales = reinterpret_cast<int16_t*>(take(int64_t{num_blocks} * kChunkTokens * 2));
   chunk.zeros = reinterpret_cast<float*>(take(int64_t{num_blocks} * kChunkTokens * 4));
   chunk.order = _mm512_load_si512((a.code == Code::kS8 ? kWordsOfFour : kWordsOfEight).at);

@@ -57,6 +57,7 @@ struct ScoreArgs {
   int num_tiles = 0;
   FetchPart fetch = {};
   const uint8_t* q_tiles = nullptr;  // of TileKernels::pack_queries()
+  int tile_rows = kMaxTileRows;
 };
 
 // Online softmax over one page: x = softcap(s * multiplier + offset[r]), masked; updates max and
@@ -96,6 +97,7 @@ struct ValueArgs {
   int token_begin = 0;
   int token_end = 0;
   FetchPart fetch = {};
+  int tile_rows = kMaxTileRows;
 };
 
 // Undoes what was done to keys stored before RoPE, in place on decoded K, then applies RoPE at the
@@ -127,9 +129,9 @@ struct PartialRows {
 
 // Products in tiles of a matrix unit.
 struct TileKernels {
-  // Around calls of the others, on the same thread: the tiles' shapes are state of the thread that
-  // takes hundreds of cycles to set.
-  void (*begin)();
+  // Around calls of the others, on the same thread and with the same tile_rows: the tiles' shapes
+  // are state of the thread that takes hundreds of cycles to set.
+  void (*begin)(int tile_rows);
   void (*end)();
   // IntegerKernels::scores and values for many rows, with the same bits; scores for K with scales
   // per channel.
@@ -138,7 +140,8 @@ struct TileKernels {
   // Floating-point codes for any number of rows: sides that page_decoder.h says. Queries go into
   // `tiles`, query_tile_bytes() aligned to 64, once for all pages of a code; `side.out` is used for
   // the codes as BF16.
-  void (*pack_queries)(const float* q, int rows, int head_dim, Code code, uint8_t* tiles);
+  void (*pack_queries)(const float* q, int rows, int head_dim, Code code, int tile_rows,
+                       uint8_t* tiles);
   void (*scores)(const DecodeArgs& side, const ScoreArgs& args);
   void (*values)(const DecodeArgs& side, const ValueArgs& args);
 };

@@ -22,7 +22,7 @@ namespace {
 constexpr float kMinusInfinity = -__builtin_huge_valf();
 // A position that reads all of any page as stored.
 constexpr int64_t kBehindAllPages = int64_t{1} << 40;
-// Decoded in registers for each tile of rows rather than once; AMX's tiles do not pay for them.
+// Decoded in registers for each tile of rows rather than once.
 constexpr int kFewRows = 8;
 // 64ths of what is fetched meanwhile that have been asked for when a pass ends: about its part
 // of the time, so that lines are asked for evenly. All formats together are fastest with these.
@@ -75,7 +75,9 @@ Task::Task(const Call& call, const AttentionItem& item, int64_t first_position,
       k_decoder_(page_decoder(stored_kind(call).k_format[call.args.group_layer],
                               call.k_params[item.kv_head], call.head_dim)),
       v_decoder_(page_decoder(stored_kind(call).v_format[call.args.group_layer],
-                              call.v_params[item.kv_head], call.head_dim)) {}
+                              call.v_params[item.kv_head], call.head_dim)),
+      all_in_tiles_(all_in_tiles()),
+      tile_rows_(rows() <= kMaxTileRows / 2 ? kMaxTileRows / 2 : kMaxTileRows) {}
 
 Task::Task(const Call& call, const AttentionItem& item, const WorkerMemory& memory)
     : Task(call, item, call.view.sequences[item.sequence].first_position + item.token_begin,
@@ -210,7 +212,7 @@ Task::ScoreTerms Task::score_page(const Pass& pass, const PageKind& kind, const 
   const float* q =
       (plain_query ? memory_.q_plain : memory_.q_stored) + static_cast<int64_t>(pass.row_begin) * d;
   std::fill_n(memory_.offset, pass.rows(), 0.0f);
-  const bool tiles = !call_.pre_rope && multiplies_in_tiles(decoder);
+  const bool tiles = keys_in_tiles(decoder);
   if (call_.kernels.integer != nullptr && !plain_query && !tiles && integer_keys(decoder)) {
     score_codes(pass, decoder, unit, sections);
   } else {
@@ -226,6 +228,7 @@ Task::ScoreTerms Task::score_page(const Pass& pass, const PageKind& kind, const 
     a.num_tiles = pass.num_tiles();
     a.fetch = part_of_next(0, kFetchedByScores);
     if (tiles) {
+      a.tile_rows = tile_rows_;
       a.q_tiles = pack_queries(q, pass.rows(), decoder.code);
       call_.kernels.tiles->scores(side, a);
     } else if (!call_.pre_rope && pass.rows() <= kFewRows && decodes_in_registers(decoder)) {
@@ -261,7 +264,8 @@ void Task::score_codes(const Pass& pass, const PageDecoder& decoder, const std::
   a.num_tiles = pass.num_tiles();
   const bool per_channel = decoder.scale == PageScale::kChannelPair;
   a.fetch = part_of_next(per_channel ? kFetchedByRounding : 0, kFetchedByScores);
-  if (per_channel && pass.rows() > kFewRows && call_.kernels.tiles != nullptr) {
+  if (per_channel && integers_in_tiles(pass.rows())) {
+    a.tile_rows = tile_rows_;
     a.scratch = reinterpret_cast<uint8_t*>(memory_.page);
     call_.kernels.tiles->channel_scores(a);
   } else {
@@ -272,22 +276,34 @@ void Task::score_codes(const Pass& pass, const PageDecoder& decoder, const std::
   }
 }
 
-// E2M1 decodes faster in integers, but not in turn with tiles: a page then waits a thousand cycles
-// for its first product of tiles (docs/kernels/cpu-attention.md).
-bool Task::multiplies_in_tiles(const PageDecoder& decoder) const {
-  if (call_.kernels.tiles == nullptr) return false;
-  const auto fits = [&](const PageDecoder& side) {
-    return in_tiles(side, call_.head_dim, call_.view.page_tokens);
-  };
-  if (decoder.code != Code::kE2m1) return fits(decoder);
-  const bool beside_tiles = k_decoder_.code != Code::kE2m1 || v_decoder_.code != Code::kE2m1;
-  return beside_tiles && fits(k_decoder_) && fits(v_decoder_);
+// E2M1 keys decode faster in integers, but not in turn with values in tiles: a page then waits a
+// thousand cycles for its first product of tiles (docs/kernels/cpu-attention.md).
+bool Task::keys_in_tiles(const PageDecoder& decoder) const {
+  const bool e2m1 = decoder.code == Code::kE2m1 && decoder.scale == PageScale::kE4m3;
+  return !call_.pre_rope && values_in_tiles(e2m1 ? PageDecoder{} : decoder) &&
+         (!e2m1 || values_in_tiles(v_decoder_));
+}
+bool Task::values_in_tiles(const PageDecoder& decoder) const {
+  return call_.kernels.tiles != nullptr &&
+         in_tiles(decoder, call_.head_dim, call_.view.page_tokens);
+}
+
+// Whether tiles can have both sides of stored pages.
+bool Task::all_in_tiles() const {
+  if (call_.kernels.tiles == nullptr || call_.pre_rope) return false;
+  return (k_decoder_.scale == PageScale::kChannelPair || keys_in_tiles(k_decoder_)) &&
+         (integer_values(v_decoder_) || values_in_tiles(v_decoder_));
+}
+
+// Integers for few rows are in tiles only if nothing lets these wait.
+bool Task::integers_in_tiles(int rows) const {
+  return all_in_tiles_ || (rows > kFewRows && call_.kernels.tiles != nullptr);
 }
 
 // Rows `q` as tiles, unless they are already.
 const uint8_t* Task::pack_queries(const float* q, int rows, Code code) {
   if (packed_q_ != q || packed_rows_ != rows || packed_code_ != code) {
-    call_.kernels.tiles->pack_queries(q, rows, call_.head_dim, code, memory_.q_tiles);
+    call_.kernels.tiles->pack_queries(q, rows, call_.head_dim, code, tile_rows_, memory_.q_tiles);
     packed_q_ = q;
     packed_rows_ = rows;
     packed_code_ = code;
@@ -373,7 +389,7 @@ void Task::run_pass(const Pass& pass, const PartialRows& out) {
 void Task::add_values(const Pass& pass, const PageDecoder& decoder, const std::byte* unit,
                       const PartialRows& out) {
   const auto& sections = call_.view.kinds[pass.entry.kind].units[call_.args.group_layer];
-  const bool tiles = multiplies_in_tiles(decoder);
+  const bool tiles = values_in_tiles(decoder);
   if (call_.kernels.integer != nullptr && !tiles && integer_values(decoder)) {
     IntegerValueArgs a;
     a.p = memory_.s;
@@ -391,7 +407,8 @@ void Task::add_values(const Pass& pass, const PageDecoder& decoder, const std::b
     a.num_tiles = pass.num_tiles();
     a.scratch = memory_.integer_scratch;
     a.fetch = part_of_next(kFetchedBySoftmax, kFetchedByValues);
-    if (pass.rows() > kFewRows && call_.kernels.tiles != nullptr) {
+    if (integers_in_tiles(pass.rows())) {
+      a.tile_rows = tile_rows_;
       a.unpacked = reinterpret_cast<uint8_t*>(memory_.page);
       call_.kernels.tiles->integer_values(a);
     } else {
@@ -414,6 +431,7 @@ void Task::add_values(const Pass& pass, const PageDecoder& decoder, const std::b
   a.token_end = pass.token_end;
   a.fetch = part_of_next(kFetchedBySoftmax, kFetchedByValues);
   if (tiles) {  // tokens before token_begin weigh 0
+    a.tile_rows = tile_rows_;
     call_.kernels.tiles->values(side, a);
     return;
   }
@@ -485,7 +503,7 @@ void Task::run_split(int64_t split, const PartialRows& out) {
   if (!sees_split(split)) return;
   for (int r = 0; r < rows(); ++r) std::fill_n(out.acc + r * out.stride, call_.width(), 0.0f);
   if (call_.pre_rope) split_rope(split);
-  if (call_.kernels.tiles != nullptr) call_.kernels.tiles->begin();
+  if (call_.kernels.tiles != nullptr) call_.kernels.tiles->begin(tile_rows_);
   const int64_t first = first_position();
   const int64_t end = first + item_.num_tokens;
   const int64_t page_begin = split * attention::kSplitTokens / view.page_tokens;

@@ -149,7 +149,10 @@ class Task {
                    const formats::UnitSections& sections);
   void add_terms(const Pass& pass, const float* q, const uint16_t* mean);
   IntegerRows rounded_queries(const Pass& pass, const PageDecoder& decoder, const uint8_t* scales);
-  bool multiplies_in_tiles(const PageDecoder& decoder) const;
+  bool keys_in_tiles(const PageDecoder& decoder) const;
+  bool values_in_tiles(const PageDecoder& decoder) const;
+  bool all_in_tiles() const;
+  bool integers_in_tiles(int rows) const;
   const uint8_t* pack_queries(const float* q, int rows, Code code);
   void prepare_frame(const formats::SideFormat& k_format, const formats::SideParams& params);
   void finish_pre_rope(const Pass& pass, const formats::SideFormat& format,
@@ -163,6 +166,8 @@ class Task {
   const WorkerMemory memory_;
   const PageDecoder k_decoder_;  // of stored pages
   const PageDecoder v_decoder_;
+  const bool all_in_tiles_;
+  const int tile_rows_;  // of the whole task, though a pass may have fewer
   int64_t end_split_ = std::numeric_limits<int64_t>::max();
   // The units of the pages behind page `ahead_of_`; null where they are not fetched.
   int64_t ahead_of_ = -2;

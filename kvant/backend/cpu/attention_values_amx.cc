@@ -1,9 +1,9 @@
 // Weights times V's codes in AMX tiles, for many query rows. The integers and what follows are
 // those of attention_integer_values-inl.h, so the bits are the same; one product of tiles has all
-// 64 tokens of a chunk, eight rows and sixteen channels.
+// 64 tokens of a chunk, four or eight rows and sixteen channels.
 //
 // B holds V's codes as bytes: a row is four tokens of each of sixteen channels. A holds the upper
-// and the lower bytes of the weights of eight rows, in turn.
+// and the lower bytes of the weights of a row in turn.
 #define KVANT_LEVEL avx512
 #include "kvant/backend/cpu/amx_tiles-inl.h"
 #include "kvant/backend/cpu/attention_integer_weights-inl.h"
@@ -14,7 +14,7 @@ namespace {
 using namespace avx512;  // NOLINT(google-build-using-namespace): the level's vector language
 
 constexpr int kMaxTiles = 4;  // of sixteen channels, at once
-static_assert(2 * kMaxWeightRows * kChunkTokens == kTileBytes);
+static_assert(kMaxTileRows * kWeightBytes == kTileBytes);
 
 // B of every sixteen channels. Rows of tokens that have no weights keep what they have: any bytes
 // will do.
@@ -38,7 +38,7 @@ void unpack_values(const IntegerValueArgs& a, const ValueChunk& chunk, Fetcher& 
   }
 }
 
-// Up to eight rows with N groups of sixteen channels.
+// Up to tile_rows rows with N groups of sixteen channels.
 template <int N>
 KVANT_OWN_FRAME void value_tiles(const IntegerValueArgs& a, const ValueChunk& chunk, int row,
                                  int rows, int group, Fetcher& fetcher) {
@@ -47,7 +47,7 @@ KVANT_OWN_FRAME void value_tiles(const IntegerValueArgs& a, const ValueChunk& ch
   unroll<N>([&](auto n) KVANT_ALWAYS {
     constexpr int kC = 4 + decltype(n)::value;
     const int block = (group + n.value) * kLanes / a.block;
-    load_tile<0>(chunk.weights + int64_t{block} * kTileBytes, 64);
+    load_tile<0>(chunk.weights + int64_t{block} * a.tile_rows * kWeightBytes, 64);
     load_tile<1 + kC % 2>(a.unpacked + int64_t{group + n.value} * kTileBytes, 64);
     multiply_unsigned_bytes<kC>();
     fetcher.step();
@@ -70,12 +70,12 @@ void value_chunk(const IntegerValueArgs& a, ValueChunk& chunk, Fetcher& fetcher)
   prepare_scales(a, chunk, fetcher);
   unpack_values<C>(a, chunk, fetcher);
   const int groups = a.head_dim / kLanes;
-  for (int row = 0; row < a.rows; row += kMaxWeightRows) {
-    const int rows = a.rows - row < kMaxWeightRows ? a.rows - row : kMaxWeightRows;
+  for (int row = 0; row < a.rows; row += a.tile_rows) {
+    const int rows = a.rows - row < a.tile_rows ? a.rows - row : a.tile_rows;
     for (int r = 0; r < rows; r += kMaxRows) {
       with_count<kMaxRows>(rows - r, [&](auto m) {
         constexpr int M = decltype(m)::value;
-        prepare_weights<M>(a, chunk, row, r, kMaxWeightRows, fetcher);
+        prepare_weights<M>(a, chunk, row, r, a.tile_rows, fetcher);
       });
     }
     for (int group = 0; group < groups;) {
@@ -96,7 +96,7 @@ void value_chunk(const IntegerValueArgs& a, ValueChunk& chunk, Fetcher& fetcher)
 void integer_values(const IntegerValueArgs& a) {
   const int num_blocks = (a.head_dim + a.block - 1) / a.block;
   const int groups = a.head_dim / kLanes;
-  const int row_steps = (a.rows + kMaxWeightRows - 1) / kMaxWeightRows;
+  const int row_steps = (a.rows + a.tile_rows - 1) / a.tile_rows;
   ValueChunk chunk = first_chunk(a);
   const int chunks = (a.num_tiles * kLanes + kChunkTokens - 1) / kChunkTokens;
   const int scale_steps = a.scale == PageScale::kE4m3 ? num_blocks : 0;

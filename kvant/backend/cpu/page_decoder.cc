@@ -51,10 +51,8 @@ bool integer_values(const PageDecoder& decoder) {
 bool in_tiles(const PageDecoder& decoder, int head_dim, int page_tokens) {
   const bool plain = decoder.scale == PageScale::kNone;
   const bool by_token = decoder.scale == PageScale::kF32 && decoder.block >= head_dim;
-  const bool takes_code =
-      (decoder.code == Code::kBf16 && plain) ||
-      (decoder.code == Code::kE4m3 && (plain || by_token)) ||
-      (decoder.code == Code::kE2m1 && decoder.scale == PageScale::kE4m3 && decoder.block == 16);
+  const bool takes_code = (decoder.code == Code::kBf16 && plain) ||
+                          (decoder.code == Code::kE4m3 && (plain || by_token));
   return takes_code && head_dim % 32 == 0 && page_tokens % 32 == 0;
 }
 

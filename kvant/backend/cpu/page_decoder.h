@@ -21,7 +21,7 @@ struct PageDecoder {
 bool integer_keys(const PageDecoder& decoder);
 bool integer_values(const PageDecoder& decoder);
 
-// Whether TileKernels multiply a side, for any number of rows.
+// Whether TileKernels multiply a side of floating-point codes, for any number of rows.
 bool in_tiles(const PageDecoder& decoder, int head_dim, int page_tokens);
 
 // Whether products for few rows can decode a side in registers.
