@@ -24,6 +24,8 @@ constexpr float kMinusInfinity = -__builtin_huge_valf();
 constexpr int64_t kBehindAllPages = int64_t{1} << 40;
 // Decoded in registers for each tile of rows rather than once.
 constexpr int kFewRows = 8;
+// With more, unpacking keys per channel for few rows takes so long that the tiles fall asleep.
+constexpr int kMaxTileChannels = 128;
 // 64ths of what is fetched meanwhile that have been asked for when a pass ends: about its part
 // of the time, so that lines are asked for evenly. All formats together are fastest with these.
 constexpr int kFetchedByRounding = 5;  // where queries are rounded for each page
@@ -288,14 +290,17 @@ bool Task::values_in_tiles(const PageDecoder& decoder) const {
          in_tiles(decoder, call_.head_dim, call_.view.page_tokens);
 }
 
-// Whether tiles can have both sides of stored pages.
+// Whether tiles have both sides of stored pages for any number of rows.
 bool Task::all_in_tiles() const {
   if (call_.kernels.tiles == nullptr || call_.pre_rope) return false;
-  return (k_decoder_.scale == PageScale::kChannelPair || keys_in_tiles(k_decoder_)) &&
+  const bool channels =
+      k_decoder_.scale == PageScale::kChannelPair && call_.head_dim <= kMaxTileChannels;
+  return (channels || keys_in_tiles(k_decoder_)) &&
          (integer_values(v_decoder_) || values_in_tiles(v_decoder_));
 }
 
-// Integers for few rows are in tiles only if nothing lets these wait.
+// Integers for few rows are in tiles only if the other side is, too: the unit falls asleep after
+// two thousand cycles without a product and takes a thousand to wake up.
 bool Task::integers_in_tiles(int rows) const {
   return all_in_tiles_ || (rows > kFewRows && call_.kernels.tiles != nullptr);
 }

@@ -14,27 +14,28 @@ namespace {
 using namespace avx512;  // NOLINT(google-build-using-namespace): the level's vector language
 
 constexpr int kMaxTiles = 4;  // of sixteen channels, at once
+constexpr int kBurst = 8;     // groups that are unpacked, then multiplied
 static_assert(kMaxTileRows * kWeightBytes == kTileBytes);
 
-// B of every sixteen channels. Rows of tokens that have no weights keep what they have: any bytes
-// will do.
+// B of kBurst groups of sixteen channels from `group` on. Rows of tokens that have no weights keep
+// what they have: any bytes will do. Products come in bursts: the unit takes two hundred cycles to
+// begin again, so that unpacking in turn with each costs more than it hides.
 template <Code C>
-void unpack_values(const IntegerValueArgs& a, const ValueChunk& chunk, Fetcher& fetcher) {
+void unpack_values(const IntegerValueArgs& a, const ValueChunk& chunk, int group,
+                   Fetcher& fetcher) {
   constexpr int kTokens = C == Code::kS8 ? 4 : 8;  // in a word
   const int words = chunk.num_tiles * (kLanes / kTokens);
   const int64_t group_bytes = static_cast<int64_t>(a.page_tokens) / kTokens * 64;
-  const uint8_t* codes = a.codes + chunk.first_tile * (kLanes / kTokens * 64);
-  uint8_t* out = a.unpacked;
-  for (int group = 0; group < a.head_dim / kLanes; ++group) {
-    for (int w = 0; w < words; ++w) {
+  for (int g = group; g < group + kBurst && g < a.head_dim / kLanes; ++g) {
+    const uint8_t* codes = a.codes + g * group_bytes + chunk.first_tile * (kLanes / kTokens * 64);
+    uint8_t* out = a.unpacked + int64_t{g} * kTileBytes;
+    for (int w = 0; w < words; ++w, out += kTokens / 4 * 64) {
       const __m512i word = _mm512_loadu_si512(codes + 64 * w);
       unroll<kTokens / 4>([&](auto j) KVANT_ALWAYS {
-        _mm512_store_si512(out + 64 * (w * (kTokens / 4) + j.value), value_bytes<C, j.value>(word));
+        _mm512_store_si512(out + 64 * j.value, value_bytes<C, j.value>(word));
       });
     }
     fetcher.step();
-    codes += group_bytes;
-    out += kTileBytes;
   }
 }
 
@@ -68,7 +69,8 @@ KVANT_OWN_FRAME void value_tiles(const IntegerValueArgs& a, const ValueChunk& ch
 template <Code C>
 void value_chunk(const IntegerValueArgs& a, ValueChunk& chunk, Fetcher& fetcher) {
   prepare_scales(a, chunk, fetcher);
-  unpack_values<C>(a, chunk, fetcher);
+  // Before the weights: what has just been stored waits to be loaded as a tile.
+  unpack_values<C>(a, chunk, 0, fetcher);
   const int groups = a.head_dim / kLanes;
   for (int row = 0; row < a.rows; row += a.tile_rows) {
     const int rows = a.rows - row < a.tile_rows ? a.rows - row : a.tile_rows;
@@ -79,6 +81,9 @@ void value_chunk(const IntegerValueArgs& a, ValueChunk& chunk, Fetcher& fetcher)
       });
     }
     for (int group = 0; group < groups;) {
+      if (row == 0 && group > 0 && group % kBurst == 0) {
+        unpack_values<C>(a, chunk, group, fetcher);
+      }
       group += with_power<kMaxTiles>(groups - group, [&](auto n) {
         value_tiles<decltype(n)::value>(a, chunk, row, rows, group, fetcher);
       });
