@@ -78,7 +78,8 @@ void scores_of(const IntegerScoreArgs& a) {
   auto* keys = reinterpret_cast<int8_t*>(a.scratch);
   alignas(64) int8_t queries[kMaxIntegerHeadDim / kDepth * kTileBytes];
   const int depths = (a.head_dim + kDepth - 1) / kDepth;
-  Fetcher fetcher(a.fetch, a.num_tiles * (a.head_dim / kLanes + depths));
+  const int row_steps = (a.rows + a.tile_rows - 1) / a.tile_rows;
+  Fetcher fetcher(a.fetch, a.num_tiles * (a.head_dim / kLanes + row_steps * depths));
   unpack_keys<C>(a, keys, fetcher);
   for (int row = 0; row < a.rows; row += a.tile_rows) {
     const int rows = a.rows - row < a.tile_rows ? a.rows - row : a.tile_rows;

@@ -69,8 +69,12 @@ KVANT_INLINE void store_sums(float* sums) {  // [n][16 rows][16 lanes]
                 KVANT_ALWAYS { store_tile<4 + decltype(n)::value>(sums + n.value * 256, 64); });
 }
 
-// Tiles of B are multiplied one step after they are unpacked: a tile is loaded from the cache,
-// which its rows reach only then.
+// Tiles of B are multiplied at least one step after they are unpacked: a tile is loaded from the
+// cache, which its rows reach only then. E2M1 is unpacked further ahead: the unit takes two hundred
+// cycles to begin again, which unpacking in turn with products costs each time, but not all at
+// once, or it falls asleep. (E4M3 is faster in turn, from memory.)
+template <Code C>
+constexpr int kDepthsAhead = C == Code::kE2m1 ? 2 : 1;
 
 // ---- scores ----
 
@@ -128,9 +132,9 @@ KVANT_OWN_FRAME void score_rows(const DecodeArgs& side, const ScoreArgs& a, int 
   };
   const int depths = a.head_dim / kDepth;
   clear_sums<N>();
-  if (unpacks) unpack(0);
+  for (int i = 0; unpacks && i < kDepthsAhead<C> && i < depths; ++i) unpack(i);
   for (int depth = 0; depth < depths; ++depth) {
-    if (unpacks && depth + 1 < depths) unpack(depth + 1);
+    if (unpacks && depth + kDepthsAhead<C> < depths) unpack(depth + kDepthsAhead<C>);
     multiply_tiles<N>(queries + depth * kTileBytes, first + depth * depth_bytes, tile_bytes,
                       fetcher);
   }

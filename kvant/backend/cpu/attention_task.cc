@@ -24,8 +24,10 @@ constexpr float kMinusInfinity = -__builtin_huge_valf();
 constexpr int64_t kBehindAllPages = int64_t{1} << 40;
 // Decoded in registers for each tile of rows rather than once.
 constexpr int kFewRows = 8;
-// With more, unpacking keys per channel for few rows takes so long that the tiles fall asleep.
+// Keys of four bits or fewer are unpacked for tiles: with more channels that takes so long that the
+// unit falls asleep meanwhile, and with a smaller group E2M1 is multiplied sooner as it is stored.
 constexpr int kMaxTileChannels = 128;
+constexpr int kMinTileGroup = 4;
 // 64ths of what is fetched meanwhile that have been asked for when a pass ends: about its part
 // of the time, so that lines are asked for evenly. All formats together are fastest with these.
 constexpr int kFetchedByRounding = 5;  // where queries are rounded for each page
@@ -278,12 +280,13 @@ void Task::score_codes(const Pass& pass, const PageDecoder& decoder, const std::
   }
 }
 
-// E2M1 keys decode faster in integers, but not in turn with values in tiles: a page then waits a
-// thousand cycles for its first product of tiles (docs/kernels/cpu-attention.md).
+// E2M1 keys are in tiles where values can be. (Prompts must have the bits of decode.)
 bool Task::keys_in_tiles(const PageDecoder& decoder) const {
   const bool e2m1 = decoder.code == Code::kE2m1 && decoder.scale == PageScale::kE4m3;
-  return !call_.pre_rope && values_in_tiles(e2m1 ? PageDecoder{} : decoder) &&
-         (!e2m1 || values_in_tiles(v_decoder_));
+  if (call_.pre_rope || !values_in_tiles(e2m1 ? PageDecoder{} : decoder)) return false;
+  return !e2m1 || values_in_tiles(v_decoder_) ||
+         (integer_values(v_decoder_) && call_.head_dim <= kMaxTileChannels &&
+          call_.group >= kMinTileGroup);
 }
 bool Task::values_in_tiles(const PageDecoder& decoder) const {
   return call_.kernels.tiles != nullptr &&

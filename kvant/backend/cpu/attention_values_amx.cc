@@ -105,7 +105,7 @@ void integer_values(const IntegerValueArgs& a) {
   ValueChunk chunk = first_chunk(a);
   const int chunks = (a.num_tiles * kLanes + kChunkTokens - 1) / kChunkTokens;
   const int scale_steps = a.scale == PageScale::kE4m3 ? num_blocks : 0;
-  const int weight_steps = a.rows + 2 * row_steps * num_blocks;
+  const int weight_steps = a.rows + (a.rows + kMaxRows - 1) / kMaxRows * num_blocks;
   Fetcher fetcher(a.fetch, chunks * (scale_steps + groups + weight_steps + row_steps * groups));
   for (; chunk.first_tile < a.num_tiles; chunk.first_tile += kChunkTokens / kLanes) {
     const int tiles = a.num_tiles - chunk.first_tile;
