@@ -49,6 +49,16 @@ KVANT_INLINE __m512i scales_as_half(__m512i words) {
   return mul_halves(_mm512_slli_epi16(words, 7), _mm512_set1_epi16(0x5c00));
 }
 
+// Sixteen-bit words whose upper bytes are `table` at nibble J of each word of four; lower bytes are
+// 0. (vpermw would be two instructions in one.)
+template <int J>
+KVANT_INLINE __m512i upper_bytes_of(__m512i w, __m512i table) {
+  const __m512i index = J == 2   ? w
+                        : J == 3 ? _mm512_srli_epi16(w, 4)
+                                 : _mm512_slli_epi16(w, J < 2 ? 8 - 4 * J : 0);
+  return _mm512_maskz_permutexvar_epi8(0xaaaaaaaaaaaaaaaa, index, table);
+}
+
 // E2M1 in f16: lower bytes are 0.
 #define KVANT_E2M1_HALF                                                                            \
   0x00, 0x38, 0x3c, 0x3e, 0x40, 0x42, 0x44, 0x46, -0x80, -0x48, -0x44, -0x42, -0x40, -0x3e, -0x3c, \

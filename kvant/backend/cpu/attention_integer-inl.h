@@ -17,20 +17,16 @@ namespace {
 // slower).
 #define KVANT_OWN_FRAME __attribute__((noinline))
 
-// 2 * E2M1 * `factor` + `offset`, entry for entry of the code.
-#define KVANT_E2M1(factor, offset)                                                                 \
-  (offset), factor + (offset), 2 * factor + (offset), 3 * factor + (offset),                       \
-      4 * factor + (offset), 6 * factor + (offset), 8 * factor + (offset), 12 * factor + (offset), \
-      (offset), -factor + (offset), -2 * factor + (offset), -3 * factor + (offset),                \
-      -4 * factor + (offset), -6 * factor + (offset), -8 * factor + (offset),                      \
-      -12 * factor + (offset)
+// 2 * E2M1 + `offset`, entry for entry of the code.
+#define KVANT_E2M1(offset)                                                                      \
+  (offset), 1 + (offset), 2 + (offset), 3 + (offset), 4 + (offset), 6 + (offset), 8 + (offset), \
+      12 + (offset), (offset), -1 + (offset), -2 + (offset), -3 + (offset), -4 + (offset),      \
+      -6 + (offset), -8 + (offset), -12 + (offset)
 // vpermb looks at six bits, of which the upper two are the neighbour's.
-alignas(64) constexpr int8_t kUnsignedE2m1[64] = {KVANT_E2M1(1, 12), KVANT_E2M1(1, 12),
-                                                  KVANT_E2M1(1, 12), KVANT_E2M1(1, 12)};
-alignas(64) constexpr int8_t kSignedE2m1[64] = {KVANT_E2M1(1, 0), KVANT_E2M1(1, 0),
-                                                KVANT_E2M1(1, 0), KVANT_E2M1(1, 0)};
-alignas(64) constexpr int8_t kE2m1Times8[64] = {KVANT_E2M1(8, 0), KVANT_E2M1(8, 0),
-                                                KVANT_E2M1(8, 0), KVANT_E2M1(8, 0)};
+alignas(64) constexpr int8_t kUnsignedE2m1[64] = {KVANT_E2M1(12), KVANT_E2M1(12), KVANT_E2M1(12),
+                                                  KVANT_E2M1(12)};
+alignas(64) constexpr int8_t kSignedE2m1[64] = {KVANT_E2M1(0), KVANT_E2M1(0), KVANT_E2M1(0),
+                                                KVANT_E2M1(0)};
 #undef KVANT_E2M1
 #define KVANT_U4 -8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7
 alignas(64) constexpr int8_t kSignedU4[64] = {KVANT_U4, KVANT_U4, KVANT_U4, KVANT_U4};
@@ -42,20 +38,9 @@ KVANT_INLINE __m512i bcast_dword(const void* p) {
   return _mm512_set1_epi32(x);
 }
 
-// sum += a . b in each lane, four bytes of `a` unsigned, of `b` signed. Not the intrinsic: with
-// that g++ 12 copies every sum of a tile twice a step.
+// sum += a . b in each lane, four bytes of `a` unsigned, of `b` signed.
 KVANT_INLINE void add_products(__m512i& sum, __m512i a, __m512i b) {
-  __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-}
-
-// Sixteen-bit words whose upper bytes are `table` at nibble J of each word of four; lower bytes are
-// 0. (vpermw would be two instructions in one.)
-template <int J>
-KVANT_INLINE __m512i upper_bytes_of(__m512i w, __m512i table) {
-  const __m512i index = J == 2   ? w
-                        : J == 3 ? _mm512_srli_epi16(w, 4)
-                                 : _mm512_slli_epi16(w, J < 2 ? 8 - 4 * J : 0);
-  return _mm512_maskz_permutexvar_epi8(0xaaaaaaaaaaaaaaaa, index, table);
+  sum = _mm512_dpbusd_epi32(sum, a, b);
 }
 
 constexpr int kMaxRows = 4;  // of a register tile

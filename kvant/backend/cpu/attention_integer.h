@@ -5,12 +5,11 @@
 // Rounding, documented because it is the only difference from fp32 products:
 //   - a query is rounded to 16 bits of its largest channel (of the largest product of channel and
 //     channel scale, where K has scales per channel);
-//   - values become integers below 2^14: a block's scale is taken relative to the power of two of
-//     its token's largest one. E4M3 scales are exact down to 2^-10 of it, f16 ones are rounded to
-//     2^-13;
-//   - weights times those powers are rounded to what keeps the sum over 64 tokens within 31 bits:
-//     15 bits if one token has all the weight, 11 if all have the same. A token so counts by what
-//     it contributes: a weight of nearly one on a value of nearly zero does not drown others.
+//   - a weight times the power of two of its token's largest scale is rounded to 15 bits of the
+//     largest such product of 64 tokens: a token counts by what it contributes, so that a weight of
+//     nearly one on values of nearly zero does not drown others;
+//   - that times the scale of a block, relative to the power of two (E4M3 scales exact down to
+//     2^-11 of the token's largest, f16 ones to 2^-14), is rounded to as many bits again.
 // The error is about 1e-4 of the output (relative L2 against float64), whatever the context.
 // All sums of products are exact. Everything depends on one query row and one page only (ADR 0003).
 //

@@ -217,9 +217,8 @@ struct ScoreTile {
                                     int d) {
     unroll<M>([&](auto m) KVANT_ALWAYS {
       const __m512i query = bcast_dword(q + m.value * d);
-      unroll<N>([&](auto n) KVANT_ALWAYS {
-        acc[m.value][n.value] = _mm512_dpbusd_epi32(acc[m.value][n.value], key[n.value], query);
-      });
+      unroll<N>([&](auto n)
+                    KVANT_ALWAYS { add_products(acc[m.value][n.value], key[n.value], query); });
     });
   }
 
