@@ -133,8 +133,8 @@ struct TileKernels {
   // are state of the thread that takes hundreds of cycles to set.
   void (*begin)(int tile_rows);
   void (*end)();
-  // IntegerKernels::scores and values for many rows, with the same bits; scores for K with scales
-  // per channel.
+  // IntegerKernels::scores and values for any number of rows, with the same bits; scores for K with
+  // scales per channel.
   void (*channel_scores)(const IntegerScoreArgs& args);
   void (*integer_values)(const IntegerValueArgs& args);
   // Floating-point codes for any number of rows: sides that page_decoder.h says. Queries go into

@@ -1,4 +1,4 @@
-// Weights times V's codes in AMX tiles, for many query rows. The integers and what follows are
+// Weights times V's codes in AMX tiles, any number of query rows. The integers and what follows are
 // those of attention_integer_values-inl.h, so the bits are the same; one product of tiles has all
 // 64 tokens of a chunk, four or eight rows and sixteen channels.
 //
