@@ -18,12 +18,17 @@ constexpr double kMemoryShare = 0.8;
 
 struct WeightsChoice {
   bool dummy = false;
+  model::WeightStorage storage = model::WeightStorage::kAsInFile;
   formats::WeightType type = formats::WeightType::kQ4_0;
 };
 
 Result<WeightsChoice> parse_weights(std::string_view text) {
   WeightsChoice choice;
   if (text == "file") return choice;
+  if (text == "fp8") {
+    choice.storage = model::WeightStorage::kF8E4m3;
+    return choice;
+  }
   choice.dummy = true;
   if (text == "dummy") return choice;
   if (text.starts_with("dummy:")) {
@@ -32,7 +37,8 @@ Result<WeightsChoice> parse_weights(std::string_view text) {
   }
   return Error(
       ErrorCode::kInvalidArgument,
-      fmt::format("--weights {}: expected file, dummy, or dummy:TYPE with Q4_0, Q4_K, Q8_0 or BF16",
+      fmt::format("--weights {}: expected file, fp8, dummy, or dummy:TYPE with Q4_0, Q4_K, "
+                  "Q8_0, BF16 or F8_E4M3",
                   text));
 }
 
@@ -55,7 +61,8 @@ void add_model_options(CLI::App& app, ModelOptions& options) {
       "--deterministic", options.deterministic,
       "Results do not depend on threads, chunks or neighbours, to the bit (always so on CPUs)");
   app.add_option("--weights", options.weights,
-                 "'file', or 'dummy' for random weights ('dummy:Q8_0': of that type)")
+                 "'file', 'fp8' to re-quantise the file's matrices to E4M3 with a scale a row, or "
+                 "'dummy' for random weights ('dummy:Q8_0': of that type)")
       ->capture_default_str();
   app.add_option("--device", options.device,
                  "Backend: cpu, cuda (an NVIDIA Hopper GPU) or reference")
@@ -102,7 +109,7 @@ Result<std::vector<KvChoice>> parse_kv(const std::vector<std::string>& kv,
 
 Result<std::unique_ptr<model::ModelSource>> open_source(const ModelOptions& options) {
   KVANT_ASSIGN(const WeightsChoice weights, parse_weights(options.weights));
-  if (!weights.dummy) return model::ModelSource::open(options.model);
+  if (!weights.dummy) return model::ModelSource::open(options.model, weights.storage);
   KVANT_ASSIGN(model::ModelConfig config, model::load_config(options.model));
   return model::ModelSource::dummy(std::move(config), weights.type);
 }

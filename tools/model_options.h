@@ -30,7 +30,7 @@ namespace kvant::tools {
 
 struct ModelOptions {
   std::string model;              // a GGUF file; a configuration with random weights
-  std::string weights = "file";   // "file", "dummy", "dummy:TYPE"
+  std::string weights = "file";   // "file", "fp8", "dummy", "dummy:TYPE"
   std::string plan;               // file name, may be empty
   std::string device = "cpu";     // backend
   std::string memory_limit;       // size, may be empty

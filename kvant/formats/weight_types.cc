@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cstring>
 #include <utility>
 
 #include "kvant/base/check.h"
@@ -156,6 +157,22 @@ void dequantize_q6_k(const uint8_t* in, int64_t num_blocks, float* out) {
   }
 }
 
+// A row: the scale, then the codes.
+
+constexpr float kMaxE4m3 = 448.0f;
+
+constexpr std::array<float, 256> e4m3_values() {
+  std::array<float, 256> values{};
+  for (int code = 0; code < 256; ++code) values[code] = from_e4m3(static_cast<uint8_t>(code));
+  return values;
+}
+
+void dequantize_f8_e4m3(const uint8_t* in, int64_t n, float* out) {
+  static constexpr std::array<float, 256> kValues = e4m3_values();
+  const float scale = std::bit_cast<float>(load_u32(in));
+  for (int64_t i = 0; i < n; ++i) out[i] = scale * kValues[in[4 + i]];
+}
+
 constexpr std::array kWeightTypes = {
     WeightTypeInfo{WeightType::kF32, "F32", 1, 4, dequantize_f32},
     WeightTypeInfo{WeightType::kF16, "F16", 1, 2, dequantize_f16},
@@ -168,6 +185,7 @@ constexpr std::array kWeightTypes = {
     WeightTypeInfo{WeightType::kQ5_K, "Q5_K", 256, 176, dequantize_q5_k},
     WeightTypeInfo{WeightType::kQ6_K, "Q6_K", 256, 210, dequantize_q6_k},
     WeightTypeInfo{WeightType::kBF16, "BF16", 1, 2, dequantize_bf16},
+    WeightTypeInfo{WeightType::kF8_E4M3, "F8_E4M3", 1, 1, dequantize_f8_e4m3, /*in_files=*/false},
 };
 
 // Types that exist but that kvant cannot read: only for messages.
@@ -186,14 +204,14 @@ std::span<const WeightTypeInfo> weight_types() {
 
 const WeightTypeInfo* find_weight_type(uint32_t gguf_id) {
   for (const WeightTypeInfo& info : kWeightTypes) {
-    if (static_cast<uint32_t>(info.type) == gguf_id) return &info;
+    if (static_cast<uint32_t>(info.type) == gguf_id) return info.in_files ? &info : nullptr;
   }
   return nullptr;
 }
 
 const WeightTypeInfo& weight_type_info(WeightType type) {
-  const WeightTypeInfo* info = find_weight_type(static_cast<uint32_t>(type));
-  KVANT_CHECK(info != nullptr, "every WeightType has a row in kWeightTypes");
+  const auto info = std::ranges::find(kWeightTypes, type, &WeightTypeInfo::type);
+  KVANT_CHECK(info != kWeightTypes.end(), "every WeightType has a row in kWeightTypes");
   return *info;
 }
 
@@ -209,7 +227,7 @@ int64_t weight_bytes(WeightType type, int64_t num_elements) {
   const WeightTypeInfo& info = weight_type_info(type);
   KVANT_CHECK(num_elements >= 0 && num_elements % info.block_elements == 0,
               "rows hold whole blocks");
-  return num_elements / info.block_elements * info.block_bytes;
+  return row_head_bytes(type) + num_elements / info.block_elements * info.block_bytes;
 }
 
 void dequantize_row(WeightType type, const std::byte* bytes, int64_t num_elements, float* out) {
@@ -217,6 +235,23 @@ void dequantize_row(WeightType type, const std::byte* bytes, int64_t num_element
   KVANT_CHECK(num_elements >= 0 && num_elements % info.block_elements == 0,
               "rows hold whole blocks");
   info.dequantize(reinterpret_cast<const uint8_t*>(bytes), num_elements / info.block_elements, out);
+}
+
+bool quantize_row_e4m3(std::span<const float> values, std::byte* out) {
+  uint32_t largest = 0;  // magnitude; as integers they are in order, Inf and NaN above all others
+  for (const float value : values) {
+    largest = std::max(largest, std::bit_cast<uint32_t>(value) & 0x7fffffffu);
+  }
+  if (largest >= 0x7f800000u) return false;
+  const float scale = std::bit_cast<float>(largest) / kMaxE4m3;
+  std::memcpy(out, &scale, sizeof(scale));
+  auto* const codes = reinterpret_cast<uint8_t*>(out + row_head_bytes(WeightType::kF8_E4M3));
+  if (scale == 0.0f) {
+    std::memset(codes, 0, values.size());
+    return true;
+  }
+  for (size_t i = 0; i < values.size(); ++i) codes[i] = to_e4m3(values[i] / scale);
+  return true;
 }
 
 }  // namespace kvant::formats

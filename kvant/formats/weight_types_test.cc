@@ -2,8 +2,11 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "kvant/base/check.h"
@@ -31,9 +34,13 @@ TEST(WeightTypes, TableIsConsistent) {
     const uint32_t id = static_cast<uint32_t>(info.type);
     EXPECT_TRUE(id == 0 || id > previous) << info.name;
     previous = id;
-    EXPECT_EQ(find_weight_type(id), &info);
-    EXPECT_EQ(gguf_type_name(id), info.name);
-    EXPECT_EQ(weight_bytes(info.type, 3 * info.block_elements), 3 * info.block_bytes);
+    EXPECT_EQ(&weight_type_info(info.type), &info);
+    EXPECT_EQ(find_weight_type(id), info.in_files ? &info : nullptr) << info.name;
+    EXPECT_EQ(gguf_type_name(id), info.in_files ? info.name : "");
+    EXPECT_EQ(weight_bytes(info.type, 3 * info.block_elements),
+              row_head_bytes(info.type) + 3 * info.block_bytes);
+    EXPECT_EQ(weight_bytes(info.type, 5, 3 * info.block_elements),
+              5 * weight_bytes(info.type, 3 * info.block_elements));
   }
   EXPECT_EQ(find_weight_type(20), nullptr);
   EXPECT_EQ(gguf_type_name(20), "IQ4_NL");
@@ -136,6 +143,81 @@ TEST(WeightTypes, BlocksOf256) {
   for (int i = 240; i < 256; ++i) expected[i] = 0.5f * -2 * -32;
   expected[244] = 0.5f * -2 * (43 - 32);
   EXPECT_EQ(dequantize(WeightType::kQ6_K, q6_k), expected);
+}
+
+struct E4m3Row {
+  float scale = -1.0f;
+  std::vector<uint8_t> codes;
+  std::vector<float> values;  // of the codes again
+  bool made = false;
+
+  explicit E4m3Row(const std::vector<float>& in) {
+    const auto n = static_cast<int64_t>(in.size());
+    std::vector<std::byte> bytes(static_cast<size_t>(weight_bytes(WeightType::kF8_E4M3, n)),
+                                 std::byte{0xa5});
+    made = quantize_row_e4m3(in, bytes.data());
+    std::memcpy(&scale, bytes.data(), 4);
+    codes.resize(in.size());
+    std::memcpy(codes.data(), bytes.data() + 4, in.size());
+    values.resize(in.size());
+    dequantize_row(WeightType::kF8_E4M3, bytes.data(), n, values.data());
+  }
+};
+
+TEST(WeightTypes, E4m3RowsHaveTheCodesOfTheStandard) {
+  // The largest value is 448, so that the scale is 1: ties go to even codes, the smallest step is
+  // 2^-9.
+  const E4m3Row row({448.0f, -448.0f, 0.0f, -0.0f, 1.0f, -1.125f, 17.0f, 19.0f, 17.01f, 0x1p-6f,
+                     0x1p-9f, 0x1p-10f, 0x1.8p-9f, -0x1.1p-10f, 432.0f, 300.0f});
+  ASSERT_TRUE(row.made);
+  EXPECT_EQ(row.scale, 1.0f);
+  EXPECT_EQ(row.codes, (std::vector<uint8_t>{0x7e, 0xfe, 0x00, 0x80, 0x38, 0xb9, 0x58, 0x5a, 0x59,
+                                             0x08, 0x01, 0x00, 0x02, 0x81, 0x7e, 0x79}));
+  EXPECT_EQ(row.values,
+            (std::vector<float>{448.0f, -448.0f, 0.0f, -0.0f, 1.0f, -1.125f, 16.0f, 20.0f, 18.0f,
+                                0x1p-6f, 0x1p-9f, 0.0f, 0x1p-8f, -0x1p-9f, 448.0f, 288.0f}));
+}
+
+TEST(WeightTypes, E4m3RowsAreCloseWhateverTheirSize) {
+  for (const float size : {0x1p-100f, 3e-4f, 1.0f, 1e30f, 3e38f}) {
+    std::vector<float> in;
+    for (int i = -100; i <= 100; ++i) in.push_back(static_cast<float>(i * i * i) * 1e-6f * size);
+    const E4m3Row row(in);
+    ASSERT_TRUE(row.made);
+    EXPECT_EQ(row.scale, in.back() / 448.0f);
+    EXPECT_EQ(row.codes.front(), 0xfe);
+    EXPECT_EQ(row.codes.back(), 0x7e);
+    for (size_t i = 0; i < in.size(); ++i) {
+      const float bound = std::max(std::fabs(in[i]) * 0x1.01p-4f, row.scale * 0x1.01p-10f);
+      EXPECT_LE(std::fabs(row.values[i] - in[i]), bound) << in[i];
+    }
+  }
+}
+
+TEST(WeightTypes, E4m3RowsOfZerosAndOfTinyValues) {
+  const E4m3Row zeros(std::vector<float>{0.0f, -0.0f, 0.0f});
+  EXPECT_TRUE(zeros.made);
+  EXPECT_EQ(zeros.scale, 0.0f);
+  EXPECT_EQ(zeros.codes, (std::vector<uint8_t>{0, 0, 0}));
+  const E4m3Row tiny({0x1p-149f, -0x1p-145f});  // amax / 448 is zero
+  EXPECT_TRUE(tiny.made);
+  EXPECT_EQ(tiny.scale, 0.0f);
+  EXPECT_EQ(tiny.codes, (std::vector<uint8_t>{0, 0}));
+  // The scale, 512 / 448 of the smallest number, is rounded down: the largest value saturates.
+  const E4m3Row subnormal({0x1p-140f, -0x1p-141f});
+  EXPECT_TRUE(subnormal.made);
+  EXPECT_EQ(subnormal.codes, (std::vector<uint8_t>{0x7e, 0xf8}));
+  EXPECT_EQ(subnormal.values, (std::vector<float>{448 * 0x1p-149f, -0x1p-141f}));
+}
+
+TEST(WeightTypes, E4m3RowsAreNotMadeOfWhatIsNotFinite) {
+  for (const float bad :
+       {std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity(),
+        std::numeric_limits<float>::quiet_NaN()}) {
+    const E4m3Row row({1.0f, bad, 2.0f});
+    EXPECT_FALSE(row.made);
+    EXPECT_EQ(row.codes, (std::vector<uint8_t>(3, 0xa5)));  // nothing is written
+  }
 }
 
 }  // namespace

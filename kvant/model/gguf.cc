@@ -253,7 +253,7 @@ class GgufParser {
   static std::string supported_types() {
     std::string names = "supported:";
     for (const formats::WeightTypeInfo& info : formats::weight_types()) {
-      names += fmt::format(" {}", info.name);
+      if (info.in_files) names += fmt::format(" {}", info.name);
     }
     return names;
   }

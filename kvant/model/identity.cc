@@ -99,6 +99,14 @@ void write_entry(const std::string& entry, const Sha256& digest) {
   if (error) std::filesystem::remove(temporary, error);
 }
 
+Sha256 file_id(const ModelSource& source, const std::string& cache_dir) {
+  const std::string entry = cache_entry(source.name(), cache_dir);
+  if (const std::optional<Sha256> known = read_entry(entry)) return *known;
+  const Sha256 digest = hash_tensors(*source.gguf());
+  write_entry(entry, digest);
+  return digest;
+}
+
 }  // namespace
 
 Sha256 sha256(std::string_view bytes) {
@@ -114,12 +122,16 @@ std::string to_hex(const Sha256& digest) {
 }
 
 Result<Sha256> weights_id(const ModelSource& source, const std::string& cache_dir) {
-  if (source.gguf() == nullptr) return sha256(source.name() + identity_json(source.config()));
-  const std::string entry = cache_entry(source.name(), cache_dir);
-  if (const std::optional<Sha256> known = read_entry(entry)) return *known;
-  const Sha256 digest = hash_tensors(*source.gguf());
-  write_entry(entry, digest);
-  return digest;
+  if (source.gguf() == nullptr) {
+    return sha256(source.name() + std::string(formats::weight_type_name(source.dummy_type())) +
+                  identity_json(source.config()));
+  }
+  const Sha256 in_file = file_id(source, cache_dir);
+  switch (source.storage()) {
+    case WeightStorage::kAsInFile: break;
+    case WeightStorage::kF8E4m3: return sha256(to_hex(in_file) + " as F8_E4M3, a scale a row");
+  }
+  return in_file;
 }
 
 std::string default_cache_dir() {

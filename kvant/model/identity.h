@@ -21,7 +21,8 @@ std::string to_hex(const Sha256& digest);
 // SHA-256 over names, types, shapes and bytes of all tensors, in order of their names
 // (codecs.md section 5). Takes about a second per gigabyte, so the result is kept in `cache_dir`
 // under the file's size, modification time and inode; an unusable cache directory only costs time.
-// Of random weights: a hash of their configuration.
+// Of weights that are re-quantised while they are loaded: a hash of that and how. Of random
+// weights: of their configuration and type.
 Result<Sha256> weights_id(const ModelSource& source, const std::string& cache_dir);
 
 // $XDG_CACHE_HOME/kvant, else $HOME/.cache/kvant, else empty: nothing is kept.

@@ -33,8 +33,9 @@ class Identity : public ::testing::Test {
                static_cast<std::streamsize>(bytes.size()));
     return path;
   }
-  std::string id(const std::string& path, const std::string& cache_dir = "") const {
-    return to_hex(must(weights_id(*must(ModelSource::open(path)), cache_dir)));
+  std::string id(const std::string& path, const std::string& cache_dir = "",
+                 WeightStorage storage = WeightStorage::kAsInFile) const {
+    return to_hex(must(weights_id(*must(ModelSource::open(path, storage)), cache_dir)));
   }
 
   fs::path folder_;
@@ -52,6 +53,28 @@ TEST_F(Identity, DependsOnEveryWeightAndNotOnTheFileName) {
   bytes.back() ^= std::byte{1};
   EXPECT_NE(id(write("c.gguf", bytes)), first);
   EXPECT_NE(id(write("d.gguf", testing::tiny_model("llama", {.seed = 2}))), first);
+}
+
+// Pages of one are of no use to the other.
+TEST_F(Identity, IsAnotherOfRequantisedWeights) {
+  const std::string cache = folder_ / "cache";
+  const std::string path = write("a.gguf", testing::tiny_model("llama"));
+  const std::string other = write("b.gguf", testing::tiny_model("llama", {.seed = 2}));
+  const std::string in_file = id(path, cache);
+  const std::string e4m3 = id(path, cache, WeightStorage::kF8E4m3);
+  EXPECT_NE(e4m3, in_file);
+  EXPECT_EQ(id(path, cache), in_file);  // what is remembered is that of the file
+  EXPECT_EQ(id(path, "", WeightStorage::kF8E4m3), e4m3);
+  EXPECT_NE(id(other, cache, WeightStorage::kF8E4m3), e4m3);
+}
+
+TEST_F(Identity, OfRandomWeightsDependsOnTheirType) {
+  const auto of = [](formats::WeightType type) {
+    const ModelConfig config = must(load_config("gemma-3-270m"));
+    return to_hex(must(weights_id(*must(ModelSource::dummy(config, type)), "")));
+  };
+  EXPECT_EQ(of(formats::WeightType::kQ8_0), of(formats::WeightType::kQ8_0));
+  EXPECT_NE(of(formats::WeightType::kQ8_0), of(formats::WeightType::kF8_E4M3));
 }
 
 TEST_F(Identity, IsRememberedUntilTheFileChanges) {

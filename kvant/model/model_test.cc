@@ -405,12 +405,16 @@ TEST(Model, LoadingNamesTheTensorThatIsWrong) {
 TEST(Model, RandomWeightsHaveTheSpreadThatKeepsActivationsFinite) {
   constexpr int64_t kRows = 64;
   constexpr int64_t kCols = 512;
-  for (const char* name : {"Q4_0", "Q4_K", "Q8_0", "BF16"}) {
+  for (const char* name : {"Q4_0", "Q4_K", "Q8_0", "BF16", "F8_E4M3"}) {
     const formats::WeightType type = must(parse_dummy_type(name));
-    std::vector<std::byte> bytes(formats::weight_bytes(type, kRows * kCols));
+    const int64_t row_bytes = formats::weight_bytes(type, kCols);
+    std::vector<std::byte> bytes(kRows * row_bytes);
     make_random_weights(type, kRows, kCols, 7, bytes.data());
     std::vector<float> values(kRows * kCols);
-    formats::dequantize_row(type, bytes.data(), kRows * kCols, values.data());
+    for (int64_t row = 0; row < kRows; ++row) {
+      formats::dequantize_row(type, bytes.data() + row * row_bytes, kCols,
+                              values.data() + row * kCols);
+    }
     double sum = 0;
     double squares = 0;
     for (const float value : values) {
@@ -429,7 +433,7 @@ TEST(Model, RandomWeightsRunAtAnyGeometry) {
       "intermediate_size": 96, "moe_intermediate_size": 32, "num_experts": 4,
       "num_experts_per_tok": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
       "head_dim": 32, "vocab_size": 64, "max_position_embeddings": 256})";
-  for (const char* type : {"Q4_0", "Q8_0", "BF16"}) {
+  for (const char* type : {"Q4_0", "Q8_0", "BF16", "F8_E4M3"}) {
     const auto backend = must(backend::create_backend({.name = "cpu", .num_threads = 1}));
     auto source =
         must(ModelSource::dummy(must(parse_config_json(config)), must(parse_dummy_type(type))));

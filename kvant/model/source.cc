@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -23,7 +24,7 @@ uint64_t fnv1a(std::string_view text) {
 }
 
 constexpr WeightType kDummyTypes[] = {WeightType::kQ4_0, WeightType::kQ4_K, WeightType::kQ8_0,
-                                      WeightType::kBF16};
+                                      WeightType::kBF16, WeightType::kF8_E4M3};
 
 // Random codes in blocks of `code_bytes` behind `head`.
 void make_blocks(int64_t num_blocks, std::span<const uint8_t> head, int64_t code_bytes,
@@ -37,6 +38,33 @@ void make_blocks(int64_t num_blocks, std::span<const uint8_t> head, int64_t code
     }
     out += code_bytes;
   }
+}
+
+// Rows of uniformly random codes, without the two that are no numbers.
+void make_e4m3_rows(int64_t rows, int64_t cols, float sigma, SplitMix64& random, std::byte* out) {
+  double squares = 0.0;
+  for (int code = 0; code < 256; ++code) {
+    const float value = from_e4m3(static_cast<uint8_t>((code & 0x7f) == 0x7f ? code - 1 : code));
+    squares += static_cast<double>(value) * static_cast<double>(value);
+  }
+  const float scale = sigma / static_cast<float>(std::sqrt(squares / 256));
+  for (int64_t row = 0; row < rows; ++row, out += cols) {
+    std::memcpy(out, &scale, sizeof(scale));
+    out += sizeof(scale);
+    for (int64_t i = 0; i < cols; i += 8) {
+      uint64_t codes = random.next();
+      const uint64_t nan =
+          ((codes & 0x7f7f7f7f7f7f7f7fu) + 0x0101010101010101u) & ~0x7f7f7f7f7f7f7f7fu;
+      codes &= ~(nan >> 7);
+      std::memcpy(out + i, &codes, static_cast<size_t>(std::min<int64_t>(8, cols - i)));
+    }
+  }
+}
+
+// What F8_E4M3 is not made for: tables that are also read row by row, or decide between experts.
+bool keeps_its_type(std::string_view name) {
+  return name == "token_embd.weight" || name == "output.weight" ||
+         name.ends_with(".ffn_gate_inp.weight");
 }
 
 }  // namespace
@@ -56,6 +84,10 @@ void make_random_weights(WeightType type, int64_t rows, int64_t cols, uint64_t s
         std::memcpy(out + 2 * (i + j), &value, 2);
       }
     }
+    return;
+  }
+  if (type == WeightType::kF8_E4M3) {
+    make_e4m3_rows(rows, cols, sigma, random, out);
     return;
   }
   // Codes are uniform over 16 or 256 levels; their standard deviation is levels / sqrt(12).
@@ -87,8 +119,10 @@ Result<WeightType> parse_dummy_type(std::string_view name) {
       fmt::format("unknown type '{}' of random weights; one of {}", name, fmt::join(known, ", ")));
 }
 
-Result<std::unique_ptr<ModelSource>> ModelSource::open(const std::string& path) {
+Result<std::unique_ptr<ModelSource>> ModelSource::open(const std::string& path,
+                                                       WeightStorage storage) {
   std::unique_ptr<ModelSource> source(new ModelSource());
+  source->storage_ = storage;
   KVANT_ASSIGN(source->gguf_, Gguf::open(path));
   source->name_ = path;
   KVANT_ASSIGN(source->config_, read_config(*source->gguf_));
@@ -96,8 +130,9 @@ Result<std::unique_ptr<ModelSource>> ModelSource::open(const std::string& path) 
 }
 
 Result<std::unique_ptr<ModelSource>> ModelSource::parse(std::span<const std::byte> bytes,
-                                                        std::string name) {
+                                                        std::string name, WeightStorage storage) {
   std::unique_ptr<ModelSource> source(new ModelSource());
+  source->storage_ = storage;
   KVANT_ASSIGN(source->gguf_, Gguf::parse(bytes, name));
   source->name_ = std::move(name);
   KVANT_ASSIGN(source->config_, read_config(*source->gguf_));
@@ -113,9 +148,13 @@ Result<std::unique_ptr<ModelSource>> ModelSource::dummy(ModelConfig config, Weig
   return source;
 }
 
-WeightType ModelSource::dummy_type(int64_t cols) const {
+WeightType ModelSource::dummy_type_for(int64_t cols) const {
   const int64_t block = formats::weight_type_info(dummy_type_).block_elements;
   return cols % block == 0 ? dummy_type_ : WeightType::kBF16;
+}
+
+bool ModelSource::is_made(std::string_view name) const {
+  return !gguf_ || (storage_ == WeightStorage::kF8E4m3 && !keeps_its_type(name));
 }
 
 Result<GgufTensor> ModelSource::tensor(std::string_view name, std::span<const int64_t> dims) const {
@@ -139,23 +178,51 @@ Result<MatrixSource> ModelSource::describe(std::string_view name, int64_t rows,
                                            int64_t cols) const {
   MatrixSource source{.name = name, .rows = rows, .cols = cols};
   if (!gguf_) {
-    source.type = dummy_type(cols);
+    source.type = dummy_type_for(cols);
     return source;
   }
   const int64_t dims[] = {cols, rows};
   KVANT_ASSIGN(const GgufTensor found, tensor(name, dims));
   source.name = found.name;
-  source.type = found.type;
-  source.bytes = found.bytes;
+  source.type = type_of(found);
+  if (!is_made(name)) source.bytes = found.bytes;
   return source;
 }
 
+WeightType ModelSource::type_of(const GgufTensor& tensor) const {
+  return is_made(tensor.name) ? WeightType::kF8_E4M3 : tensor.type;
+}
+
+Status ModelSource::requantise(std::string_view name, const MatrixSource& source, std::byte* out) {
+  const GgufTensor* const tensor = gguf_->find_tensor(name);
+  KVANT_CHECK(tensor != nullptr, "described before");
+  const int64_t file_row_bytes = formats::weight_bytes(tensor->type, source.cols);
+  const int64_t row_bytes = formats::weight_bytes(source.type, source.cols);
+  std::vector<float> values(static_cast<size_t>(source.cols));
+  for (int64_t row = 0; row < source.rows; ++row) {
+    formats::dequantize_row(tensor->type, tensor->bytes.data() + row * file_row_bytes, source.cols,
+                            values.data());
+    if (!formats::quantize_row_e4m3(values, out + row * row_bytes)) {
+      return Error(ErrorCode::kCorruptData,
+                   fmt::format("{}: tensor {}: row {} has a value that is not finite, of which "
+                               "F8_E4M3 cannot be made",
+                               name_, name, row));
+    }
+  }
+  gguf_->drop_pages(*tensor);
+  return {};
+}
+
 Status ModelSource::make(std::string_view name, MatrixSource& source, MemoryResource& memory) {
-  const int64_t bytes = formats::weight_bytes(source.type, source.rows * source.cols);
+  const int64_t bytes = formats::weight_bytes(source.type, source.rows, source.cols);
   auto found = made_.find(name);
   if (found == made_.end()) {
     KVANT_ASSIGN(Buffer buffer, Buffer::create(memory, bytes, MemoryUse::kWeights));
-    make_random_weights(source.type, source.rows, source.cols, fnv1a(name), buffer.data());
+    if (gguf_) {
+      KVANT_TRY(requantise(name, source, buffer.data()));
+    } else {
+      make_random_weights(source.type, source.rows, source.cols, fnv1a(name), buffer.data());
+    }
     found = made_.emplace(std::string(name), std::move(buffer)).first;
   }
   source.name = found->first;
@@ -166,7 +233,7 @@ Status ModelSource::make(std::string_view name, MatrixSource& source, MemoryReso
 Result<MatrixSource> ModelSource::matrix(std::string_view name, int64_t rows, int64_t cols,
                                          MemoryResource& memory) {
   KVANT_ASSIGN(MatrixSource source, describe(name, rows, cols));
-  if (!gguf_) KVANT_TRY(make(name, source, memory));
+  if (is_made(name)) KVANT_TRY(make(name, source, memory));
   return source;
 }
 
@@ -175,15 +242,16 @@ Result<std::vector<MatrixSource>> ModelSource::describe_experts(std::string_view
                                                                 int64_t cols) const {
   MatrixSource one{.name = name, .rows = rows, .cols = cols};
   if (!gguf_) {
-    one.type = dummy_type(cols);
+    one.type = dummy_type_for(cols);
     return std::vector<MatrixSource>(num_experts, one);
   }
   const int64_t dims[] = {cols, rows, num_experts};
   KVANT_ASSIGN(const GgufTensor stacked, tensor(name, dims));
   one.name = stacked.name;
-  one.type = stacked.type;
-  const size_t bytes = static_cast<size_t>(formats::weight_bytes(stacked.type, rows * cols));
+  one.type = type_of(stacked);
   std::vector<MatrixSource> experts(num_experts, one);
+  if (is_made(name)) return experts;
+  const size_t bytes = static_cast<size_t>(formats::weight_bytes(stacked.type, rows, cols));
   for (int64_t i = 0; i < num_experts; ++i)
     experts[i].bytes = stacked.bytes.subspan(i * bytes, bytes);
   return experts;
@@ -193,7 +261,7 @@ Result<std::vector<MatrixSource>> ModelSource::experts(std::string_view name, in
                                                        int64_t rows, int64_t cols,
                                                        MemoryResource& memory) {
   KVANT_ASSIGN(std::vector<MatrixSource> experts, describe_experts(name, num_experts, rows, cols));
-  if (!gguf_) {
+  if (is_made(name)) {
     MatrixSource stacked = experts.front();
     stacked.rows = rows * num_experts;
     KVANT_TRY(make(name, stacked, memory));
@@ -222,14 +290,15 @@ void ModelSource::release(std::string_view name, bool still_read) {
   if (gguf_) {
     const GgufTensor* tensor = gguf_->find_tensor(name);
     if (tensor != nullptr) gguf_->drop_pages(*tensor);
-    return;
   }
   const auto found = made_.find(name);
   if (!still_read && found != made_.end()) made_.erase(found);
 }
 
 int64_t ModelSource::made_bytes(const MatrixSource& described) const {
-  return gguf_ ? 0 : formats::weight_bytes(described.type, described.rows * described.cols);
+  return is_made(described.name)
+             ? formats::weight_bytes(described.type, described.rows, described.cols)
+             : 0;
 }
 
 }  // namespace kvant::model

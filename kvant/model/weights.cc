@@ -130,7 +130,7 @@ class Planner final : public WeightVisitor {
     KVANT_ASSIGN(const MatrixSource described, source_.describe(name, rows, cols));
     const int64_t made = made_bytes(described);
     bytes.matrices += made;
-    if (source_.gguf() != nullptr && backend_.info().host_memory) {
+    if (source_.made_bytes(described) == 0 && backend_.info().host_memory) {
       bytes.in_place += file_bytes(described);
     }
     file_total += file_bytes(described);
@@ -160,7 +160,7 @@ class Planner final : public WeightVisitor {
 
  private:
   static int64_t file_bytes(const MatrixSource& matrix) {
-    return formats::weight_bytes(matrix.type, matrix.rows * matrix.cols);
+    return formats::weight_bytes(matrix.type, matrix.rows, matrix.cols);
   }
   // Of the backend's memory; what is made for a device lies in the host's.
   int64_t made_bytes(const MatrixSource& matrix) const {
@@ -179,7 +179,8 @@ class Planner final : public WeightVisitor {
     bytes.loading_peak = std::max(bytes.loading_peak, bytes.matrices + made + repacked);
     bytes.matrices += repacked;
     if (repacked == 0) bytes.matrices += made;
-    if (repacked == 0 && source_.gguf() != nullptr && !is_table) bytes.in_place += in_file;
+    const bool in_place = repacked == 0 && source_.made_bytes(matrices.front()) == 0;
+    if (in_place && !is_table) bytes.in_place += in_file;
   }
 
   const ModelSource& source_;
@@ -244,7 +245,7 @@ class Loader final : public WeightVisitor {
 
  private:
   Status advance(const MatrixSource& source) {
-    done_bytes_ += formats::weight_bytes(source.type, source.rows * source.cols);
+    done_bytes_ += formats::weight_bytes(source.type, source.rows, source.cols);
     if (progress_ && !progress_(done_bytes_, total_bytes_)) {
       return Error(ErrorCode::kCancelled, "loading the model was cancelled");
     }

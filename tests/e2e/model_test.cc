@@ -48,6 +48,8 @@ TEST_F(ModelCommands, RunRejectsImpossibleContexts) {
   expect_error({"run", model_, "-p", "x", "--page-tokens", "7"}, 64);
   expect_error({"run", model_, "-p", "x", "--prefill-workspace", "much"}, 64, {"much"});
   expect_error({"run", model_, "-p", "x", "--attn", "int4"}, 64, {"16bit", "fp8"});
+  expect_error({"run", model_, "-p", "x", "--weights", "fp16"}, 64, {"fp16", "fp8", "F8_E4M3"});
+  expect_error({"run", model_, "-p", "x", "--weights", "dummy:F8"}, 64, {"F8", "F8_E4M3"});
   expect_error({"run", model_, "-p", "x", "--attn", "fp8"}, 69, {"--device cuda", "--attn 16bit"});
 }
 
@@ -299,6 +301,18 @@ TEST_F(ModelCommands, PlanFindsWhatFits) {
   EXPECT_EQ(beyond.exit_code, 0) << beyond.err;
   EXPECT_NE(beyond.err.find("8192"), std::string::npos) << beyond.err;
   EXPECT_EQ(json::parse(beyond.out)["results"][0]["context_tokens"], 1000000);
+}
+
+// A byte a weight and four a row of what is re-quantised; the rest as it was.
+TEST_F(ModelCommands, PlanCountsRequantisedWeights) {
+  const json file = run_json("plan", {"--kv", "bf16", "-c", "512"})["results"][0];
+  const json fp8 =
+      run_json("plan", {"--weights", "fp8", "--kv", "bf16", "-c", "512"})["results"][0];
+  EXPECT_NE(fp8["weights_bytes"], file["weights_bytes"]);
+  EXPECT_EQ(fp8["total_bytes"].get<int64_t>() - file["total_bytes"].get<int64_t>(),
+            fp8["weights_bytes"].get<int64_t>() - file["weights_bytes"].get<int64_t>());
+  const json answer = run_json("run", {"-p", "The sky is", "-n", "4", "--weights", "fp8"});
+  EXPECT_FALSE(answer["text"].get<std::string>().empty());
 }
 
 TEST_F(ModelCommands, PlanNeedsNoWeights) {

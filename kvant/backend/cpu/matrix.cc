@@ -22,6 +22,7 @@ WeightKind kind_of(WeightType type) {
     case WeightType::kF32: return WeightKind::kF32;
     case WeightType::kF16: return WeightKind::kF16;
     case WeightType::kBF16: return WeightKind::kBF16;
+    case WeightType::kF8_E4M3: return WeightKind::kF8_E4M3;
   }
   KVANT_CHECK(false, "every WeightType has a WeightKind");
   return WeightKind::kF32;
@@ -40,7 +41,8 @@ MatrixLayout MatrixLayout::of(WeightType type, int64_t rows, int64_t cols) {
   const RepackFormat& format = repack_format(layout.kind);
   const int64_t blocks = cols / format.block_inputs;
   layout.scale_offset = blocks * format.code_bytes * kTileRows;
-  layout.tile_bytes = round_up(layout.scale_offset + blocks * format.scale_bytes * kTileRows, 64);
+  const int64_t row_scale_bytes = blocks * format.scale_bytes + format.row_scale_bytes;
+  layout.tile_bytes = round_up(layout.scale_offset + row_scale_bytes * kTileRows, 64);
   return layout;
 }
 

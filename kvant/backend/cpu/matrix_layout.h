@@ -12,7 +12,7 @@
 //     + 1 bit       [1 vector][r]  u32: bit  16 w + 8 j + group
 //     + 2 bits      [2 vectors][r] u32: bits 16 w + 8 j + 2 (group % 4) of vector group / 4
 //     8-bit codes   [8 vectors][r] u32: bits 16 w + 8 j of vector `group`
-//   floats: [input][r] in the file's own type
+//   floats: [input][r] in the file's own type; F8_E4M3: behind them fp32 row scales [r], times 2^8
 //
 // Sources built for a SIMD level include this header: no containers, nothing with code.
 #pragma once
@@ -41,9 +41,10 @@ enum class WeightKind : int {
   kQ6_K,
   kF32,
   kF16,
-  kBF16
+  kBF16,
+  kF8_E4M3
 };
-inline constexpr int kNumWeightKinds = 11;
+inline constexpr int kNumWeightKinds = 12;
 
 // Activations of `n` rows (a panel), prepared for integer products; one record per block:
 //   int16 codes [n][32], float scale [n], float scale * sum [n], int32 -sum of inputs 0..15 [n],

@@ -144,15 +144,25 @@ void integer_product(const ProductArgs& args) {
 
 struct KindF32 {
   static constexpr int kBytes = 4;
+  static constexpr bool kRowScales = false;
   KVANT_INLINE static Simd::F load(const uint8_t* p) { return Simd::load_unaligned_f32(p); }
 };
 struct KindF16 {
   static constexpr int kBytes = 2;
+  static constexpr bool kRowScales = false;
   KVANT_INLINE static Simd::F load(const uint8_t* p) { return Simd::load_f16(p); }
 };
 struct KindBF16 {
   static constexpr int kBytes = 2;
+  static constexpr bool kRowScales = false;
   KVANT_INLINE static Simd::F load(const uint8_t* p) { return Simd::load_bf16(p); }
+};
+
+// The codes alone: the scale of a row is applied to its sum.
+struct KindF8E4m3 {
+  static constexpr int kBytes = 1;
+  static constexpr bool kRowScales = true;
+  KVANT_INLINE static Simd::F load(const uint8_t* p) { return Simd::load_e4m3(p); }
 };
 
 // kTiles tiles at once, so that few activation rows still give enough independent chains.
@@ -180,6 +190,13 @@ KVANT_INLINE void float_chunk(const ProductArgs& args, int64_t row, int lane) {
     record += kFloatBlockBytes * kRows;
   }
   repeat<kTiles>([&](auto t) __attribute__((always_inline)) {
+    if constexpr (Kind::kRowScales) {
+      const Simd::F scale = Simd::load_unaligned_f32(
+          args.tiles + (row / kTileRows + t) * args.tile_bytes + args.scale_offset + 4 * lane);
+      repeat<kRows>([&](auto r) __attribute__((always_inline)) {
+        acc[t][r] = Simd::mul(acc[t][r], scale);
+      });
+    }
     store_chunk<kRows>(args, row + t * kTileRows + lane, acc[t]);
   });
 }
@@ -297,6 +314,7 @@ constexpr Kernels make_kernels() {
   fill_kind<Float, KindF32>(k.product[static_cast<int>(WeightKind::kF32)]);
   fill_kind<Float, KindF16>(k.product[static_cast<int>(WeightKind::kF16)]);
   fill_kind<Float, KindBF16>(k.product[static_cast<int>(WeightKind::kBF16)]);
+  fill_kind<Float, KindF8E4m3>(k.product[static_cast<int>(WeightKind::kF8_E4M3)]);
   k.quantise_panel = quantise_panel;
   k.float_panel = float_panel;
   k.rms_norm = rms_norm;

@@ -158,6 +158,17 @@ void pack_floats(const uint8_t* in, int64_t num_blocks, int lane, uint8_t* codes
   }
 }
 
+// The scale takes the 2^8 by which the kernels' codes are too small (Simd::load_e4m3); below 2^120,
+// as amax / 448 is, that is exact.
+void pack_f8_e4m3(const uint8_t* in, int64_t num_blocks, int lane, uint8_t* codes,
+                  uint8_t* scales) {
+  float scale;
+  std::memcpy(&scale, in, 4);
+  scale *= 256.0f;
+  std::memcpy(scales + 4 * lane, &scale, 4);
+  pack_floats<1>(in + 4, num_blocks, lane, codes, scales);
+}
+
 // In the order of WeightKind.
 constexpr std::array<RepackFormat, kNumWeightKinds> kFormats = {{
     {32, 16, 2, pack_blocks_of_32<4, false>},
@@ -171,6 +182,7 @@ constexpr std::array<RepackFormat, kNumWeightKinds> kFormats = {{
     {1, 4, 0, pack_floats<4>},
     {1, 2, 0, pack_floats<2>},
     {1, 2, 0, pack_floats<2>},
+    {1, 1, 0, pack_f8_e4m3, 4},
 }};
 
 }  // namespace

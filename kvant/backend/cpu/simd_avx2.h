@@ -69,6 +69,12 @@ struct Simd {
   static F load_bf16(const void* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_half(p)), 16));
   }
+  static F load_e4m3(const uint8_t* p) {
+    const __m128i code = _mm_unpacklo_epi8(_mm_setzero_si128(),
+                                           _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    const __m128i bits = _mm_and_si128(_mm_srai_epi16(code, 1), _mm_set1_epi16(-0x4080));
+    return _mm256_cvtph_ps(bits);
+  }
   static F load_u8(const uint8_t* p) {
     return _mm256_cvtepi32_ps(
         _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));

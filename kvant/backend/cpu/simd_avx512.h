@@ -84,6 +84,12 @@ struct Simd {
   static F load_bf16(const void* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_half(p)), 16));
   }
+  static F load_e4m3(const uint8_t* p) {
+    const __m256i code = _mm256_slli_epi16(
+        _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 8);
+    return _mm512_cvtph_ps(
+        _mm256_and_si256(_mm256_srai_epi16(code, 1), _mm256_set1_epi16(-0x4080)));
+  }
   static F load_u8(const uint8_t* p) {
     return _mm512_cvtepi32_ps(
         _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));

@@ -68,6 +68,10 @@ struct Simd {
   static F load_unaligned_f32(const void* p) { return std::bit_cast<float>(load_i(p)); }
   static F load_f16(const void* p) { return from_f16(load_u16(p)); }
   static F load_bf16(const void* p) { return from_bf16(load_u16(p)); }
+  // E4M3 times 2^-8: the code's bits are those of an f16 whose exponent counts from 2^-8 on.
+  static F load_e4m3(const uint8_t* p) {
+    return from_f16(static_cast<uint16_t>((*p & 0x80) << 8 | (*p & 0x7f) << 7));
+  }
   static F load_u8(const uint8_t* p) { return static_cast<float>(*p); }
   static F load_i8(const uint8_t* p) { return static_cast<float>(static_cast<int8_t>(*p)); }
   static void store(float* p, F v) { *p = v; }

@@ -26,7 +26,10 @@ struct RandomMatrix {
   // Exact values, [rows][cols].
   std::vector<float> values() const {
     std::vector<float> out(static_cast<size_t>(rows * cols));
-    formats::dequantize_row(type, bytes.data(), rows * cols, out.data());
+    const int64_t row_bytes = formats::weight_bytes(type, cols);
+    for (int64_t row = 0; row < rows; ++row) {
+      formats::dequantize_row(type, bytes.data() + row * row_bytes, cols, out.data() + row * cols);
+    }
     return out;
   }
 };
@@ -51,7 +54,7 @@ inline RandomMatrix random_matrix(formats::WeightType type, int64_t rows, int64_
                                   uint32_t seed) {
   using formats::WeightType;
   RandomMatrix matrix{type, rows, cols, {}};
-  matrix.bytes.resize(static_cast<size_t>(formats::weight_bytes(type, rows * cols)));
+  matrix.bytes.resize(static_cast<size_t>(formats::weight_bytes(type, rows, cols)));
   std::mt19937 random(seed);
   std::uniform_real_distribution<float> uniform(-1.0f, 1.0f);
   const auto put = [&](size_t at, auto value) {
@@ -67,6 +70,15 @@ inline RandomMatrix random_matrix(formats::WeightType type, int64_t rows, int64_
       return matrix;
     case WeightType::kBF16:
       for (size_t i = 0; i < n; i += 2) put(i, to_bf16(uniform(random)));
+      return matrix;
+    case WeightType::kF8_E4M3:  // every code but NaN, scales of both signs
+      for (std::byte& byte : matrix.bytes) {
+        do byte = static_cast<std::byte>(random());
+        while ((byte & std::byte{0x7f}) == std::byte{0x7f});
+      }
+      for (int64_t row = 0; row < rows; ++row) {
+        put(static_cast<size_t>(formats::weight_bytes(type, row, cols)), 0.01f * uniform(random));
+      }
       return matrix;
     default: break;
   }

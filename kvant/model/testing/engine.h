@@ -46,10 +46,12 @@ class Engine {
       : Engine(std::move(file),
                backend::BackendOptions{
                    .name = backend_name, .num_threads = num_threads, .deterministic = true}) {}
-  Engine(std::vector<std::byte> file, const backend::BackendOptions& options)
+  Engine(std::vector<std::byte> file, const backend::BackendOptions& options,
+         WeightStorage storage = WeightStorage::kAsInFile)
       : file_(std::move(file)),
         backend_(must(backend::create_backend(options))),
-        model_(must(Model::load(must(ModelSource::parse(file_, "test")), *backend_, {}))) {}
+        model_(must(Model::load(must(ModelSource::parse(file_, "test", storage)), *backend_, {}))) {
+  }
 
   Model& model() { return *model_; }
   backend::Backend& backend() { return *backend_; }
