@@ -1,7 +1,7 @@
 // Time and bandwidth of matrix products on a device: each shape of Llama-3.1-8B and type of weight,
 // for 1 to 2048 rows. Weights of several matrices are read in turn, more than caches hold.
 //
-// Usage: kvant_cuda_linear_bench [DEVICE [GEOMETRY]]      default: cuda
+// Usage: kvant_cuda_linear_bench [DEVICE [GEOMETRY [TYPE]]]      default: cuda, all types
 //
 // With a geometry that kvant knows, instead: the products of a layer and the head, norm and gate
 // included, 1 to 128 rows, each as a run that the device keeps; in microseconds, products of few
@@ -20,6 +20,10 @@
 
 namespace kvant::backend {
 namespace {
+
+constexpr formats::WeightType kTypes[] = {
+    formats::WeightType::kQ4_0, formats::WeightType::kQ4_K,    formats::WeightType::kQ6_K,
+    formats::WeightType::kQ8_0, formats::WeightType::kF8_E4M3, formats::WeightType::kBF16};
 
 struct Shape {
   int64_t rows;
@@ -188,7 +192,8 @@ class PartBench {
   int64_t loads_ = 0;
 };
 
-void run_geometry(const std::string& device, const model::ModelConfig& config) {
+void run_geometry(const std::string& device, const model::ModelConfig& config,
+                  const std::string& only) {
   const int64_t dim = config.dim;
   const int64_t q = int64_t{config.num_query_heads} * config.head_dim;
   const int64_t kv = int64_t{config.num_kv_heads} * config.head_dim;
@@ -202,9 +207,8 @@ void run_geometry(const std::string& device, const model::ModelConfig& config) {
   const int64_t cols = std::max<int64_t>({dim, q, config.ffn_dim});
   PartBench few(device, true, cols, outputs);
   PartBench chosen(device, false, cols, outputs);
-  using formats::WeightType;
-  for (const WeightType type : {WeightType::kQ4_0, WeightType::kQ4_K, WeightType::kQ6_K,
-                                WeightType::kQ8_0, WeightType::kBF16}) {
+  for (const formats::WeightType type : kTypes) {
+    if (!only.empty() && formats::weight_type_name(type) != only) continue;
     for (const Part& part : parts) {
       if (part.cols % formats::weight_type_info(type).block_elements != 0) continue;
       std::vector<testing::RandomMatrix> random;
@@ -227,7 +231,7 @@ void run_geometry(const std::string& device, const model::ModelConfig& config) {
   }
 }
 
-int main_of(const std::string& device, const std::string& geometry) {
+int main_of(const std::string& device, const std::string& geometry, const std::string& only) {
   BackendOptions options;
   options.name = device;
   auto backend = create_backend(options);
@@ -242,13 +246,12 @@ int main_of(const std::string& device, const std::string& geometry) {
       std::fprintf(stderr, "%s\n", config.error().message().c_str());
       return 64;
     }
-    run_geometry(device, *config);
+    run_geometry(device, *config, only);
     return 0;
   }
   Bench bench(**backend);
-  using formats::WeightType;
-  for (const WeightType type : {WeightType::kQ4_0, WeightType::kQ4_K, WeightType::kQ6_K,
-                                WeightType::kQ8_0, WeightType::kBF16}) {
+  for (const formats::WeightType type : kTypes) {
+    if (!only.empty() && formats::weight_type_name(type) != only) continue;
     for (const Shape shape : {Shape{1024, 4096}, {4096, 4096}, {14336, 4096}, {4096, 14336}}) {
       bench.run({type, shape});
     }
@@ -260,5 +263,6 @@ int main_of(const std::string& device, const std::string& geometry) {
 }  // namespace kvant::backend
 
 int main(int argc, char** argv) {
-  return kvant::backend::main_of(argc > 1 ? argv[1] : "cuda", argc > 2 ? argv[2] : "");
+  return kvant::backend::main_of(argc > 1 ? argv[1] : "cuda", argc > 2 ? argv[2] : "",
+                                 argc > 3 ? argv[3] : "");
 }

@@ -84,6 +84,26 @@ TEST_P(OnCuda, LogitsAreTheCpus) {
   }
 }
 
+// Weights re-quantised to F8_E4M3 while loading are the same on both.
+TEST_P(OnCuda, LogitsOfRequantisedWeightsAreTheCpus) {
+  constexpr WeightStorage kStorage = WeightStorage::kF8E4m3;
+  Engine cpu(model_bytes(arch()), backend::BackendOptions{.name = "cpu"}, kStorage);
+  const RuntimeOptions runtime = small_runtime(kv());
+  const std::vector<int32_t> tokens = random_tokens(90, kVocab, 1);
+  for (const bool deterministic : {false, true}) {
+    Engine cuda(model_bytes(arch()),
+                backend::BackendOptions{.name = "cuda", .deterministic = deterministic}, kStorage);
+    for (const size_t chunk : {90, 1}) {
+      const auto cpu_cache = cpu.cache(runtime);
+      const auto cuda_cache = cuda.cache(runtime);
+      const auto want = cpu.logits(*cpu_cache, must(cpu_cache->add_sequence()), tokens, chunk);
+      const auto got = cuda.logits(*cuda_cache, must(cuda_cache->add_sequence()), tokens, chunk);
+      EXPECT_LT(mean_error(got, want), deterministic ? kTolerance : bf16_rounding())
+          << "chunks of " << chunk << (deterministic ? ", deterministic" : "");
+    }
+  }
+}
+
 // With --deterministic: the bits of a row do not depend on chunks, on other sequences of the step,
 // on their number, nor on whose pages they share.
 TEST_P(OnCuda, DeterministicRowsHaveTheSameBits) {

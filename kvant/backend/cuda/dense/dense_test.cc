@@ -404,11 +404,43 @@ TEST_F(CudaLinearTest, ManyRows) {
   }
 }
 
+// One input alone: the weight itself, every code of E4M3 with every scale, exactly with few rows
+// and rounded to BF16 with many.
+TEST_F(CudaLinearTest, EveryCodeOfE4m3) {
+  constexpr int64_t kRows = 37;
+  constexpr int64_t kCols = 256;
+  RandomMatrix matrix = random_matrix(WeightType::kF8_E4M3, kRows, kCols, 70);
+  for (int64_t row = 0; row < kRows; ++row) {
+    for (int64_t col = 0; col < kCols; ++col) {
+      const int64_t code = (col + 5 * row) % 256;
+      matrix.bytes[static_cast<size_t>(row * (4 + kCols) + 4 + col)] =
+          static_cast<std::byte>(code % 128 == 127 ? code - 1 : code);
+    }
+  }
+  const Floats w = matrix.values();
+  for (const int64_t num_rows : {1, 16, 64, 128}) {
+    for (int64_t first = 0; first < kCols; first += num_rows) {
+      Floats x(static_cast<size_t>(num_rows * kCols));
+      for (int64_t i = 0; i < num_rows; ++i) x[static_cast<size_t>(i * kCols + first + i)] = 1.0f;
+      const Floats out = Product{matrix, x}.run(*cuda_);
+      for (int64_t i = 0; i < num_rows; ++i) {
+        for (int64_t row = 0; row < kRows; ++row) {
+          const float value = w[static_cast<size_t>(row * kCols + first + i)];
+          ASSERT_EQ(out[static_cast<size_t>(i * kRows + row)],
+                    num_rows > 64 ? from_bf16(to_bf16(value)) : value)
+              << num_rows << " rows, input " << first + i << ", output " << row;
+        }
+      }
+    }
+  }
+}
+
 TEST_F(CudaLinearTest, BiasOrderAndSum) {
   std::vector<int32_t> order(45);
   std::iota(order.rbegin(), order.rend(), 0);
   const Floats bias = random_activations(1, 45, 14);
-  for (const WeightType type : {WeightType::kQ4_K, WeightType::kQ8_0, WeightType::kBF16}) {
+  for (const WeightType type :
+       {WeightType::kQ4_K, WeightType::kQ8_0, WeightType::kBF16, WeightType::kF8_E4M3}) {
     const RandomMatrix matrix = random_matrix(type, 45, 512, 15);
     for (const int64_t num_rows : {2, 70}) {
       const Floats x = random_activations(num_rows, 512, 16);
@@ -435,6 +467,7 @@ TEST_F(CudaDense, WhereFewRowsEnd) {
                         {WeightType::kQ8_0, 8192, 576, 32},
                         {WeightType::kQ8_0, 9728, 896, 48},
                         {WeightType::kQ4_K, 9728, 1280, 64},
+                        {WeightType::kF8_E4M3, 8192, 576, 32},
                         {WeightType::kBF16, 4864, 896, 16},
                         {WeightType::kBF16, 16384, 896, 8},
                         {WeightType::kBF16, 2048, 4096, 8}}) {
@@ -526,7 +559,7 @@ struct Gated {
 
 TEST_F(CudaDense, NormedProductsAndGates) {
   for (const WeightType type : {WeightType::kQ4_0, WeightType::kQ4_K, WeightType::kQ6_K,
-                                WeightType::kQ8_0, WeightType::kBF16}) {
+                                WeightType::kQ8_0, WeightType::kBF16, WeightType::kF8_E4M3}) {
     for (const int64_t dim : {256, 1024}) {
       const Floats weight = random_activations(1, dim, 25);
       for (const int64_t rows : {1, 3, 4, 5, 8, 11, 50, 70}) {
@@ -545,7 +578,8 @@ TEST_F(CudaDense, ManyRowsTogetherHaveTheBitsOfEach) {
            {WeightType::kQ4_0, WeightType::kQ4_0, WeightType::kQ4_0},
            {WeightType::kQ6_K, WeightType::kQ6_K, WeightType::kQ8_0},
            {WeightType::kF16, WeightType::kBF16, WeightType::kBF16},
-           {WeightType::kQ4_K, WeightType::kQ8_0, WeightType::kQ4_K}}) {
+           {WeightType::kQ4_K, WeightType::kQ8_0, WeightType::kQ4_K},
+           {WeightType::kF8_E4M3, WeightType::kF8_E4M3, WeightType::kBF16}}) {
     for (const int64_t dim : {256, 768, 1024}) {
       const int64_t rows = 71;
       const Floats input = random_activations(rows, dim, 41);
@@ -580,7 +614,7 @@ TEST_F(CudaDense, ManyRowsTogetherHaveTheBitsOfEach) {
 }
 
 TEST_F(CudaDense, DeterministicNormedRowsDoNotSeeTheirNeighbours) {
-  for (const WeightType type : {WeightType::kQ4_0, WeightType::kBF16}) {
+  for (const WeightType type : {WeightType::kQ4_0, WeightType::kBF16, WeightType::kF8_E4M3}) {
     const Floats weight = random_activations(1, 1024, 27);
     const Floats x = random_activations(70, 1024, 28);
     const Floats all = Gated(type, 77, x, weight).run(*deterministic_);
@@ -614,10 +648,10 @@ TEST_F(CudaDense, DeterministicRowsDoNotSeeTheirNeighbours) {
 struct Experts {
   RandomMatrix router = random_matrix(WeightType::kF32, 6, 256, 30);
   std::vector<RandomMatrix> gate, up, down;
-  Experts() {
+  explicit Experts(WeightType type_of_up) {
     for (uint32_t e = 0; e < 6; ++e) {
       gate.push_back(random_matrix(WeightType::kQ4_K, 64, 256, 40 + e));
-      up.push_back(random_matrix(WeightType::kQ8_0, 64, 256, 50 + e));
+      up.push_back(random_matrix(type_of_up, 64, 256, 50 + e));
       down.push_back(random_matrix(WeightType::kF16, 256, 64, 60 + e));
     }
   }
@@ -655,18 +689,20 @@ struct Experts {
 };
 
 TEST_F(CudaDense, MixtureOfExperts) {
-  const Experts experts;
-  for (const int64_t rows : {1, 8, 150}) {
-    Floats x = random_activations(rows, 256, 31);
-    // Keeps the router's logits small: exp would magnify their rounding.
-    for (float& v : x) v *= 0.002f;
-    for (const bool normalize : {true, false}) {
-      compare(rows == 150 ? 1e-2 : 3e-4,
-              [&](Backend& backend) { return experts.run(backend, x, normalize); });
+  for (const WeightType type : {WeightType::kQ8_0, WeightType::kF8_E4M3}) {
+    const Experts experts(type);
+    for (const int64_t rows : {1, 8, 150}) {
+      Floats x = random_activations(rows, 256, 31);
+      // Keeps the router's logits small: exp would magnify their rounding.
+      for (float& v : x) v *= 0.002f;
+      for (const bool normalize : {true, false}) {
+        compare(rows == 150 ? 1e-2 : 3e-4,
+                [&](Backend& backend) { return experts.run(backend, x, normalize); });
+      }
+      const Floats all = experts.run(*deterministic_, x, true);
+      const Floats last = experts.run(*deterministic_, Floats(x.end() - 256, x.end()), true);
+      EXPECT_TRUE(same_bits(last, Floats(all.end() - 256, all.end())));
     }
-    const Floats all = experts.run(*deterministic_, x, true);
-    const Floats last = experts.run(*deterministic_, Floats(x.end() - 256, x.end()), true);
-    EXPECT_TRUE(same_bits(last, Floats(all.end() - 256, all.end())));
   }
 }
 

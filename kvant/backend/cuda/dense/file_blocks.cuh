@@ -128,6 +128,16 @@ struct FileBlock<WeightType::kQ6_K> {
   }
 };
 
+// Codes behind the head of a row, which is their scale; they are multiplied as they are.
+template <>
+struct FileBlock<WeightType::kF8_E4M3> {
+  static constexpr int kElements = 1, kBytes = 1;
+  static __device__ int code(const uint8_t* b, int) { return b[0]; }
+};
+__device__ inline float row_head_scale(const uint8_t* row) {
+  return __uint_as_float(byte_pair(row) | byte_pair(row + 2) << 16);
+}
+
 // Element `i` of a row of file bytes, exactly as formats::dequantize_row.
 template <WeightType kType>
 __device__ inline float file_value(const uint8_t* row, int64_t i) {
@@ -137,6 +147,9 @@ __device__ inline float file_value(const uint8_t* row, int64_t i) {
     return file_f16(row + 2 * i);
   } else if constexpr (kType == WeightType::kBF16) {
     return from_bf16(static_cast<uint16_t>(byte_pair(row + 2 * i)));
+  } else if constexpr (kType == WeightType::kF8_E4M3) {
+    constexpr int64_t kHead = formats::row_head_bytes(kType);
+    return row_head_scale(row) * from_e4m3(row[kHead + i]);
   } else {
     using Block = FileBlock<kType>;
     const uint8_t* block = row + i / Block::kElements * Block::kBytes;
@@ -161,6 +174,7 @@ auto for_weight_type(WeightType type, F&& f) {
     case WeightType::kQ4_K: return f(Tag<WeightType::kQ4_K>());
     case WeightType::kQ5_K: return f(Tag<WeightType::kQ5_K>());
     case WeightType::kQ6_K: return f(Tag<WeightType::kQ6_K>());
+    case WeightType::kF8_E4M3: return f(Tag<WeightType::kF8_E4M3>());
     case WeightType::kBF16: break;
   }
   return f(Tag<WeightType::kBF16>());

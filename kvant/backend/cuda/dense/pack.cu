@@ -27,11 +27,17 @@ __global__ void to_bf16_kernel(const __grid_constant__ Bf16Pieces pieces) {
   if (strip * kStripRows >= piece.first_row + piece.num_rows) return;
   typename TileOf<kType>::Type raw;
   raw.load(typename TileOf<kType>::Source(w, strip, static_cast<int>(tile), lane));
+  float row_scales[2] = {1.0f, 1.0f};
+  if constexpr (kRowScaled<kType>) {
+    for (int r = 0; r < 2; ++r) {
+      row_scales[r] = *row_scale<kType>(w, w.data, strip, lane / 4 + 8 * r);
+    }
+  }
   ptx::wait_prerequisites();  // the product before has read what is written here
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
     uint32_t word[4];
-    if constexpr (kTiled<kType>) {
+    if constexpr (kAsBytes<kType>) {
       const RowScales scales = raw.row_scales(s);
       uint32_t codes[4];
       raw.codes(s, codes);
@@ -44,6 +50,13 @@ __global__ void to_bf16_kernel(const __grid_constant__ Bf16Pieces pieces) {
     } else {
       uint32_t rest[4];
       raw.operands(s, word, rest);
+    }
+    if constexpr (kRowScaled<kType>) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        word[i] = ptx::bf16x2_of_f32(row_scales[i % 2] * low_bf16(word[i]),
+                                     row_scales[i % 2] * high_bf16(word[i]));
+      }
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -98,6 +111,7 @@ __global__ void pack_kernel(WeightTiles w, int64_t first_strip, int64_t num_stri
                             int64_t row_bytes, const uint8_t* file_rows, uint8_t* out) {
   using Block = FileBlock<kType>;
   constexpr TileBytes kBytes = tile_bytes(kType);
+  constexpr int64_t kHead = formats::row_head_bytes(kType);
   const int lane = threadIdx.x % 32;
   const int64_t at = blockIdx.x * int64_t{blockDim.x / 32} + threadIdx.x / 32;
   const int64_t tile = at % w.num_tiles();
@@ -109,7 +123,7 @@ __global__ void pack_kernel(WeightTiles w, int64_t first_strip, int64_t num_stri
   for (int r = 0; r < 2; ++r) {
     const int64_t row = local * kStripRows + lane / 4 + 8 * r;
     const bool exists = first_strip * kStripRows + row < w.rows;
-    rows[r] = exists ? file_rows + row * row_bytes : nullptr;
+    rows[r] = exists ? file_rows + row * row_bytes + kHead : nullptr;
   }
   uint32_t low[8] = {};
   uint32_t high[2] = {};
@@ -125,7 +139,7 @@ __global__ void pack_kernel(WeightTiles w, int64_t first_strip, int64_t num_stri
         }
         const auto bits = static_cast<uint32_t>(code);
         const int byte = 8 * (i / 2) + 16 * h;
-        if constexpr (kType == WeightType::kQ8_0) {
+        if constexpr (kBytes.low == 1024) {
           low[2 * s + i % 2] |= (bits & 255) << byte;
         } else {
           low[s] |= (bits & 15) << (byte + 4 * (i % 2));
@@ -146,7 +160,14 @@ __global__ void pack_kernel(WeightTiles w, int64_t first_strip, int64_t num_stri
     *reinterpret_cast<uint32_t*>(place) = high[i];
   }
   const int r = lane % 4;
-  if (r < 2) pack_scales<kType>(w, strip, tile, lane / 4, r, rows[r]);
+  if constexpr (kRowScaled<kType>) {
+    if (r < 2 && tile == 0 && rows[r] != nullptr) {  // else zero: memory is clear
+      auto* const scales = reinterpret_cast<float*>(strip + planes.rows);
+      scales[lane / 4 + 8 * r] = row_head_scale(rows[r] - kHead);
+    }
+  } else {
+    if (r < 2) pack_scales<kType>(w, strip, tile, lane / 4, r, rows[r]);
+  }
 }
 
 unsigned blocks_of_warps(int64_t warps) {

@@ -1,9 +1,9 @@
 // Rows of activations as right operands of the products of few rows.
 //
-// For codes (tiled weights): in each block of 32 inputs x is a number of 16 bits times the block's
-// scale, x = scale * (256 high + low), high and low in [-127, 127]. For float weights: two BF16
-// numbers, x = high + low up to 2^-17 of it. Parts lie so that lane 4 g + c of a warp finds what it
-// needs of a tile of 64 inputs in 16 (codes) or 32 bytes (floats):
+// For codes (weights as bytes): in each block of 32 inputs x is a number of 16 bits times the
+// block's scale, x = scale * (256 high + low), high and low in [-127, 127]. For float weights: two
+// BF16 numbers, x = high + low up to 2^-17 of it. Parts lie so that lane 4 g + c of a warp finds
+// what it needs of a tile of 64 inputs in 16 (codes) or 32 bytes (floats):
 //
 //   codes   [row][tile][part][c] 16 bytes: [block of 2][step of 2][input 4 c + 0, 2, 1, 3]
 //   floats  [row][tile][part][half][c] 16 bytes: [step of 2][4 inputs] (input_of)
@@ -17,12 +17,14 @@
 
 namespace kvant::backend::cuda {
 
-enum class RowForm { kCodes, kFloats, kWideFloats };  // for tiled, 16-bit and F32 weights
+// For weights as bytes of whole numbers, for 16-bit ones, and for F32 and F8_E4M3.
+enum class RowForm { kCodes, kFloats, kWideFloats };
 
 template <WeightType kType>
-inline constexpr RowForm kRowForm = kTiled<kType>               ? RowForm::kCodes
-                                    : kType == WeightType::kF32 ? RowForm::kWideFloats
-                                                                : RowForm::kFloats;
+inline constexpr RowForm kRowForm =
+    kAsBytes<kType>                                  ? RowForm::kCodes
+    : kType == WeightType::kF32 || kRowScaled<kType> ? RowForm::kWideFloats
+                                                     : RowForm::kFloats;
 
 // Where prepared rows lie. `padded` inputs, a multiple of 128.
 struct PreparedRows {

@@ -87,7 +87,10 @@ struct Item {
     return index + (args.gated ? 1 : kTeams) * static_cast<int>(gridDim.x);
   }
   __device__ const uint8_t* data(const ProductArgs& args) const {
-    const int half = args.gated ? static_cast<int>(threadIdx.x) / kTeamThreads : 0;
+    return data(args, args.gated ? static_cast<int>(threadIdx.x) / kTeamThreads : 0);
+  }
+  // `half`: with a gate, which of both.
+  __device__ const uint8_t* data(const ProductArgs& args, int half) const {
     return args.choice.experts != nullptr ? args.choice.matrices[args.choice.experts[first_row]]
                                           : args.targets[target + half].weights.data;
   }
@@ -153,7 +156,7 @@ struct Sums {
 // them.
 template <WeightType kType, int kTiles>
 struct LaneRows {
-  static constexpr int kPartBytes = kTiled<kType> ? 64 : 128;
+  static constexpr int kPartBytes = kAsBytes<kType> ? 64 : 128;
   const uint8_t* data[kTiles];
   const uint8_t* scales[kTiles];
 
@@ -229,10 +232,9 @@ struct FloatSums {
   float v[kTiles][4];
 };
 
-template <WeightType kType, int kTiles>
-__device__ __forceinline__ void add_tile(const FloatTile<kType>& raw,
-                                         const LaneRows<kType, kTiles>& rows, int tile,
-                                         FloatSums<kTiles>& total) {
+template <typename Tile, WeightType kType, int kTiles>
+__device__ __forceinline__ void add_tile(const Tile& raw, const LaneRows<kType, kTiles>& rows,
+                                         int tile, FloatSums<kTiles>& total) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     uint4 x[kTiles];
@@ -248,7 +250,7 @@ __device__ __forceinline__ void add_tile(const FloatTile<kType>& raw,
         const uint32_t b0 = step == 0 ? x[n].x : x[n].z;
         const uint32_t b1 = step == 0 ? x[n].y : x[n].w;
         ptx::mma_bf16(total.v[n], high, b0, b1);
-        if constexpr (kType != WeightType::kBF16) ptx::mma_bf16(total.v[n], low, b0, b1);
+        if constexpr (kTwoParts<kType>) ptx::mma_bf16(total.v[n], low, b0, b1);
       }
     }
   }
@@ -321,13 +323,15 @@ struct Parts {
 };
 
 // The output of an item that a thread writes, if it has one.
+template <WeightType kType>
 struct Output {
   float* out = nullptr;
   float before = 0.0f;  // what is added to the sum
   int row = 0;
   int in_strip = 0;
+  float scale[2] = {1.0f, 1.0f};  // of the sum; with a gate, of both
 
-  // Reads early what is added: nobody else writes it.
+  // Reads early what is added, which nobody else writes, and scales of rows.
   __device__ Output(const ProductArgs& args, const Item& item)
       : row(static_cast<int>(threadIdx.x) % kTeamThreads / kStripRows),
         in_strip(static_cast<int>(threadIdx.x) % kStripRows) {
@@ -338,6 +342,13 @@ struct Output {
     out = target.out + (item.first_row + row) * target.weights.rows + output;
     if (target.accumulate) before = *out;
     if (target.bias != nullptr) before += target.bias[output];
+    if constexpr (kRowScaled<kType>) {
+      const auto of = [&](int half) {
+        return *row_scale<kType>(target.weights, item.data(args, half), item.strip, in_strip);
+      };
+      scale[0] = of(0);
+      if (args.gated) scale[1] = of(1);
+    }
   }
 
   // Once all warps have put their sums; `parts` of the teams, `own` the thread's.
@@ -345,8 +356,14 @@ struct Output {
   __device__ void write(const ProductArgs& args, const Parts<kTiles> (&parts)[kTeams], int own,
                         int turn) const {
     if (out == nullptr) return;
-    const float sum = parts[own].sum(turn, row, in_strip);
-    *out = args.gated ? activate(args.gate, sum) * parts[1].sum(turn, row, in_strip) : before + sum;
+    const float sum = scaled(parts[own].sum(turn, row, in_strip), 0);
+    *out = args.gated ? activate(args.gate, sum) * scaled(parts[1].sum(turn, row, in_strip), 1)
+                      : before + sum;
+  }
+
+ private:
+  __device__ float scaled(float sum, int half) const {
+    return kRowScaled<kType> ? sum * scale[half] : sum;
   }
 };
 
@@ -389,7 +406,7 @@ __device__ void prepare_all(const ProductArgs& args, const PreparedRows& prepare
 template <WeightType kType, int kTiles>
 __global__ void __launch_bounds__(kThreads, 1)
     product_kernel(const __grid_constant__ ProductArgs args) {
-  using Total = std::conditional_t<kTiled<kType>, Sums<kTiles>, FloatSums<kTiles>>;
+  using Total = std::conditional_t<kAsBytes<kType>, Sums<kTiles>, FloatSums<kTiles>>;
   constexpr int kSlots = Ring<kType, kTiles>::kSlots;
   constexpr int kRingSize = Ring<kType, kTiles>::kBytes;
   constexpr int kStageBytes = Stage<kType>::kBytes;
@@ -418,7 +435,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   const bool staged = kStages<kTiles> && args.prepared == nullptr;
   const PreparedRows prepared(staged ? memory + Ring<kType, kTiles>::kAll : args.prepared,
-                              kTiled<kType>, args.prepared_rows, padded);
+                              kAsBytes<kType>, args.prepared_rows, padded);
   if (staged) {
     prepare_all<kType, kTiles>(args, prepared, norm_weights);
     __syncthreads();
@@ -431,7 +448,7 @@ __global__ void __launch_bounds__(kThreads, 1)
        index = Item::next(args, index), turn ^= 1) {
     const Item item(args, index);
     const LaneRows<kType, kTiles> rows(prepared, item.x_row, item.rows, lane);
-    const Output output(args, item);
+    const Output<kType> output(args, item);
     Total total = {};
     for (int unit = warp * kUnitTiles<kType>; unit < num_tiles;
          unit += kWarps * kUnitTiles<kType>) {
@@ -510,7 +527,7 @@ template <WeightType kType, int kTiles>
 Status launch_product(ProductArgs args, const RowProduct& product, cudaStream_t stream) {
   using Rings = Ring<kType, kTiles>;
   const int padded = static_cast<int>(args.targets[0].weights.padded_cols());
-  const PreparedRows shape(nullptr, kTiled<kType>, args.prepared_rows, padded);
+  const PreparedRows shape(nullptr, kAsBytes<kType>, args.prepared_rows, padded);
   const int64_t bytes = shape.bytes(args.prepared_rows);
   const bool staged = prepares_in_blocks<kType, kTiles>(args, bytes);
   if (!staged) {

@@ -1,9 +1,10 @@
 // Products of few rows with weights as they are stored: y = x W^T, bound by reading the weights.
 //
-// With codes, activations enter as numbers of 16 bits in blocks of 32 that share a scale; products
-// of a block are summed exactly. With float weights they enter as two BF16 numbers each (16 bits of
-// mantissa). Sums over blocks are fp32. A row's bits depend on nothing but the row and the matrix:
-// the order of a sum is that of tiles over a fixed number of warps. docs/kernels/cuda-linear.md.
+// With codes that are integers, activations enter as numbers of 16 bits in blocks of 32 that share
+// a scale; products of a block are summed exactly. With float weights, of 8 bits too, they enter as
+// two BF16 numbers each (16 bits of mantissa). Sums over blocks are fp32. A row's bits depend on
+// nothing but the row and the matrix: the order of a sum is that of tiles over a fixed number of
+// warps. docs/kernels/cuda-linear.md.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,5 +1,5 @@
 // Reads tiles of weights (weight_tiles.h) as operands of mma.m16n8k16 with BF16 inputs: codes are
-// integers below 256 in magnitude and so exact in BF16; scales are applied to fp32 sums.
+// integers below 256 in magnitude, or E4M3, and so exact in BF16; scales are applied to fp32 sums.
 //
 // Lane 4 g + c holds of step s: register i, half h = row g + 8 (i % 2), input 16 s + 4 c +
 // 2 (i / 2) + h.
@@ -40,6 +40,15 @@ inline constexpr int kScaleSteps = kType == WeightType::kQ6_K ? 1 : 2;  // steps
 
 template <WeightType kType>
 inline constexpr bool kTiled = is_tiled(kType);
+// Codes that have one scale for all of a row, which is applied to its sum.
+template <WeightType kType>
+inline constexpr bool kRowScaled = tile_bytes(kType).rows > 0;
+// Weights that are multiplied as bytes of whole numbers; the others are as BF16 numbers.
+template <WeightType kType>
+inline constexpr bool kAsBytes = kTiled<kType> && !kRowScaled<kType>;
+// Weights that are two BF16 numbers each.
+template <WeightType kType>
+inline constexpr bool kTwoParts = kType == WeightType::kF32 || kType == WeightType::kF16;
 
 __device__ inline float low_bf16(uint32_t word) {
   return __uint_as_float(word << 16);
@@ -81,6 +90,14 @@ template <int kOffset = 0>
 __device__ inline float byte_of(uint32_t word, int i) {
   return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440 + i)) -
          static_cast<float>(8388608 + kOffset);
+}
+
+// Of row `in_strip` of a strip, where rows have a scale; `data` of a matrix that looks like w.
+template <WeightType kType>
+__device__ const float* row_scale(const WeightTiles& w, const uint8_t* data, int64_t strip,
+                                  int in_strip) {
+  const StripPlanes planes(tile_bytes(kType), static_cast<int>(w.num_tiles()));
+  return reinterpret_cast<const float*>(data + strip * planes.bytes + planes.rows) + in_strip;
 }
 
 // Where a lane reads what of a tile.
@@ -163,6 +180,7 @@ struct Stage {
       if constexpr (kHigh == 512) {
         ptx::copy_16(target + kHighAt + at, strip + planes.high + tile * kTile.high + at);
       }
+      if constexpr (kScales == 0) return;
       // The rest is at most 512 bytes: each lane has a chunk of one of the planes.
       constexpr int kSmallHigh = kHigh == 512 ? 0 : kHigh;
       constexpr int kRestAt = kBytes - (kSmallHigh + kScales + kTile.super);
@@ -443,10 +461,66 @@ struct FloatTile {
   }
 };
 
+// E4M3 codes of bytes kFirst and kFirst + 2 as BF16 numbers, exactly.
+template <int kFirst>
+__device__ inline uint32_t bf16x2_of_e4m3(uint32_t word) {
+  // An E4M3 code in the exponent and mantissa of a BF16 number is 2^-120 of its value, subnormals
+  // included.
+  constexpr uint32_t kSigns = 0x80008000u;
+  constexpr uint32_t kMagnitudes = 0x07f007f0u;
+  const uint32_t sign = (kFirst == 1 ? word : word << 8) & kSigns;
+  const uint32_t bits = and_xor(kFirst == 1 ? word >> 4 : word << 4, kMagnitudes, sign);
+  constexpr uint32_t kFactor = 0x7b807b80u;  // 2^120
+  __nv_bfloat162 pair, factor;
+  memcpy(&pair, &bits, 4);
+  memcpy(&factor, &kFactor, 4);
+  pair = __hmul2(pair, factor);
+  uint32_t out;
+  memcpy(&out, &pair, 4);
+  return out;
+}
+
+// E4M3 codes of a lane for one tile; their rows' scales are left out.
+template <WeightType kType>
+struct E4m3Tile {
+  static constexpr int kParts = tile_bytes(kType).low / 512;
+  uint4 words[kParts];
+
+  __device__ void load(const TileSource<kType>& source) {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      words[part] = load_once<uint4>(source.low + part * 512);
+    }
+  }
+  // From shared memory.
+  __device__ void load_stage(const uint8_t* stage, int i, int lane) {
+    const uint8_t* low = Stage<kType>::places(stage, i, lane).low;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      words[part] = *reinterpret_cast<const uint4*>(low + part * 512);
+    }
+  }
+  __device__ void operands(int s, uint32_t (&high)[4], uint32_t (&low)[4]) const {
+    const uint4& v = words[s / 2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const uint32_t word = s % 2 == 0 ? (r == 0 ? v.x : v.y) : (r == 0 ? v.z : v.w);
+      high[r] = bf16x2_of_e4m3<0>(word);
+      high[r + 2] = bf16x2_of_e4m3<1>(word);
+      low[r] = low[r + 2] = 0;
+    }
+  }
+};
+
 template <WeightType kType>
 struct TileOf {
   using Type = RawTile<kType>;
   using Source = TileSource<kType>;
+};
+template <>
+struct TileOf<WeightType::kF8_E4M3> {
+  using Type = E4m3Tile<WeightType::kF8_E4M3>;
+  using Source = TileSource<WeightType::kF8_E4M3>;
 };
 template <>
 struct TileOf<WeightType::kF32> {

@@ -5,10 +5,12 @@
 // lane reads 16 contiguous bytes and needs no shuffles. Codes keep their bits; scales keep their
 // numbers (those of Q4_K and Q5_K take 8 bits instead of 6). 16 rows form a strip; its planes:
 //
-//   low codes    [tile][lane] 16 bytes of nibbles (Q8_0: [tile][2][lane] 16 bytes of bytes)
+//   low codes    [tile][lane] 16 bytes of nibbles (Q8_0 and F8_E4M3: [tile][2][lane] 16 bytes of
+//                bytes)
 //   high codes   [tile][lane] 4 bytes (fifth bits) or 8 bytes (Q6_K's upper pairs)
 //   scales       [tile][row g of 8] of rows g and g + 8, see product_tiles.cuh
 //   super scales [4 tiles][row g of 8] f16 of rows g and g + 8 (Q4_K, Q5_K, Q6_K)
+//   row scales   [row] fp32 (F8_E4M3)
 //
 // Input 16 s + 4 c + j of a tile belongs to step s, lanes 4 g + c. F32, F16 and BF16 stay rows.
 // Rows are padded with zeros to whole pairs of tiles.
@@ -24,11 +26,12 @@ inline constexpr int kStripRows = 16;
 inline constexpr int kTileCols = 64;
 inline constexpr int kGroupTiles = 4;  // that share super scales
 
-struct TileBytes {  // of one tile; `super` of four
+struct TileBytes {  // of one tile; `super` of four, `rows` of a strip
   int low;
   int high;
   int scales;
   int super;
+  int rows = 0;
 };
 
 constexpr bool is_tiled(formats::WeightType type) {
@@ -47,6 +50,7 @@ constexpr TileBytes tile_bytes(formats::WeightType type) {
     case WeightType::kQ4_K: return {512, 0, 64, 64};
     case WeightType::kQ5_K: return {512, 128, 64, 64};
     case WeightType::kQ6_K: return {512, 256, 64, 32};
+    case WeightType::kF8_E4M3: return {1024, 0, 0, 0, 4 * kStripRows};
     default: return {0, 0, 0, 0};
   }
 }
@@ -56,13 +60,15 @@ struct StripPlanes {
   int high;
   int scales;
   int super;
+  int rows;
   int bytes;
 
   constexpr StripPlanes(TileBytes tile, int num_tiles)
       : high(num_tiles * tile.low),
         scales(high + num_tiles * tile.high),
         super(scales + num_tiles * tile.scales),
-        bytes(super + (num_tiles + kGroupTiles - 1) / kGroupTiles * tile.super) {}
+        rows(super + (num_tiles + kGroupTiles - 1) / kGroupTiles * tile.super),
+        bytes(rows + tile.rows) {}
 };
 
 // One matrix in device memory: plain data, passed to kernels.
