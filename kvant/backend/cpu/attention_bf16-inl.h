@@ -38,10 +38,25 @@ KVANT_INLINE __m512i e4m3_as_bf16(__m512i upper_bytes) {
       _mm512_and_si512(_mm512_srai_epi16(upper_bytes, 1), _mm512_set1_epi16(-0x4080));
   return as_bf16(mul_halves(half, _mm512_set1_epi16(0x7800)));
 }
-// Words of four E4M3 as two rows of B: the even two and the odd two.
-KVANT_INLINE void unpack_e4m3(__m512i words, uint8_t* rows) {
-  _mm512_store_si512(rows, e4m3_as_bf16(_mm512_slli_epi16(words, 8)));
-  _mm512_store_si512(rows + 64, e4m3_as_bf16(words));
+// Words of four E4M3 as two rows of B: `scale(0)` of the even two and `scale(1)` of the odd two.
+template <typename Scale>
+KVANT_INLINE void unpack_e4m3(__m512i words, uint8_t* rows, Scale&& scale) {
+  const __m512i even = e4m3_as_bf16(_mm512_slli_epi16(words, 8)), odd = e4m3_as_bf16(words);
+  _mm512_store_si512(rows, scale(Int<0>{}, even));
+  _mm512_store_si512(rows + 64, scale(Int<1>{}, odd));
+}
+
+// Powers of two on codes that are BF16 already: their exponents take sums, zeros stay. E8M0 scales
+// from 2^-97 on; up to 2^62 sums stay finite, too. Results are kScaledUnit of their values.
+constexpr float kScaledUnit = 0x1p-20f;
+KVANT_INLINE __m512i e8m0_as_addends(__m512i scales) {  // 16-bit words, or twice in 32
+  constexpr int kLeast = 127 - 97;
+  const __m512i exponents = _mm512_max_epi16(scales, _mm512_set1_epi16(kLeast));
+  return _mm512_slli_epi16(_mm512_sub_epi16(exponents, _mm512_set1_epi16(kLeast + 12)), 7);
+}
+KVANT_INLINE __m512i add_exponents(__m512i bf16, __m512i addends) {
+  const __mmask32 not_zero = _mm512_test_epi16_mask(bf16, _mm512_set1_epi16(0x7fff));
+  return _mm512_maskz_add_epi16(not_zero, bf16, addends);
 }
 
 // Thirty-two E4M3 scales, none negative, as f16 of their values.

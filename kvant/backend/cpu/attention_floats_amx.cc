@@ -20,6 +20,7 @@ constexpr int kDepth = 32;        // channels or tokens of a tile
 constexpr int kMaxTiles = 4;      // of sixteen tokens, at once
 constexpr int kProductSteps = 4;  // of a Fetcher: a product takes as long as so many words unpacked
 constexpr int kMaxPageTokens = 128;
+constexpr int kMaxHeadDim = 256;
 
 // Queries as A: [row / tile_rows][32 channels][2 * tile_rows][64 bytes], each tile's share 1024
 // bytes, zeros for rows that are not there.
@@ -85,9 +86,19 @@ KVANT_INLINE void unpack_keys(const DecodeArgs& side, int tile, int c, uint8_t* 
   const int64_t at = static_cast<int64_t>(tile) * side.head_dim + c;  // times 16 values
   if constexpr (C == Code::kE4m3) {
     const uint8_t* codes = side.codes + at * kLanes;
-    for (int i = 0; i < kDepth / 4; ++i) {
-      unpack_e4m3(_mm512_loadu_si512(codes + 64 * i), rows + 128 * i);
-      if (i % 2 == 1) fetcher.step(2);
+    const auto unpack = [&](auto&& scale) KVANT_ALWAYS {
+      for (int i = 0; i < kDepth / 4; ++i) {
+        unpack_e4m3(_mm512_loadu_si512(codes + 64 * i), rows + 128 * i, scale);
+        if (i % 2 == 1) fetcher.step(2);
+      }
+    };
+    if (side.scale != PageScale::kE8m0) {
+      unpack([](auto, __m512i bf16) KVANT_ALWAYS { return bf16; });
+    } else {  // one for all of these channels
+      const __m512i token = load_u8(side.scales + at / 2).v;
+      const __m512i addends =
+          e8m0_as_addends(_mm512_or_si512(token, _mm512_slli_epi32(token, 16)));
+      unpack([&](auto, __m512i bf16) KVANT_ALWAYS { return add_exponents(bf16, addends); });
     }
   } else {
     const uint8_t* codes = side.codes + at * kLanes / 2;
@@ -151,13 +162,20 @@ KVANT_OWN_FRAME void score_rows(const DecodeArgs& side, const ScoreArgs& a, int 
   }
 }
 
-// E4M3 without scales is left divided by kE4m3Factor.
+// What sums of a side have to be multiplied by. E4M3 without scales is left divided by kE4m3Factor.
+template <Code C>
+float sum_factor(const DecodeArgs& side) {
+  if (C != Code::kE4m3) return kSumFactor<C>;
+  if (side.scale == PageScale::kE8m0) return 1.0f / (kRowFactor<C> * kScaledUnit);
+  return side.scale == PageScale::kNone ? kSumFactor<C> / kE4m3Factor : kSumFactor<C>;
+}
+
 template <Code C>
 void load_factors(const DecodeArgs& side, int num_tiles, float* factor) {
-  const F plain = bcast(kSumFactor<C> / (C == Code::kE4m3 ? kE4m3Factor : 1.0f));
+  const F plain = bcast(sum_factor<C>(side));
   for (int t = 0; t < num_tiles * kLanes; t += kLanes) {
     store(factor + t, side.scale == PageScale::kF32
-                          ? mul(as_float(load_i(side.scales + 4 * t)), bcast(kSumFactor<C>))
+                          ? mul(as_float(load_i(side.scales + 4 * t)), plain)
                           : plain);
   }
 }
@@ -191,10 +209,10 @@ void scores(const DecodeArgs& side, const ScoreArgs& a) {
 // ---- values ----
 
 // Tokens [t, t + 32) of a group of sixteen channels as a tile of B; those from token_end on, which
-// may be anything, are zeros.
-template <Code C>
+// may be anything, are zeros. `scale(i, row)` has tokens i and i + 1 in the order of B's rows.
+template <Code C, typename Scale>
 KVANT_INLINE void unpack_values(const DecodeArgs& side, const ValueArgs& a, int group, int t,
-                                uint8_t* rows, Fetcher& fetcher) {
+                                uint8_t* rows, Fetcher& fetcher, Scale&& scale) {
   constexpr int kInWord = C == Code::kE4m3 ? 4 : 2;
   const int64_t at = static_cast<int64_t>(group) * a.page_tokens + t;
   const uint8_t* codes = side.codes + at / kInWord * 64;
@@ -208,7 +226,9 @@ KVANT_INLINE void unpack_values(const DecodeArgs& side, const ValueArgs& a, int 
       words = _mm512_and_si512(words, _mm512_set1_epi32(mask));
     }
     if constexpr (C == Code::kE4m3) {
-      unpack_e4m3(words, to);
+      unpack_e4m3(words, to, [&](auto row, __m512i bf16) KVANT_ALWAYS {
+        return scale(kFirst + 2 * decltype(row)::value, bf16);
+      });
     } else {
       _mm512_store_si512(to, words);
     }
@@ -244,9 +264,20 @@ void pack_weights(const ValueArgs& a, int row, int rows, int tokens, const float
 struct ValueTiles {
   uint8_t* unpacked = nullptr;  // [head_dim / 16][tokens / 32][1024], as KeyTiles; null: as stored
   const uint8_t* weights = nullptr;
-  int tokens = 0;  // in whole tiles
+  const uint16_t* exponents = nullptr;  // of load_exponents()
+  int tokens = 0;                       // in whole tiles
   float factor = 1.0f;
 };
+
+// E8M0 scales of blocks of 32 channels as add_exponents() takes them, [block][page_tokens], tokens
+// in the order of B's rows.
+void load_exponents(const DecodeArgs& side, uint16_t* exponents) {
+  for (int at = 0; at < side.head_dim / kDepth * side.page_tokens; at += kDepth) {
+    const auto* scales = reinterpret_cast<const __m256i*>(side.scales + at);
+    const __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(scales));
+    _mm512_store_si512(exponents + at, in_row_order<Code::kE4m3>(e8m0_as_addends(words)));
+  }
+}
 
 // N groups of sixteen channels of up to tile_rows rows.
 template <Code C, int N>
@@ -259,8 +290,18 @@ KVANT_OWN_FRAME void value_rows(const DecodeArgs& side, const ValueArgs& a, int 
   const bool unpacks = !stored && row == 0;
   const auto unpack = [&](int t) KVANT_ALWAYS {
     uint8_t* to = values.unpacked + group * group_bytes + t / kDepth * kTileBytes;
-    for (int n = 0; n < N; ++n) {
-      unpack_values<C>(side, a, group + n, t, to + n * group_bytes, fetcher);
+    for (int n = 0; n < N; ++n, to += group_bytes) {
+      if (values.exponents == nullptr) {
+        unpack_values<C>(side, a, group + n, t, to, fetcher,
+                         [](int, __m512i bf16) KVANT_ALWAYS { return bf16; });
+      } else {
+        const uint16_t* of = values.exponents + (group + n) / 2 * a.page_tokens + t;
+        unpack_values<C>(side, a, group + n, t, to, fetcher, [&](int i, __m512i bf16) KVANT_ALWAYS {
+          int32_t pair;
+          __builtin_memcpy(&pair, of + i, sizeof(pair));
+          return add_exponents(bf16, _mm512_set1_epi32(pair));
+        });
+      }
     }
   };
   clear_sums<N>();
@@ -294,8 +335,12 @@ void values_of(const DecodeArgs& side, const ValueArgs& a) {
   if (unpacks) values.unpacked = reinterpret_cast<uint8_t*>(side.out);
   const auto* scale =
       side.scale == PageScale::kF32 ? reinterpret_cast<const float*>(side.scales) : nullptr;
-  const bool is_left_divided = C == Code::kE4m3 && scale == nullptr;
-  values.factor = kSumFactor<C> / (is_left_divided ? kE4m3Factor : 1.0f);
+  values.factor = sum_factor<C>(side);
+  alignas(64) uint16_t exponents[kMaxHeadDim / kDepth * kMaxPageTokens];
+  if (C == Code::kE4m3 && side.scale == PageScale::kE8m0) {
+    load_exponents(side, exponents);
+    values.exponents = exponents;
+  }
   alignas(64) uint8_t weights[kMaxPageTokens / kDepth * kTileBytes];
   values.weights = weights;
   if (a.rows % a.tile_rows != 0) {

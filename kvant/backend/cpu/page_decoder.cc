@@ -51,8 +51,9 @@ bool integer_values(const PageDecoder& decoder) {
 bool in_tiles(const PageDecoder& decoder, int head_dim, int page_tokens) {
   const bool plain = decoder.scale == PageScale::kNone;
   const bool by_token = decoder.scale == PageScale::kF32 && decoder.block >= head_dim;
+  const bool by_block = decoder.scale == PageScale::kE8m0 && decoder.block == 32;
   const bool takes_code = (decoder.code == Code::kBf16 && plain) ||
-                          (decoder.code == Code::kE4m3 && (plain || by_token));
+                          (decoder.code == Code::kE4m3 && (plain || by_token || by_block));
   return takes_code && head_dim % 32 == 0 && page_tokens % 32 == 0;
 }
 
