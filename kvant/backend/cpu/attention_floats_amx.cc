@@ -96,8 +96,7 @@ KVANT_INLINE void unpack_keys(const DecodeArgs& side, int tile, int c, uint8_t* 
       unpack([](auto, __m512i bf16) KVANT_ALWAYS { return bf16; });
     } else {  // one for all of these channels
       const __m512i token = load_u8(side.scales + at / 2).v;
-      const __m512i addends =
-          e8m0_as_addends(_mm512_or_si512(token, _mm512_slli_epi32(token, 16)));
+      const __m512i addends = e8m0_as_addends(_mm512_or_si512(token, _mm512_slli_epi32(token, 16)));
       unpack([&](auto, __m512i bf16) KVANT_ALWAYS { return add_exponents(bf16, addends); });
     }
   } else {
