@@ -54,8 +54,8 @@ __global__ void to_bf16_kernel(const __grid_constant__ Bf16Pieces pieces) {
     if constexpr (kRowScaled<kType>) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        word[i] = ptx::bf16x2_of_f32(row_scales[i % 2] * low_bf16(word[i]),
-                                     row_scales[i % 2] * high_bf16(word[i]));
+        word[i] = ptx::bf16x2_of_f32(row_scales[i % 2] * (kOfE4m3Codes * low_bf16(word[i])),
+                                     row_scales[i % 2] * (kOfE4m3Codes * high_bf16(word[i])));
       }
     }
 #pragma unroll
@@ -150,6 +150,9 @@ __global__ void pack_kernel(WeightTiles w, int64_t first_strip, int64_t num_stri
         }
       }
     }
+  }
+  if constexpr (kRowScaled<kType>) {
+    for (uint32_t& word : low) word = e4m3_word(word);
   }
   for (int i = 0; i < kBytes.low / 512; ++i) {
     *reinterpret_cast<uint4*>(strip + tile * kBytes.low + i * 512 + lane * 16) =

@@ -17,14 +17,15 @@
 
 namespace kvant::backend::cuda {
 
-// For weights as bytes of whole numbers, for 16-bit ones, and for F32 and F8_E4M3.
-enum class RowForm { kCodes, kFloats, kWideFloats };
+// For weights as bytes of whole numbers, for 16-bit ones, for F32 and for F8_E4M3 (as for F32,
+// times 2^64).
+enum class RowForm { kCodes, kFloats, kWideFloats, kLargeFloats };
 
 template <WeightType kType>
-inline constexpr RowForm kRowForm =
-    kAsBytes<kType>                                  ? RowForm::kCodes
-    : kType == WeightType::kF32 || kRowScaled<kType> ? RowForm::kWideFloats
-                                                     : RowForm::kFloats;
+inline constexpr RowForm kRowForm = kAsBytes<kType>             ? RowForm::kCodes
+                                    : kRowScaled<kType>         ? RowForm::kLargeFloats
+                                    : kType == WeightType::kF32 ? RowForm::kWideFloats
+                                                                : RowForm::kFloats;
 
 // Where prepared rows lie. `padded` inputs, a multiple of 128.
 struct PreparedRows {
@@ -82,8 +83,9 @@ struct RowWriter {
         const int place = kForm == RowForm::kFloats
                               ? first / 32 * 64 + first % 32 * 2
                               : step / 2 * 64 + first % 16 / 4 * 16 + step % 2 * 8;
-        const SplitInputs parts =
-            split({x[4 * half], x[4 * half + 1], x[4 * half + 2], x[4 * half + 3]});
+        constexpr float kFactor = kForm == RowForm::kLargeFloats ? kOfE4m3Inputs : 1.0f;
+        const SplitInputs parts = split({x[4 * half] * kFactor, x[4 * half + 1] * kFactor,
+                                         x[4 * half + 2] * kFactor, x[4 * half + 3] * kFactor});
         uint8_t* const to = data + tile * 256 + place;
         *reinterpret_cast<uint2*>(to) = make_uint2(parts.high[0], parts.high[1]);
         *reinterpret_cast<uint2*>(to + 128) = make_uint2(parts.low[0], parts.low[1]);

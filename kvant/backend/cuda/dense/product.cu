@@ -363,7 +363,7 @@ struct Output {
 
  private:
   __device__ float scaled(float sum, int half) const {
-    return kRowScaled<kType> ? sum * scale[half] : sum;
+    return kRowScaled<kType> ? sum * kOfE4m3Sums * scale[half] : sum;
   }
 };
 

@@ -461,23 +461,29 @@ struct FloatTile {
   }
 };
 
-// E4M3 codes of bytes kFirst and kFirst + 2 as BF16 numbers, exactly.
-template <int kFirst>
+// An E4M3 code as exponent and mantissa of a BF16 number is 2^-120 of its value, subnormals
+// included. Taking that out of codes would cost an instruction for two; so inputs are multiplied by
+// 2^64 when they are made ready (below that in magnitude they stay finite), where their sums are
+// far from what fp32 cannot hold, and sums by the rest.
+inline constexpr float kOfE4m3Codes = 0x1p120f;
+inline constexpr float kOfE4m3Inputs = 0x1p64f;
+inline constexpr float kOfE4m3Sums = 0x1p56f;
+
+// Codes of two pairs of inputs in a word: where operands want the bits of the second pair they are,
+// sign and magnitude of each half, and between them those of the first: sign and three highest bits
+// of the magnitude, and its four lowest.
+__device__ inline uint32_t e4m3_word(uint32_t codes) {  // bytes 0, 2: first pair; 1, 3: second
+  return (codes & 0x80008000u) | (codes & 0x7f007f00u) >> 4 |  // second
+         (codes & 0x00800080u) << 4 | (codes & 0x00700070u) << 8 | (codes & 0x000f000fu);
+}
+
+// The first or second pair of a word as BF16 numbers of 2^-120 of their values, exactly.
+template <bool kSecond>
 __device__ inline uint32_t bf16x2_of_e4m3(uint32_t word) {
-  // An E4M3 code in the exponent and mantissa of a BF16 number is 2^-120 of its value, subnormals
-  // included.
-  constexpr uint32_t kSigns = 0x80008000u;
-  constexpr uint32_t kMagnitudes = 0x07f007f0u;
-  const uint32_t sign = (kFirst == 1 ? word : word << 8) & kSigns;
-  const uint32_t bits = and_xor(kFirst == 1 ? word >> 4 : word << 4, kMagnitudes, sign);
-  constexpr uint32_t kFactor = 0x7b807b80u;  // 2^120
-  __nv_bfloat162 pair, factor;
-  memcpy(&pair, &bits, 4);
-  memcpy(&factor, &kFactor, 4);
-  pair = __hmul2(pair, factor);
-  uint32_t out;
-  memcpy(&out, &pair, 4);
-  return out;
+  constexpr uint32_t kSecondBits = 0x87f087f0u;
+  const uint32_t bits =
+      kSecond ? word & kSecondBits : and_xor(word >> 4, 0x07000700u, (word << 4) & 0x80f080f0u);
+  return bits;
 }
 
 // E4M3 codes of a lane for one tile; their rows' scales are left out.
@@ -505,8 +511,8 @@ struct E4m3Tile {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const uint32_t word = s % 2 == 0 ? (r == 0 ? v.x : v.y) : (r == 0 ? v.z : v.w);
-      high[r] = bf16x2_of_e4m3<0>(word);
-      high[r + 2] = bf16x2_of_e4m3<1>(word);
+      high[r] = bf16x2_of_e4m3<false>(word);
+      high[r + 2] = bf16x2_of_e4m3<true>(word);
       low[r] = low[r + 2] = 0;
     }
   }

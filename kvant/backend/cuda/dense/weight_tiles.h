@@ -10,7 +10,7 @@
 //   high codes   [tile][lane] 4 bytes (fifth bits) or 8 bytes (Q6_K's upper pairs)
 //   scales       [tile][row g of 8] of rows g and g + 8, see product_tiles.cuh
 //   super scales [4 tiles][row g of 8] f16 of rows g and g + 8 (Q4_K, Q5_K, Q6_K)
-//   row scales   [row] fp32 (F8_E4M3)
+//   row scales   [row] fp32, padded to a cache line (F8_E4M3)
 //
 // Input 16 s + 4 c + j of a tile belongs to step s, lanes 4 g + c. F32, F16 and BF16 stay rows.
 // Rows are padded with zeros to whole pairs of tiles.
@@ -50,7 +50,7 @@ constexpr TileBytes tile_bytes(formats::WeightType type) {
     case WeightType::kQ4_K: return {512, 0, 64, 64};
     case WeightType::kQ5_K: return {512, 128, 64, 64};
     case WeightType::kQ6_K: return {512, 256, 64, 32};
-    case WeightType::kF8_E4M3: return {1024, 0, 0, 0, 4 * kStripRows};
+    case WeightType::kF8_E4M3: return {1024, 0, 0, 0, 128};
     default: return {0, 0, 0, 0};
   }
 }
