@@ -32,6 +32,8 @@ struct Options {
   int concurrency = 8;
   int max_step_tokens = 0;  // 0: what suits the backend
   float temperature = 0;
+  float top_p = 1;
+  int top_k = 0;
 };
 
 // One request and its answer. The engine's thread writes until it is in `Answers`.
@@ -136,6 +138,8 @@ class EngineLoad {
     serve::Request sent;
     sent.prompt = request.prompt;
     sent.sampling.temperature = options_.temperature;
+    sent.sampling.top_p = options_.top_p;
+    sent.sampling.top_k = options_.top_k;
     sent.sampling.max_tokens = static_cast<int>(request.output_tokens);
     sent.sampling.ignore_eos = true;
     LoadResult& result = answer->result;
@@ -263,6 +267,12 @@ CommandBody define(CLI::App& app) {
       ->check(CLI::Range(16, 1 << 20));
   app.add_option("--temperature", options->temperature, "0: greedy")
       ->check(CLI::Range(0.0f, 100.0f))
+      ->capture_default_str();
+  app.add_option("--top-p", options->top_p, "Choose among the best tokens that hold this share")
+      ->check(CLI::Range(0.01f, 1.0f))
+      ->capture_default_str();
+  app.add_option("--top-k", options->top_k, "Choose among so many tokens; 0: all")
+      ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
   return [options](Console& console) { return run(console, *options); };
 }
