@@ -274,6 +274,9 @@ CommandBody define(CLI::App& app) {
   app.add_option("--top-k", options->top_k, "Choose among so many tokens; 0: all")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
+  app.add_flag(
+      "--sample-on-host", [options](int64_t) { options->model.row_queries = false; },
+      "Read logits and choose tokens on the host, also where a GPU would choose them");
   return [options](Console& console) { return run(console, *options); };
 }
 

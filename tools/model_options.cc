@@ -124,7 +124,8 @@ Result<std::unique_ptr<backend::Backend>> open_backend(const ModelOptions& optio
                                   .prompt_attention = options.attn == "fp8"
                                                           ? backend::PromptAttention::kFp8
                                                           : backend::PromptAttention::k16Bit,
-                                  .deterministic = options.deterministic});
+                                  .deterministic = options.deterministic,
+                                  .row_queries = options.row_queries});
 }
 
 Result<std::optional<formats::QuantPlan>> open_plan(Console& console, const ModelOptions& options,

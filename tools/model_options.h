@@ -40,6 +40,7 @@ struct ModelOptions {
   int64_t context = 0;  // 0: not given
   int threads = 0;      // 0: one per processor
   bool deterministic = false;
+  bool row_queries = true;       // BackendOptions; not an option of the command line
   bool beyond_training = false;  // longer contexts than trained for: where only speed counts
 };
 

@@ -3,11 +3,12 @@
 //
 //   kvant_cuda_step_bench llama-3.1-8b Q4_0 4bit [DEPTH [BATCH [DEVICE [ROWS [GRAPHS]]]]]
 //
-// ROWS: what comes back of each sequence, logits (default) or greatest. GRAPHS: whether dense
-// operators are enqueued as CUDA graphs, pays (default: where the backend would), always or never.
-// What a graph enqueues is one operator ("repeat") here. Random weights of a geometry that kvant
-// knows. "alone" waits for the device after every operator: it includes launching and waiting, and
-// so is more than an operator's share of a step.
+// ROWS: what comes back of each sequence: logits (default), greatest, or what a query finds: draw,
+// top_k (40), near (what is up to 1 below the greatest) or top_p (0.9, of a row made steep).
+// GRAPHS: whether dense operators are enqueued as CUDA graphs, pays (default: where the backend
+// would), always or never. What a graph enqueues is one operator ("repeat") here. Random weights of
+// a geometry that kvant knows. "alone" waits for the device after every operator: it includes
+// launching and waiting, and so is more than an operator's share of a step.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -117,6 +118,12 @@ class TimedBackend final : public Backend {
     return timed("greatest",
                  [&] { return inner_.greatest_in_rows(x, num_rows, num_cols, maxima); });
   }
+  Status answer_queries(const void* x, int64_t num_rows, int64_t num_cols,
+                        const backend::RowQuery* queries,
+                        const backend::RowAnswers& answers) override {
+    return timed("queries",
+                 [&] { return inner_.answer_queries(x, num_rows, num_cols, queries, answers); });
+  }
   // The operators of a run that is enqueued one by one count for themselves.
   Status repeat(const backend::RepeatKey& key, const std::function<Status()>& enqueue) override {
     bool one_by_one = false;
@@ -181,8 +188,18 @@ struct Options {
   int batch = 1;
   std::string device = "cuda";
   bool only_greatest = false;
+  backend::RowQuery query = {};
   backend::Repetition repetition = backend::Repetition::kWherePays;
 };
+
+backend::RowQuery query_of(const std::string& rows) {
+  using Kind = backend::RowQuery::Kind;
+  if (rows == "draw") return {.kind = Kind::kDraw, .uniform = 0.7};
+  if (rows == "top_k") return {.kind = Kind::kTopK, .top_k = 40};
+  if (rows == "near") return {.kind = Kind::kNear, .below = -1};
+  if (rows == "top_p") return {.kind = Kind::kTopP, .scale = 8, .top_p = 0.9};
+  return {};
+}
 
 backend::Repetition repetition_of(const std::string& name) {
   if (name == "always") return backend::Repetition::kWherePossible;
@@ -209,10 +226,12 @@ class StepBench {
     return {};
   }
   // Microseconds a step, each.
-  Result<std::vector<double>> steps(int count, bool only_greatest) {
+  Result<std::vector<double>> steps(int count, const Options& options) {
     const std::vector<int32_t> token(1, 17);
     std::vector<model::ForwardSequence> step;
-    for (const auto id : ids_) step.push_back({id, token, 1, only_greatest});
+    for (const auto id : ids_) {
+      step.push_back({id, token, 1, options.only_greatest, std::span(&options.query, 1)});
+    }
     std::vector<double> times;
     for (int i = 0; i < count; ++i) {
       const Clock::time_point start = Clock::now();
@@ -267,15 +286,15 @@ Status run(const Options& options) {
 
   StepBench bench(backend, *model, *cache);
   KVANT_TRY(bench.fill(options.batch, options.depth));
-  KVANT_TRY(bench.steps(8, options.only_greatest));
+  KVANT_TRY(bench.steps(8, options));
   backend.start(false);
-  KVANT_ASSIGN(std::vector<double> times, bench.steps(kSteps, options.only_greatest));
+  KVANT_ASSIGN(std::vector<double> times, bench.steps(kSteps, options));
   std::sort(times.begin(), times.end());
   std::printf("step: median %.1f us, least %.1f, longest %.1f\n", times[times.size() / 2],
               times.front(), times.back());
   print(backend, "host", kSteps);
   backend.start(true);
-  KVANT_TRY(bench.steps(kSteps, options.only_greatest));
+  KVANT_TRY(bench.steps(kSteps, options));
   print(backend, "alone", kSteps);
   return {};
 }
@@ -294,6 +313,7 @@ int main(int argc, char** argv) {
   if (argc > 5) options.batch = std::atoi(argv[5]);
   if (argc > 6) options.device = argv[6];
   if (argc > 7) options.only_greatest = std::string(argv[7]) == "greatest";
+  if (argc > 7) options.query = kvant::query_of(argv[7]);
   if (argc > 8) options.repetition = kvant::repetition_of(argv[8]);
   const kvant::Status done = kvant::run(options);
   if (!done) std::fprintf(stderr, "%s\n", done.error().message().c_str());

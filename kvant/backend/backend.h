@@ -38,6 +38,7 @@ struct BackendInfo {
   ActivationType activation_type = ActivationType::kF32;
   cache::Layout page_layout = cache::Layout::kCpu;
   bool host_memory = true;   // memory() is the host's, and host memory is memory()'s
+  bool has_queries = false;  // answer_queries() is faster than reading the rows
   int step_tokens = 512;     // new tokens of a step from which on larger steps gain little
   int64_t memory_total = 0;  // bytes of the machine or device; 0 unknown
   int64_t memory_free = 0;
@@ -149,6 +150,42 @@ struct RowMaximum {
 // On the host.
 RowMaximum greatest_value(std::span<const float> values);
 
+// What answer_queries() finds of a row in place of its values: as much as choosing a token takes.
+// Weights and their sums are those of base/row_weight.h.
+struct RowQuery {
+  enum class Kind : int32_t {
+    kGreatest,  // the greatest value, which every query gives
+    kDraw,      // an index at random, by weight
+    kTopK,      // the `top_k` greatest values
+    kNear,      // values of (greatest + below) or more
+    kTopP,      // the fewest greatest values that hold the share `top_p` of all weights
+  };
+  Kind kind = Kind::kGreatest;
+  int32_t top_k = 0;   // 1 to kMostCandidates
+  float below = 0.0f;  // 0 or less
+  float scale = 1.0f;  // above 0; of kDraw and kTopP
+  double top_p = 1.0;  // below 1
+  double uniform = 0;  // of kDraw, [0, 1): what is drawn is where this share of all weights lies,
+                       // taken off by blocks, then by values
+};
+inline constexpr int kMostCandidates = 1024;
+struct RowChoice {
+  int32_t drawn = -1;          // kDraw
+  int32_t num_candidates = 0;  // kTopK, kNear, kTopP
+  double total = 0;            // kDraw, kTopP: the sum of all weights
+  constexpr bool found() const { return drawn >= 0 || num_candidates > 0; }
+};
+// On the host, by sorting; nothing is found where `candidates` have no room for all.
+RowChoice answer_query(std::span<const float> values, const RowQuery& query,
+                       std::span<RowMaximum> candidates);
+// Where answers go: memory of MemoryUse::kTables or, of a backend of the host, any.
+struct RowAnswers {
+  RowMaximum* maxima = nullptr;      // [num_rows]
+  RowChoice* choices = nullptr;      // [num_rows]
+  RowMaximum* candidates = nullptr;  // [num_rows][kMostCandidates], greatest first, then by index
+  float* values = nullptr;           // [num_rows][num_cols], where nothing was found
+};
+
 // What repeat() tells calls apart by.
 struct RepeatKey {
   const void* owner = nullptr;  // whose operators they are; it outlives its last call
@@ -216,6 +253,11 @@ class Backend {
   // the host, any.
   virtual Status greatest_in_rows(const void* x, int64_t num_rows, int64_t num_cols,
                                   RowMaximum* maxima);
+  // The same, and what `queries` [num_rows] (in memory as answers are) ask of the rows. Nothing is
+  // found, and the row copied, where candidates are more than there is room for or would have to be
+  // sought among so many.
+  virtual Status answer_queries(const void* x, int64_t num_rows, int64_t num_cols,
+                                const RowQuery* queries, const RowAnswers& answers);
   // Calls `enqueue`, or does what its last call with this key did. It calls dense operators but
   // moe() and what takes or gives host memory; with the same key always the same ones in the same
   // order, with the same arguments, until reserve_workspace(). That a device may keep, and enqueue
@@ -263,6 +305,7 @@ struct BackendOptions {
   // GPUs; for tests and measurements.
   PageSharing page_sharing = PageSharing::kWherePays;
   Repetition repetition = Repetition::kWherePays;
+  bool row_queries = true;  // BackendInfo::has_queries, where the backend could
 };
 
 // Explicit table of backends (registry.cc); kUnsupported names those that exist in this build.

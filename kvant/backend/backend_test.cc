@@ -112,6 +112,53 @@ TEST_F(CpuOperators, GreatestInRows) {
   EXPECT_EQ(greatest_value({}).index, -1);
 }
 
+TEST_F(CpuOperators, AnswersOfQueries) {
+  using Kind = RowQuery::Kind;
+  const std::vector<float> row = {std::log(0.1f), std::log(0.4f), std::log(0.1f), std::log(0.4f)};
+  const auto ask = [&](const RowQuery& query) {
+    std::vector<RowMaximum> candidates(4);
+    const RowChoice choice = answer_query(row, query, candidates);
+    std::vector<int32_t> ids = {choice.drawn};
+    for (int i = 0; i < choice.num_candidates; ++i) {
+      ids.push_back(candidates[static_cast<size_t>(i)].index);
+    }
+    return ids;
+  };
+  using Ids = std::vector<int32_t>;
+  EXPECT_EQ(ask({.kind = Kind::kTopK, .top_k = 3}), (Ids{-1, 1, 3, 0}));
+  EXPECT_EQ(ask({.kind = Kind::kNear, .below = -1}), (Ids{-1, 1, 3}));
+  EXPECT_EQ(ask({.kind = Kind::kTopP, .top_p = 0.75}), (Ids{-1, 1, 3}));
+  EXPECT_EQ(ask({.kind = Kind::kTopP, .top_p = 0.85}), (Ids{-1, 1, 3, 0}));
+  EXPECT_EQ(ask({.kind = Kind::kDraw, .uniform = 0.05}), Ids{0});
+  EXPECT_EQ(ask({.kind = Kind::kDraw, .uniform = 0.45}), Ids{1});
+  EXPECT_EQ(ask({.kind = Kind::kDraw, .uniform = 0.55}), Ids{2});
+  EXPECT_EQ(ask({.kind = Kind::kDraw, .uniform = 0.95}), Ids{3});
+  EXPECT_EQ(ask({}), Ids{-1});
+
+  const testing::HardRows rows = testing::hard_rows(2000);
+  const auto count = static_cast<size_t>(rows.num_rows);
+  std::vector<RowMaximum> maxima(count);
+  std::vector<RowChoice> choices(count);
+  std::vector<RowMaximum> candidates(count * kMostCandidates);
+  std::vector<float> values(rows.values.size());
+  const std::vector<RowQuery> queries(count, {.kind = Kind::kNear, .below = 0});
+  EXPECT_TRUE(
+      reference_.answer_queries(rows.values.data(), rows.num_rows, rows.num_cols, queries.data(),
+                                {maxima.data(), choices.data(), candidates.data(), values.data()}));
+  for (size_t i = 0; i < count; ++i) {
+    const RowMaximum expected = rows.maxima()[i];
+    EXPECT_EQ(maxima[i].index, expected.index);
+    if (expected.index < 0) {
+      EXPECT_FALSE(choices[i].found());
+    } else if (i == 4 || i == 5 || i == 6) {  // equals, more than there is room for
+      EXPECT_FALSE(choices[i].found());
+      EXPECT_EQ(values[i * 2000 + 1999], rows.values[i * 2000 + 1999]);
+    } else {
+      EXPECT_EQ(candidates[i * kMostCandidates].index, expected.index);
+    }
+  }
+}
+
 TEST_F(CpuOperators, Rope) {
   std::vector<float> factors;
   for (int i = 0; i < 48; ++i) factors.push_back(1.0f + 0.1f * static_cast<float>(i));

@@ -100,13 +100,15 @@ Status Session::prefill(std::span<const int32_t> prompt, const GenerateOptions& 
   // At least one token is computed anew: its logits are wanted.
   KVANT_TRY(rewind(std::min<int64_t>(shared.in1 - prompt.begin(), total - 1)));
   const int64_t reused = static_cast<int64_t>(tokens_.size());
+  const auto query = row_query(options.sampler, model_->config().vocab_size);
   for (int64_t done = reused; done < total;) {
     if (options.on_prefill) options.on_prefill(done - reused, total - reused);
     const int64_t count = std::min<int64_t>(model_->max_step_tokens(), total - done);
-    const ForwardSequence step{.id = *id_,
-                               .tokens = prompt.subspan(done, count),
-                               .num_logit_rows = done + count == total ? 1 : 0,
-                               .only_greatest = takes_greatest(options.sampler)};
+    ForwardSequence step{.id = *id_,
+                         .tokens = prompt.subspan(done, count),
+                         .num_logit_rows = done + count == total ? 1 : 0,
+                         .only_greatest = takes_greatest(options.sampler)};
+    if (query && step.num_logit_rows == 1) step.queries = {&*query, 1};
     KVANT_TRY(model_->forward(std::span(&step, 1), *cache_, sink, options.cancel));
     tokens_.insert(tokens_.end(), step.tokens.begin(), step.tokens.end());
     done += count;
@@ -158,9 +160,14 @@ Result<GenerateResult> Session::generate(std::span<const int32_t> prompt,
   std::vector<int32_t> history(prompt.begin(), prompt.end());  // what repeat penalties look at
   history.reserve(context + 1);
   const bool only_greatest = takes_greatest(options.sampler);
+  const auto query = row_query(options.sampler, model_->config().vocab_size);
   const RowsSink choose = [&](std::span<const LogitsRow> rows) -> Status {
     const LogitsRow& row = rows.front();
-    next = only_greatest ? row.greatest.index : sampler.sample(row.logits, history);
+    if (row.choice.found()) {
+      next = sampler.sample(row.candidates);
+    } else {
+      next = only_greatest ? row.greatest.index : sampler.sample(row.logits, history);
+    }
     return {};
   };
   const auto finish = [&](StopReason reason) {
@@ -197,10 +204,11 @@ Result<GenerateResult> Session::generate(std::span<const int32_t> prompt,
     }
     const Stopwatch watch;
     const int32_t token = next;
-    const ForwardSequence step{.id = *id_,
-                               .tokens = std::span(&token, 1),
-                               .num_logit_rows = 1,
-                               .only_greatest = only_greatest};
+    ForwardSequence step{.id = *id_,
+                         .tokens = std::span(&token, 1),
+                         .num_logit_rows = 1,
+                         .only_greatest = only_greatest};
+    if (query) step.queries = {&*query, 1};
     const Status stepped = model_->forward(std::span(&step, 1), *cache_, choose, options.cancel);
     if (!stepped) {
       if (stepped.error().code() == ErrorCode::kCancelled) return finish(StopReason::kCancelled);

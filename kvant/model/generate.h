@@ -90,7 +90,7 @@ class Session {
                                   const TokenCallback& on_token);
 
   // Makes the context equal to `prompt` and calls `sink` for its last token, without its logits if
-  // the sampler takes the greatest; the part of generate() before the first token.
+  // the sampler takes the greatest or candidates; the part of generate() before the first token.
   Status prefill(std::span<const int32_t> prompt, const GenerateOptions& options,
                  const RowsSink& sink, GenerateStats& stats);
 

@@ -57,8 +57,18 @@ HostRowBytes host_row_bytes(const ModelConfig& config, const backend::Backend& b
   const backend::BackendInfo& info = backend.info();
   if (info.host_memory && info.activation_type == backend::ActivationType::kF32) return {};
   const int64_t rows = runtime.max_logit_rows;
-  const int64_t maxima = rows * int64_t{sizeof(backend::RowMaximum)};
-  return {(maxima + 255) / 256 * 256, rows * config.vocab_size * int64_t{sizeof(float)}};
+  const auto aligned = [rows](size_t bytes_of_row) {
+    return (rows * static_cast<int64_t>(bytes_of_row) + 255) / 256 * 256;
+  };
+  HostRowBytes bytes;
+  bytes.maxima = aligned(sizeof(backend::RowMaximum));
+  if (info.has_queries) {
+    bytes.queries = aligned(sizeof(backend::RowQuery));
+    bytes.choices = aligned(sizeof(backend::RowChoice));
+    bytes.candidates = aligned(backend::kMostCandidates * sizeof(backend::RowMaximum));
+  }
+  bytes.logits = rows * config.vocab_size * int64_t{sizeof(float)};
+  return bytes;
 }
 
 Status check_formats(const backend::Backend& backend, const ModelConfig& config,

@@ -25,13 +25,17 @@ Status check_formats(const backend::Backend& backend, const ModelConfig& config,
 // New tokens of the largest step.
 int step_tokens(const RuntimeOptions& runtime);
 backend::WorkspaceNeeds workspace_needs(const ModelConfig& config, const RuntimeOptions& runtime);
-// Rows on their way to the caller, in the host memory that devices write to (that of tables): their
-// greatest logits [max_logit_rows], then logits [max_logit_rows][vocab_size]. 0 where the backend's
-// own memory can be read.
+// Rows on their way to the caller, in the host memory that devices read and write (that of tables),
+// in this order: of max_logit_rows rows the greatest logits, queries, what they find, candidates
+// (none of these three where the backend answers no queries) and logits. 0 where the backend's own
+// memory can be read.
 struct HostRowBytes {
   int64_t maxima = 0;
+  int64_t queries = 0;
+  int64_t choices = 0;
+  int64_t candidates = 0;
   int64_t logits = 0;
-  int64_t total() const { return maxima + logits; }
+  int64_t total() const { return maxima + queries + choices + candidates + logits; }
 };
 HostRowBytes host_row_bytes(const ModelConfig& config, const backend::Backend& backend,
                             const RuntimeOptions& runtime);

@@ -35,14 +35,17 @@ struct Model::State {
   Buffer activation_buffer;
   Activations activations;
   // Filled per step, never grown.
-  std::vector<int64_t> positions;      // [max_step_tokens]
-  std::vector<int32_t> ids;            // [max_step_tokens]
-  std::vector<int64_t> wanted_rows;    // rows whose logits are wanted
-  std::vector<uint8_t> only_greatest;  // of wanted_rows
+  std::vector<int64_t> positions;          // [max_step_tokens]
+  std::vector<int32_t> ids;                // [max_step_tokens]
+  std::vector<int64_t> wanted_rows;        // rows whose logits are wanted
+  std::vector<uint8_t> only_greatest;      // of wanted_rows
+  std::vector<backend::RowQuery> queries;  // the same; kGreatest: none
   std::vector<cache::StepSequence> step_sequences;
-  Buffer host_rows;                       // HostRowBytes
-  float* host_logits = nullptr;           // there, or null: the backend's can be read
-  backend::RowMaximum* maxima = nullptr;  // there, or in own_maxima
+  Buffer host_rows;                           // HostRowBytes
+  float* host_logits = nullptr;               // there, or null: the backend's can be read
+  backend::RowMaximum* maxima = nullptr;      // there, or in own_maxima
+  backend::RowQuery* turn_queries = nullptr;  // there, if the backend has queries
+  backend::RowAnswers answers;                // the same
   std::vector<backend::RowMaximum> own_maxima;
   std::vector<LogitsRow> turn;  // rows that are computed at once
 
@@ -60,7 +63,8 @@ struct Model::State {
   Status transact(cache::KvCache& cache, const Work& work);
   Status repeat(int64_t part, int64_t num_rows, const std::function<Status()>& enqueue);
   Status run_head(const Activations& act, const RowsSink& sink);
-  Result<float*> fetch_logits(void* device_logits, int64_t num_rows);
+  Result<float*> fetch_logits(void* device_logits, int64_t first, int64_t num_rows);
+  Result<bool> ask(void* device_logits, int64_t first, int64_t count);
   Status read_turn(void* device_logits, int64_t first, int64_t count);
   void cap(std::span<float> logits) const;
   Status step(const cache::KvCache& cache, const RowsSink& sink, const std::atomic<bool>* cancel);
@@ -124,8 +128,14 @@ Status Model::reserve(const RuntimeOptions& runtime) {
   if (const HostRowBytes bytes = host_row_bytes(config, backend, runtime); bytes.total() > 0) {
     KVANT_ASSIGN(state.host_rows,
                  Buffer::create(backend.memory(), bytes.total(), MemoryUse::kTables));
-    state.maxima = state.host_rows.as<backend::RowMaximum>();
-    state.host_logits = reinterpret_cast<float*>(state.host_rows.data() + bytes.maxima);
+    std::byte* at = state.host_rows.data();
+    state.maxima = reinterpret_cast<backend::RowMaximum*>(at);
+    state.turn_queries = reinterpret_cast<backend::RowQuery*>(at += bytes.maxima);
+    state.answers.maxima = state.maxima;
+    state.answers.choices = reinterpret_cast<backend::RowChoice*>(at += bytes.queries);
+    state.answers.candidates = reinterpret_cast<backend::RowMaximum*>(at += bytes.choices);
+    state.host_logits = reinterpret_cast<float*>(at += bytes.candidates);
+    state.answers.values = state.host_logits;
   } else {
     state.own_maxima.resize(static_cast<size_t>(runtime.max_logit_rows));
     state.maxima = state.own_maxima.data();
@@ -135,6 +145,7 @@ Status Model::reserve(const RuntimeOptions& runtime) {
   state.ids.reserve(rows);
   state.wanted_rows.reserve(rows);
   state.only_greatest.reserve(rows);
+  state.queries.reserve(rows);
   state.turn.reserve(static_cast<size_t>(runtime.max_logit_rows));
   state.step_sequences.reserve(runtime.max_sequences);
   state.runtime = runtime;
@@ -179,6 +190,7 @@ Status Model::State::collect(std::span<const ForwardSequence> sequences,
   ids.clear();
   wanted_rows.clear();
   only_greatest.clear();
+  queries.clear();
   step_sequences.clear();
   if (sequences.empty() || static_cast<int>(sequences.size()) > runtime.max_sequences) {
     return bad(fmt::format("a step of {} sequences; reserved for 1 to {}", sequences.size(),
@@ -193,17 +205,24 @@ Status Model::State::collect(std::span<const ForwardSequence> sequences,
       return bad(fmt::format("a step of more than {} tokens; give longer inputs in several steps",
                              step_tokens(runtime)));
     }
+    KVANT_CHECK(sequence.queries.empty() ||
+                    static_cast<int>(sequence.queries.size()) == sequence.num_logit_rows,
+                "a query for each row of logits");
     KVANT_TRY(check_room(cache, sequence.id, count));
     const int64_t first = cache.length(sequence.id);
+    const int64_t first_wanted = count - sequence.num_logit_rows;
     for (int64_t i = 0; i < count; ++i) {
       const int32_t id = sequence.tokens[i];
       if (id < 0 || id >= config().vocab_size) {
         return bad(
             fmt::format("token id {}; the vocabulary has {} tokens", id, config().vocab_size));
       }
-      if (i >= count - sequence.num_logit_rows) {
+      if (i >= first_wanted) {
         wanted_rows.push_back(static_cast<int64_t>(ids.size()));
         only_greatest.push_back(sequence.only_greatest ? 1 : 0);
+        queries.push_back(sequence.queries.empty() || sequence.only_greatest
+                              ? backend::RowQuery{}
+                              : sequence.queries[static_cast<size_t>(i - first_wanted)]);
       }
       ids.push_back(id);
       positions.push_back(first + i);
@@ -277,14 +296,36 @@ Status Model::State::run_layers(const cache::KvCache& cache, const std::atomic<b
                 [&] { return join_layer(step, weights.layers[last]); });
 }
 
-// [num_rows][vocab_size] in host memory. Waits for the layers and the head.
-Result<float*> Model::State::fetch_logits(void* device_logits, int64_t num_rows) {
+// Rows `first` to first + num_rows of a turn, [num_rows][vocab_size] in host memory. Waits for the
+// layers and the head.
+Result<float*> Model::State::fetch_logits(void* device_logits, int64_t first, int64_t num_rows) {
+  const int64_t width = config().vocab_size;
+  std::byte* const from = static_cast<std::byte*>(device_logits) +
+                          backend::activation_bytes(backend->info().activation_type, first * width);
   if (host_logits == nullptr) {
     KVANT_TRY(backend->synchronize());
-    return static_cast<float*>(device_logits);
+    return reinterpret_cast<float*>(from);
   }
-  KVANT_TRY(backend->download_f32(device_logits, num_rows * config().vocab_size, host_logits));
-  return host_logits;
+  float* const to = host_logits + first * width;
+  KVANT_TRY(backend->download_f32(from, num_rows * width, to));
+  return to;
+}
+
+// Puts the queries of a turn's rows, if there are any, and says so.
+Result<bool> Model::State::ask(void* device_logits, int64_t first, int64_t count) {
+  const auto asks = [](const backend::RowQuery& query) {
+    return query.kind != backend::RowQuery::Kind::kGreatest;
+  };
+  const std::span turn_of =
+      std::span(queries).subspan(static_cast<size_t>(first), static_cast<size_t>(count));
+  if (!backend->info().has_queries || host_logits == nullptr ||
+      std::ranges::none_of(turn_of, asks)) {
+    return false;
+  }
+  std::ranges::copy(turn_of, turn_queries);
+  KVANT_TRY(
+      backend->answer_queries(device_logits, count, config().vocab_size, turn_queries, answers));
+  return true;
 }
 
 void Model::State::cap(std::span<float> logits) const {
@@ -294,40 +335,57 @@ void Model::State::cap(std::span<float> logits) const {
 
 // What is wanted of the rows from `first` on whose logits are in `device_logits`: fills `turn`.
 Status Model::State::read_turn(void* device_logits, int64_t first, int64_t count) {
-  const int64_t width = config().vocab_size;
+  const auto width = static_cast<size_t>(config().vocab_size);
   const bool capped = config().logit_softcap > 0;  // logits that differ may not, once capped
-  if (!capped) KVANT_TRY(backend->greatest_in_rows(device_logits, count, width, maxima));
+  bool asked = false;
+  if (!capped) {
+    KVANT_ASSIGN(asked, ask(device_logits, first, count));
+    if (!asked) {
+      KVANT_TRY(backend->greatest_in_rows(device_logits, count, config().vocab_size, maxima));
+    }
+  }
+  const auto has_query = [&](int64_t i) {
+    return asked &&
+           queries[static_cast<size_t>(first + i)].kind != backend::RowQuery::Kind::kGreatest;
+  };
   // The host gets all rows from the first to the last that it needs.
   int64_t begin = count;
   int64_t end = 0;
   for (int64_t i = 0; i < count; ++i) {
-    if (!capped && only_greatest[first + i] != 0) continue;
+    if (!capped && (only_greatest[first + i] != 0 || has_query(i))) continue;
     begin = std::min(begin, i);
     end = i + 1;
   }
   float* logits = nullptr;
   if (begin < end) {
-    const backend::ActivationType type = backend->info().activation_type;
-    std::byte* from =
-        static_cast<std::byte*>(device_logits) + backend::activation_bytes(type, begin * width);
-    KVANT_ASSIGN(logits, fetch_logits(from, end - begin));
+    KVANT_ASSIGN(logits, fetch_logits(device_logits, begin, end - begin));
   }
   if (first == 0) KVANT_TRY(check_appended());
   if (logits == nullptr) KVANT_TRY(backend->synchronize());
   turn.clear();
   for (int64_t i = 0; i < count; ++i) {
-    std::span<float> row;
-    if (begin <= i && i < end) row = {logits + (i - begin) * width, static_cast<size_t>(width)};
+    LogitsRow row{.index = first + i, .greatest = {}, .logits = {}, .choice = {}, .candidates = {}};
+    std::span<float> values;
+    if (begin <= i && i < end) values = {logits + (i - begin) * config().vocab_size, width};
     if (capped) {
-      cap(row);
-      maxima[i] = backend::greatest_value(row);
+      cap(values);
+      maxima[i] = backend::greatest_value(values);
     }
     if (maxima[i].index < 0) {
       return Error(ErrorCode::kNumericError,
                    "the model's output is infinite or not a number; its weights may be damaged");
     }
-    if (only_greatest[first + i] != 0) row = {};
-    turn.push_back({.index = first + i, .greatest = maxima[i], .logits = row});
+    row.greatest = maxima[i];
+    if (has_query(i)) {
+      row.choice = answers.choices[i];
+      row.candidates = {answers.candidates + i * backend::kMostCandidates,
+                        static_cast<size_t>(row.choice.num_candidates)};
+      // Where nothing was found the device has copied the row.
+      if (!row.choice.found()) row.logits = {answers.values + i * config().vocab_size, width};
+    } else if (only_greatest[first + i] == 0) {
+      row.logits = values;
+    }
+    turn.push_back(row);
   }
   return {};
 }

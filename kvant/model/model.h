@@ -85,6 +85,9 @@ struct ForwardSequence {
   std::span<const int32_t> tokens;  // new tokens, at least one
   int num_logit_rows = 0;           // logits of the last so many tokens are wanted
   bool only_greatest = false;       // of these rows, nothing but which logit is the greatest
+  // What is asked of each of these rows in place of its logits, where the backend has an answer
+  // (BackendInfo::has_queries); empty: nothing.
+  std::span<const backend::RowQuery> queries = {};
 };
 
 // Called once per wanted row, in batch order: `row` counts them over the whole batch, `logits` is
@@ -95,7 +98,10 @@ using LogitsSink = std::function<Status(int64_t row, std::span<const float> logi
 struct LogitsRow {
   int64_t index = 0;              // counts the wanted rows over the whole batch, in batch order
   backend::RowMaximum greatest;   // of its logits, ties to the lowest id
-  std::span<const float> logits;  // [vocab_size]; empty with ForwardSequence::only_greatest
+  std::span<const float> logits;  // [vocab_size]; empty with ForwardSequence::only_greatest, and if
+                                  // choice.found()
+  backend::RowChoice choice;      // what its query found
+  std::span<const backend::RowMaximum> candidates;  // the query's, in order
 };
 // Called with all rows that are computed at once (up to max_logit_rows), in batch order, which may
 // be read by several threads. An error ends the step and is returned.
@@ -152,7 +158,7 @@ class Model {
   // `cancel` may be null; it is looked at between layers.
   Status forward(std::span<const ForwardSequence> sequences, cache::KvCache& cache,
                  const RowsSink& sink, const std::atomic<bool>* cancel = nullptr);
-  // Row by row; not with only_greatest.
+  // Row by row; not with only_greatest or queries.
   Status forward(std::span<const ForwardSequence> sequences, cache::KvCache& cache,
                  const LogitsSink& sink, const std::atomic<bool>* cancel = nullptr);
   // Appends tokens to each sequence whose keys and values are random normal numbers, the same for

@@ -37,6 +37,14 @@ bool takes_greatest(const SamplerOptions& options) {
   return options.temperature == 0 && options.repeat_penalty == 1;
 }
 
+std::optional<backend::RowQuery> row_query(const SamplerOptions& options, int vocab_size) {
+  if (options.temperature == 0 || options.repeat_penalty != 1 || options.top_k < 1 ||
+      options.top_k >= vocab_size || options.top_k > backend::kMostCandidates) {
+    return std::nullopt;
+  }
+  return backend::RowQuery{.kind = backend::RowQuery::Kind::kTopK, .top_k = options.top_k};
+}
+
 Sampler::Sampler(const SamplerOptions& options, int vocab_size)
     : options_(options), random_(options.seed), vocab_size_(vocab_size) {
   candidates_.reserve(vocab_size_);
@@ -53,7 +61,18 @@ int32_t Sampler::sample(std::span<const float> logits, std::span<const int32_t> 
   for (size_t i = 0; i < vocab_size_; ++i) candidates_[i] = {logits[i], static_cast<int32_t>(i)};
   num_sorted_ = 0;
   penalize(history);
-  if (options_.temperature == 0) return best();
+  return options_.temperature == 0 ? best() : choose();
+}
+
+int32_t Sampler::sample(std::span<const backend::RowMaximum> candidates) {
+  KVANT_CHECK(static_cast<int>(candidates.size()) == options_.top_k, "what row_query() asks for");
+  candidates_.clear();
+  for (const auto& [logit, id] : candidates) candidates_.push_back({logit, id});
+  num_sorted_ = candidates_.size();
+  return choose();
+}
+
+int32_t Sampler::choose() {
   keep_top_k();
   keep_top_p();
   keep_min_p();

@@ -5,9 +5,11 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
+#include "kvant/backend/backend.h"
 #include "kvant/base/result.h"
 #include "kvant/model/random.h"
 
@@ -27,6 +29,8 @@ struct SamplerOptions {
 Status check_sampler_options(const SamplerOptions& options);
 // Whether every choice is the token with the greatest logit, whatever the history.
 bool takes_greatest(const SamplerOptions& options);
+// What candidates do in place of the logits, for every token; nothing if it takes the logits.
+std::optional<backend::RowQuery> row_query(const SamplerOptions& options, int vocab_size);
 
 class Sampler {
  public:
@@ -34,6 +38,8 @@ class Sampler {
 
   // `logits` [vocab_size], finite; `history`: all tokens so far, the last `repeat_last` count.
   int32_t sample(std::span<const float> logits, std::span<const int32_t> history);
+  // The same token from what row_query() asked for: the top_k candidates, in order.
+  int32_t sample(std::span<const backend::RowMaximum> candidates);
 
  private:
   struct Candidate {
@@ -44,6 +50,7 @@ class Sampler {
 
   void penalize(std::span<const int32_t> history);
   int32_t best() const;
+  int32_t choose();
   void keep_top_k();
   void keep_top_p();
   void keep_min_p();

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <map>
+#include <random>
 #include <set>
 
 namespace kvant::model {
@@ -51,6 +52,30 @@ TEST(Sampler, TopKKeepsTheBest) {
   const auto counts = draw_many(options, {0, 2, 1, -1, 0.5f});
   EXPECT_EQ(counts.size(), 2u);
   EXPECT_TRUE(counts.contains(1) && counts.contains(2));
+}
+
+TEST(Sampler, CandidatesGiveTheTokenOfTheLogits) {
+  std::mt19937 random(3);
+  std::normal_distribution<float> normal(0, 2);
+  for (const int top_k : {1, 2, 40, 200}) {
+    const SamplerOptions options{.top_k = top_k};
+    Sampler of_logits(options, 1000);
+    Sampler of_candidates(options, 1000);
+    const auto query = row_query(options, 1000);
+    ASSERT_TRUE(query);
+    for (int i = 0; i < 50; ++i) {
+      std::vector<float> logits(1000);
+      for (float& logit : logits) logit = std::round(8 * normal(random)) / 8;
+      std::vector<backend::RowMaximum> candidates(static_cast<size_t>(top_k));
+      ASSERT_TRUE(backend::answer_query(logits, *query, candidates).found());
+      EXPECT_EQ(of_candidates.sample(candidates), of_logits.sample(logits, {}));
+    }
+  }
+  EXPECT_FALSE(row_query({.temperature = 0}, 1000));
+  EXPECT_FALSE(row_query({.top_k = 0}, 1000));
+  EXPECT_FALSE(row_query({.top_k = 1000}, 1000));
+  EXPECT_FALSE(row_query({.top_k = 1025}, 5000));
+  EXPECT_FALSE(row_query({.repeat_penalty = 1.1f}, 1000));
 }
 
 TEST(Sampler, TopPKeepsTheFewestThatHoldTheMass) {

@@ -41,13 +41,14 @@ struct Sequence {
 
   // What one step does to it; also what undoes it.
   struct Step {
-    int64_t new_tokens = 0;             // known tokens that are computed
-    std::vector<int32_t> draft;         // that follow them
-    std::vector<int32_t> input;         // both
-    std::vector<SampledToken> sampled;  // already at the end of `tokens`, not yet handed over
-    int64_t known = 0;                  // at its beginning
-    model::SplitMix64 random{0};        // the same
-    size_t prompt_logprobs = 0;         // the same
+    int64_t new_tokens = 0;                  // known tokens that are computed
+    std::vector<int32_t> draft;              // that follow them
+    std::vector<int32_t> input;              // both
+    std::vector<backend::RowQuery> queries;  // of the rows whose logits decide; empty: none
+    std::vector<SampledToken> sampled;       // already at the end of `tokens`, not yet handed over
+    int64_t known = 0;                       // at its beginning
+    model::SplitMix64 random{0};             // the same
+    size_t prompt_logprobs = 0;              // the same
   };
   Step step;
 
@@ -67,6 +68,20 @@ struct Sequence {
     return !scores_prompt() &&
            serve::takes_greatest(request.sampling, constraint != nullptr,
                                  tokens.size() - static_cast<size_t>(prompt_tokens));
+  }
+  // What to ask of `num_rows` rows of logits; nothing of any if one takes more.
+  std::vector<backend::RowQuery> row_queries(int64_t num_rows, int vocab_size) const {
+    std::vector<backend::RowQuery> queries;
+    if (scores_prompt()) return queries;
+    model::SplitMix64 numbers = random;  // one for each token, if its draft is chosen
+    for (int64_t i = 0; i < num_rows; ++i) {
+      const auto query =
+          serve::row_query(request.sampling, constraint != nullptr,
+                           tokens.size() - static_cast<size_t>(prompt_tokens), vocab_size, numbers);
+      if (!query) return {};
+      queries.push_back(*query);
+    }
+    return queries;
   }
   void undo_step() {
     tokens.resize(static_cast<size_t>(step.known));

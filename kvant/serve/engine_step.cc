@@ -12,6 +12,8 @@ namespace kvant::serve {
 
 namespace {
 
+constexpr size_t kManyCandidates = 100;  // more take longer to choose from than a thread to wake
+
 double seconds_since(Clock::time_point begin) {
   return std::chrono::duration<double>(Clock::now() - begin).count();
 }
@@ -136,10 +138,15 @@ Status Engine::State::run(std::span<Sequence* const> batch) {
     if (sequence->scores_prompt()) first = sequence->computed;
     if (sequence->request.sampling.max_tokens == 0 && !sequence->scores_prompt()) first = end;
     for (int64_t position = first; position < end; ++position) rows.push_back({sequence, position});
+    step.queries.clear();
+    if (model->backend().info().has_queries) {
+      step.queries = sequence->row_queries(end - first, limits.vocab_size);
+    }
     items.push_back({.id = *sequence->id,
                      .tokens = step.input,
                      .num_logit_rows = static_cast<int>(end - first),
-                     .only_greatest = sequence->takes_greatest()});
+                     .only_greatest = sequence->takes_greatest(),
+                     .queries = step.queries});
   }
   const Clock::time_point begin = Clock::now();
   double sampling_seconds = 0;
@@ -201,8 +208,10 @@ Status Engine::State::sample_turn(std::span<const model::LogitsRow> turn,
       part.done = sample(*part.sequence, position, turn[i], worker);
     }
   };
-  // What the device has chosen is not worth waking a thread for.
-  const auto has_work = [](const model::LogitsRow& row) { return !row.logits.empty(); };
+  // What the device has chosen, or nearly, is not worth waking a thread for.
+  const auto has_work = [](const model::LogitsRow& row) {
+    return !row.logits.empty() || row.candidates.size() > kManyCandidates;
+  };
   if (std::ranges::any_of(turn, has_work)) {
     sampling_pool->parallel_for(static_cast<int64_t>(parts.size()), [&](int64_t part, int worker) {
       sample_part(parts[static_cast<size_t>(part)], sampling_workers[static_cast<size_t>(worker)]);
@@ -231,7 +240,10 @@ Status Engine::State::sample(Sequence& sequence, int64_t position, const model::
     return {};
   }
   SampledToken token;
-  if (row.logits.empty()) {
+  if (row.choice.found()) {
+    token.id = sampler_of(worker).choose(row.choice, row.candidates, sequence.request.sampling,
+                                         sequence.random);
+  } else if (row.logits.empty()) {
     token.id = row.greatest.index;
   } else {
     KVANT_ASSIGN(token, choose(sequence, row.logits, worker));

@@ -3,39 +3,18 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <limits>
 
 #include "kvant/base/check.h"
+#include "kvant/base/row_weight.h"
 
 namespace kvant::serve {
 namespace {
 
 constexpr float kBarred = -std::numeric_limits<float>::infinity();
-constexpr size_t kBlock = 256;  // tokens whose weights are summed together
-constexpr size_t kLanes = 8;    // independent chains, so that compilers use vector registers
-
-constexpr float kLeastExponent = -87.0f;  // exp of less is not a normal number, and taken for 0
-
-// exp(x) for kLeastExponent <= x <= 0, relative error below 2e-7; 0 at kLeastExponent. The same on
-// every machine and without branches, so that loops over the vocabulary become vector code: Cephes'
-// expf, by range reduction to |r| <= ln(2) / 2 and a polynomial of degree 5.
-inline float exp_of_negative(float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding and subtracting rounds to an integer
-  const float n = (x * 1.44269504f + kRound) - kRound;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  const float mantissa = (p * r * r + r) + 1.0f;
-  const float power = std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
-  const uint32_t keep = -static_cast<uint32_t>(x > kLeastExponent);
-  return std::bit_cast<float>(std::bit_cast<uint32_t>(mantissa * power) & keep);
-}
+constexpr size_t kBlock = kWeightBlock;
+constexpr size_t kLanes = kWeightLanes;
 
 // NaN counts as the least: such a token is never chosen.
 float greatest(std::span<const float> values) {
@@ -75,10 +54,45 @@ bool changes_logits(const SamplingParams& p, bool constrained, size_t num_output
          p.repetition_penalty != 1 || num_output < static_cast<size_t>(p.min_tokens);
 }
 
+bool keeps_top_k(const SamplingParams& p, size_t vocab_size) {
+  return p.top_k > 0 && static_cast<size_t>(p.top_k) < vocab_size;
+}
+
+// What min_p leaves is at least so great.
+float least_of_min_p(const SamplingParams& p, float max) {
+  return max + p.temperature * std::log(p.min_p);
+}
+
 }  // namespace
 
 bool takes_greatest(const SamplingParams& params, bool constrained, size_t num_output) {
   return params.is_greedy() && !params.logprobs && !changes_logits(params, constrained, num_output);
+}
+
+std::optional<backend::RowQuery> row_query(const SamplingParams& params, bool constrained,
+                                           size_t num_output, int vocab_size,
+                                           model::SplitMix64& random) {
+  using Kind = backend::RowQuery::Kind;
+  if (params.is_greedy() || params.logprobs || changes_logits(params, constrained, num_output)) {
+    return std::nullopt;
+  }
+  backend::RowQuery query;
+  query.scale = 1 / params.temperature;
+  query.uniform = random.uniform();
+  if (keeps_top_k(params, static_cast<size_t>(vocab_size))) {
+    if (params.top_k > backend::kMostCandidates) return std::nullopt;
+    query.kind = Kind::kTopK;
+    query.top_k = params.top_k;
+  } else if (params.min_p > 0) {
+    query.kind = Kind::kNear;
+    query.below = least_of_min_p(params, 0);
+  } else if (params.top_p < 1) {
+    query.kind = Kind::kTopP;
+    query.top_p = static_cast<double>(params.top_p);
+  } else {
+    query.kind = Kind::kDraw;
+  }
+  return query;
 }
 
 bool RowSampler::before(const Candidate& a, const Candidate& b) {
@@ -186,11 +200,11 @@ int32_t RowSampler::draw(std::span<const float> logits, const SamplingRow& row, 
   const SamplingParams& p = *row.params;
   const double uniform = row.random->uniform();
   const float scale = 1 / p.temperature;
-  const bool with_top_k = p.top_k > 0 && static_cast<size_t>(p.top_k) < vocab_size_;
+  const bool with_top_k = keeps_top_k(p, vocab_size_);
   if (p.min_p == 0 && !with_top_k && p.top_p >= 1) return draw_any(logits, scale, max, uniform);
   // Every cut is by a bound first: one pass over the vocabulary leaves few tokens to sort.
   float least = std::numeric_limits<float>::lowest();
-  if (p.min_p > 0) least = max + p.temperature * std::log(p.min_p);
+  if (p.min_p > 0) least = least_of_min_p(p, max);
   if (with_top_k) least = std::max(least, top_k_bound(logits, p.top_k));
   double total = 0;  // weight of what top_p chooses from
   if (p.top_p < 1 && p.min_p == 0 && !with_top_k) {
@@ -202,12 +216,36 @@ int32_t RowSampler::draw(std::span<const float> logits, const SamplingRow& row, 
     least = max + p.temperature * static_cast<float>(std::log(share) - 1e-3);
   }
   gather(logits, least);
-  if (with_top_k) keep_top_k(static_cast<size_t>(p.top_k));
+  return draw_left(p, total, max, uniform);
+}
+
+// From the candidates that min_p left, in the order of ids, or the top_k and more, in any. `total`:
+// the weight of what top_p chooses from if that is more than they are; 0: it is they.
+int32_t RowSampler::draw_left(const SamplingParams& p, double total, float max, double uniform) {
+  const float scale = 1 / p.temperature;
+  if (keeps_top_k(p, vocab_size_)) keep_top_k(static_cast<size_t>(p.top_k));
   if (p.top_p < 1) {
     if (total == 0) total = weight_of_candidates(scale, max);
     keep_top_p(static_cast<double>(p.top_p) * total, scale, max);
   }
   return draw_candidate(scale, max, uniform);
+}
+
+int32_t RowSampler::choose(const backend::RowChoice& choice,
+                           std::span<const backend::RowMaximum> candidates,
+                           const SamplingParams& params, model::SplitMix64& random) {
+  KVANT_CHECK(choice.found(), "nothing was found: the row has logits");
+  const double uniform = random.uniform();
+  if (choice.drawn >= 0) return choice.drawn;
+  candidates_.clear();
+  for (const auto& [logit, id] : candidates) candidates_.push_back({logit, id});
+  const float max = candidates_.front().logit;
+  if (params.min_p > 0) {
+    const float least = least_of_min_p(params, max);
+    std::erase_if(candidates_, [least](const Candidate& c) { return c.logit < least; });
+    std::ranges::sort(candidates_, {}, &Candidate::id);
+  }
+  return draw_left(params, choice.total, max, uniform);
 }
 
 double RowSampler::weigh(std::span<const float> logits, float scale, float max) {
@@ -257,11 +295,13 @@ void RowSampler::gather(std::span<const float> logits, float least) {
   }
 }
 
+// The same order whatever was gathered, and with every library.
 void RowSampler::keep_top_k(size_t k) {
-  if (candidates_.size() <= k) return;
-  std::nth_element(candidates_.begin(), candidates_.begin() + (k - 1), candidates_.end(), before);
-  candidates_.resize(k);
-  std::sort(candidates_.begin(), candidates_.end(), before);  // every library in the same order
+  if (candidates_.size() > k) {
+    std::nth_element(candidates_.begin(), candidates_.begin() + (k - 1), candidates_.end(), before);
+    candidates_.resize(k);
+  }
+  std::sort(candidates_.begin(), candidates_.end(), before);
 }
 
 void RowSampler::keep_top_p(double mass, float scale, float max) {

@@ -6,22 +6,26 @@
 //   2. logit_bias; repetition penalty (tokens of prompt and output; divides positive logits,
 //      multiplies negative ones), frequency and presence penalty (tokens of the output);
 //   3. greedy: the greatest, ties to the lowest id; otherwise divide by the temperature;
-//   4. min_p, then top_k, then top_p of what is left; draw.
+//   4. min_p, then top_k, then top_p of what is left; draw, by ids or, after top_k or top_p, in the
+//      order of probability.
 // Because the temperature comes first, min_p and top_p act on the tempered distribution: at 0.5 the
 // same top_p keeps fewer tokens than llama.cpp does, at 1.5 more. At 1 both agree, but for top_p
 // with min_p. Exactly top_k tokens stay, of equals those with the lowest ids (vLLM: all equals).
 // The choice is a function of row, parameters and random state alone: not of the machine, the batch
-// or what the object did before.
+// or what the object did before, nor of whether the row's logits are read or what a device found in
+// them (row_query).
 //
 // Log-probabilities are those of the logits as they came, before step 1 (`raw_logprobs`).
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <utility>
 #include <vector>
 
+#include "kvant/backend/backend.h"
 #include "kvant/base/result.h"
 #include "kvant/model/random.h"
 #include "kvant/serve/sampling_params.h"
@@ -47,6 +51,13 @@ struct SamplingRow {
 // not needed. `num_output`: tokens of the output so far; more of them change no yes to a no.
 bool takes_greatest(const SamplingParams& params, bool constrained, size_t num_output);
 
+// What sample() would need of the row's logits, of a row whose logits nothing changes and nobody
+// else wants; nothing if it takes the row itself, or only its greatest. `random` as sample() would
+// get it; left where sample() would.
+std::optional<backend::RowQuery> row_query(const SamplingParams& params, bool constrained,
+                                           size_t num_output, int vocab_size,
+                                           model::SplitMix64& random);
+
 // The random state of choice `index` of a request with `seed`.
 model::SplitMix64 choice_random(uint64_t seed, int index);
 
@@ -61,6 +72,10 @@ class RowSampler {
   // kInvalidArgument if the request's own fields leave no token (min_tokens gives way first);
   // kNumericError if the greatest logit is not finite.
   Result<SampledToken> sample(const SamplingRow& row);
+
+  // The token of sample(), from what row_query() found; `choice.found()`.
+  int32_t choose(const backend::RowChoice& choice, std::span<const backend::RowMaximum> candidates,
+                 const SamplingParams& params, model::SplitMix64& random);
 
   // The log-probability of `id` in `logits` [vocab] and the `num_top` most probable: what
   // prompt_logprobs reports.
@@ -79,6 +94,7 @@ class RowSampler {
   void penalize(const SamplingRow& row);
   int32_t draw(std::span<const float> logits, const SamplingRow& row, float max);
   int32_t draw_any(std::span<const float> logits, float scale, float max, double uniform);
+  int32_t draw_left(const SamplingParams& p, double total, float max, double uniform);
   int32_t draw_candidate(float scale, float max, double uniform) const;
   static bool before(const Candidate& a, const Candidate& b);  // more probable; ties: lower id
   static double weight(const Candidate& candidate, float scale, float max);

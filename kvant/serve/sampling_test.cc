@@ -8,6 +8,7 @@
 #include <limits>
 #include <map>
 #include <numeric>
+#include <optional>
 #include <random>
 
 namespace kvant::serve {
@@ -268,6 +269,64 @@ TEST(Sampling, TheSameSeedDrawsTheSameWhateverTheSamplerDidBefore) {
   model::SplitMix64 b = choice_random(8, 0);  // choice 1 of seed 7
   for (int i = 0; i < 50; ++i) {
     EXPECT_EQ(sample(fresh, row, a).value().id, sample(used, row, b).value().id);
+  }
+}
+
+// ---- what a device finds in place of the logits ----
+
+TEST(Sampling, QueriesAreForRowsWhoseLogitsNobodyElseNeeds) {
+  using Kind = backend::RowQuery::Kind;
+  const auto kind = [](const std::function<void(SamplingParams&)>& change,
+                       bool constrained = false) {
+    SamplingParams params;
+    change(params);
+    model::SplitMix64 random(3);
+    const auto query = row_query(params, constrained, 5, 50000, random);
+    return query ? std::optional(query->kind) : std::nullopt;
+  };
+  const auto nothing = [](SamplingParams&) {};
+  EXPECT_EQ(kind(nothing), Kind::kDraw);
+  EXPECT_EQ(kind(nothing, true), std::nullopt);
+  EXPECT_EQ(kind([](SamplingParams& p) { p.top_k = 40, p.top_p = 0.9f, p.min_p = 0.1f; }),
+            Kind::kTopK);
+  EXPECT_EQ(kind([](SamplingParams& p) { p.top_k = 1025; }), std::nullopt);
+  EXPECT_EQ(kind([](SamplingParams& p) { p.top_k = 50000; }), Kind::kDraw);
+  EXPECT_EQ(kind([](SamplingParams& p) { p.top_p = 0.9f, p.min_p = 0.1f; }), Kind::kNear);
+  EXPECT_EQ(kind([](SamplingParams& p) { p.top_p = 0.9f; }), Kind::kTopP);
+  EXPECT_EQ(kind([](SamplingParams& p) { p.temperature = 0; }), std::nullopt);
+  EXPECT_EQ(kind([](SamplingParams& p) { p.logprobs = 0; }), std::nullopt);
+  EXPECT_EQ(kind([](SamplingParams& p) { p.min_tokens = 6; }), std::nullopt);
+  EXPECT_EQ(kind([](SamplingParams& p) { p.presence_penalty = 1; }), std::nullopt);
+}
+
+TEST(Sampling, WhatAQueryFindsGivesTheTokenOfTheLogits) {
+  std::mt19937 random(12);
+  for (uint32_t round = 0; round < 400; ++round) {
+    Row row = {.logits = random_logits(2 + random() % 2500, 3, 900u + round)};
+    if (round % 3 == 0) {  // equals
+      for (float& logit : row.logits) logit = std::round(logit);
+    }
+    row.params.temperature = 0.2f + 0.2f * static_cast<float>(random() % 20);
+    if (random() % 2) row.params.top_k = 1 + static_cast<int>(random() % 60);
+    if (random() % 2) row.params.top_p = 0.05f + 0.05f * static_cast<float>(random() % 20);
+    if (random() % 2) row.params.min_p = 0.02f * static_cast<float>(random() % 51);
+    const auto vocab_size = static_cast<int>(row.logits.size());
+    RowSampler sampler(vocab_size, {});
+    model::SplitMix64 of_logits = choice_random(round, 0);
+    model::SplitMix64 of_query = of_logits;
+    model::SplitMix64 of_choice = of_logits;
+    const int32_t expected = sample(sampler, row, of_logits).value().id;
+    const auto query = row_query(row.params, false, 0, vocab_size, of_query);
+    ASSERT_TRUE(query);
+    std::vector<backend::RowMaximum> candidates(row.logits.size());
+    const auto choice = backend::answer_query(row.logits, *query, candidates);
+    candidates.resize(static_cast<size_t>(choice.num_candidates));
+    ASSERT_TRUE(choice.found());
+    EXPECT_EQ(sampler.choose(choice, candidates, row.params, of_choice), expected)
+        << "round " << round;
+    const uint64_t next = of_logits.next();
+    EXPECT_EQ(of_query.next(), next);
+    EXPECT_EQ(of_choice.next(), next);
   }
 }
 

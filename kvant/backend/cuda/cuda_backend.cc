@@ -5,6 +5,7 @@
 #include <string>
 #include <utility>
 
+#include "kvant/backend/cuda/dense/choose.h"
 #include "kvant/backend/cuda/dense/matrix.h"
 #include "kvant/backend/cuda/dense/operators.h"
 #include "kvant/backend/cuda/status.h"
@@ -132,6 +133,7 @@ Status CudaBackend::start(const BackendOptions& options) {
   info_.activation_type = ActivationType::kF32;
   info_.page_layout = cache::Layout::kSm90;
   info_.host_memory = false;
+  info_.has_queries = options.row_queries;
   // A token at a time, longer steps gain nothing in attention and take larger tables.
   info_.step_tokens = deterministic_ ? 256 : 2048;
   info_.memory_total = static_cast<int64_t>(total_bytes);
@@ -327,6 +329,11 @@ Status CudaBackend::gather_rows(const void* x, std::span<const int64_t> rows, in
 Status CudaBackend::greatest_in_rows(const void* x, int64_t num_rows, int64_t num_cols,
                                      RowMaximum* maxima) {
   return cuda::greatest_in_rows(floats(x), num_rows, num_cols, maxima, stream_);
+}
+
+Status CudaBackend::answer_queries(const void* x, int64_t num_rows, int64_t num_cols,
+                                   const RowQuery* queries, const RowAnswers& answers) {
+  return cuda::answer_queries(floats(x), num_rows, num_cols, queries, answers, stream_);
 }
 
 Status CudaBackend::repeat(const RepeatKey& key, const std::function<Status()>& enqueue) {

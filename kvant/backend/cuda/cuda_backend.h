@@ -52,6 +52,8 @@ class CudaBackend final : public Backend {
   Status gather_rows(const void* x, std::span<const int64_t> rows, int dim, void* out) override;
   Status greatest_in_rows(const void* x, int64_t num_rows, int64_t num_cols,
                           RowMaximum* maxima) override;
+  Status answer_queries(const void* x, int64_t num_rows, int64_t num_cols, const RowQuery* queries,
+                        const RowAnswers& answers) override;
   Status repeat(const RepeatKey& key, const std::function<Status()>& enqueue) override;
 
   Status append(const AppendArgs& args) override;

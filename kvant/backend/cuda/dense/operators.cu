@@ -14,8 +14,6 @@ namespace kvant::backend::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kGreatestThreads = 1024;  // a warp's worth of warps
-constexpr int kNoIndex = 0x7fffffff;
 
 // Blocks of a loop over n values with a stride of the grid.
 unsigned grid_for(int64_t n) {
@@ -145,48 +143,6 @@ __global__ void gather_kernel(const float* x, const int64_t* rows, int64_t num_r
   KVANT_GRID_LOOP(at, num_rows * dim) out[at] = x[rows[at / dim] * dim + at % dim];
 }
 
-// A block a row. A thread's indices ascend, so that the first of equals is the one it keeps.
-__global__ void __launch_bounds__(kGreatestThreads)
-    greatest_kernel(const float* x, int cols, bool by_fours, RowMaximum* maxima) {
-  enter_stream();
-  const float* row = x + blockIdx.x * int64_t{cols};
-  float value = -INFINITY;
-  int index = kNoIndex;
-  bool broken = false;
-  const auto take = [&](float v, int i) {
-    broken |= !isfinite(v);
-    if (v > value) value = v, index = i;
-  };
-  if (by_fours) {
-#pragma unroll 4
-    for (int i = 4 * static_cast<int>(threadIdx.x); i < cols; i += 4 * kGreatestThreads) {
-      const float4 v = *reinterpret_cast<const float4*>(row + i);
-      take(v.x, i), take(v.y, i + 1), take(v.z, i + 2), take(v.w, i + 3);
-    }
-  } else {
-    for (int i = static_cast<int>(threadIdx.x); i < cols; i += kGreatestThreads) take(row[i], i);
-  }
-  const auto reduce = [&] {
-    for (int lanes = 16; lanes > 0; lanes /= 2) {
-      const float other = __shfl_xor_sync(0xffffffffu, value, lanes);
-      const int at = __shfl_xor_sync(0xffffffffu, index, lanes);
-      if (other > value || (other == value && at < index)) value = other, index = at;
-    }
-  };
-  __shared__ float values[kGreatestThreads / 32];
-  __shared__ int indices[kGreatestThreads / 32];
-  reduce();
-  if (threadIdx.x % 32 == 0) values[threadIdx.x / 32] = value, indices[threadIdx.x / 32] = index;
-  broken = __syncthreads_or(broken ? 1 : 0) != 0;
-  if (threadIdx.x >= 32) return;
-  value = values[threadIdx.x], index = indices[threadIdx.x];
-  reduce();
-  if (threadIdx.x == 0) {
-    maxima[blockIdx.x].value = broken ? 0.0f : value;
-    maxima[blockIdx.x].index = broken || index == kNoIndex ? -1 : index;
-  }
-}
-
 template <WeightType kType>
 __global__ void dequantize_kernel(const uint8_t* rows, int64_t row_bytes, int64_t num_rows,
                                   int64_t cols, float scale, float* out) {
@@ -266,15 +222,6 @@ Status gather_rows(const float* x, const int64_t* rows, int64_t num_rows, int di
   return launch_overlapped("gather_rows", gather_kernel,
                            {grid_for(num_rows * dim), kThreads, 0, stream}, x, rows, num_rows, dim,
                            out);
-}
-
-Status greatest_in_rows(const float* x, int64_t num_rows, int64_t num_cols, RowMaximum* maxima,
-                        cudaStream_t stream) {
-  if (num_rows == 0) return {};
-  const bool by_fours = num_cols % 4 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
-  return launch_overlapped("greatest_in_rows", greatest_kernel,
-                           {static_cast<unsigned>(num_rows), kGreatestThreads, 0, stream}, x,
-                           static_cast<int>(num_cols), by_fours, maxima);
 }
 
 Status dequantize_rows(formats::WeightType type, const uint8_t* rows, int64_t num_rows,

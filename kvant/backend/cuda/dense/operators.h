@@ -32,9 +32,6 @@ Status add(const float* x, float* y, int64_t num_values, cudaStream_t stream);
 // out[i] = x[rows[i]]; `rows` in device memory.
 Status gather_rows(const float* x, const int64_t* rows, int64_t num_rows, int dim, float* out,
                    cudaStream_t stream);
-// Backend::greatest_in_rows; `maxima` in memory that kernels write to.
-Status greatest_in_rows(const float* x, int64_t num_rows, int64_t num_cols, RowMaximum* maxima,
-                        cudaStream_t stream);
 // out [num_rows][cols] = scale * values of the file's blocks `rows` [num_rows][bytes of a row], in
 // device memory, aligned to 4.
 Status dequantize_rows(formats::WeightType type, const uint8_t* rows, int64_t num_rows,
