@@ -224,11 +224,12 @@ int32_t RowSampler::draw(std::span<const float> logits, const SamplingRow& row, 
 int32_t RowSampler::draw_left(const SamplingParams& p, double total, float max, double uniform) {
   const float scale = 1 / p.temperature;
   if (keeps_top_k(p, vocab_size_)) keep_top_k(static_cast<size_t>(p.top_k));
+  if (p.top_p >= 1 || total == 0) weigh_candidates(0, candidates_.size(), scale, max);
   if (p.top_p < 1) {
-    if (total == 0) total = weight_of_candidates(scale, max);
+    if (total == 0) total = weight_of_candidates();
     keep_top_p(static_cast<double>(p.top_p) * total, scale, max);
   }
-  return draw_candidate(scale, max, uniform);
+  return draw_candidate(uniform);
 }
 
 int32_t RowSampler::choose(const backend::RowChoice& choice,
@@ -301,11 +302,16 @@ void RowSampler::keep_top_k(size_t k) {
     std::nth_element(candidates_.begin(), candidates_.begin() + (k - 1), candidates_.end(), before);
     candidates_.resize(k);
   }
-  std::sort(candidates_.begin(), candidates_.end(), before);
+  if (!std::ranges::is_sorted(candidates_, before)) std::ranges::sort(candidates_, before);
 }
 
+// Also leaves the candidates' weights.
 void RowSampler::keep_top_p(double mass, float scale, float max) {
   size_t sorted = 0;
+  if (std::ranges::is_sorted(candidates_, before)) {
+    sorted = candidates_.size();
+    weigh_candidates(0, sorted, scale, max);
+  }
   double held = 0;
   for (size_t i = 0; i < candidates_.size(); ++i) {
     if (i >= sorted) {  // mostly few stay: sort no more than that takes
@@ -313,9 +319,10 @@ void RowSampler::keep_top_p(double mass, float scale, float max) {
       std::nth_element(candidates_.begin() + sorted, candidates_.begin() + (next - 1),
                        candidates_.end(), before);
       std::sort(candidates_.begin() + sorted, candidates_.begin() + next, before);
+      weigh_candidates(sorted, next, scale, max);
       sorted = next;
     }
-    held += weight(candidates_[i], scale, max);
+    held += static_cast<double>(weights_[i]);
     if (held >= mass) {
       candidates_.resize(i + 1);
       return;
@@ -323,22 +330,24 @@ void RowSampler::keep_top_p(double mass, float scale, float max) {
   }
 }
 
-double RowSampler::weight(const Candidate& candidate, float scale, float max) {
-  return static_cast<double>(
-      exp_of_negative(std::max(kLeastExponent, (candidate.logit - max) * scale)));
+void RowSampler::weigh_candidates(size_t begin, size_t end, float scale, float max) {
+  for (size_t i = begin; i < end; ++i) {  // two loops, as in exponentials()
+    weights_[i] = std::max(kLeastExponent, (candidates_[i].logit - max) * scale);
+  }
+  for (size_t i = begin; i < end; ++i) weights_[i] = exp_of_negative(weights_[i]);
 }
 
-double RowSampler::weight_of_candidates(float scale, float max) const {
+double RowSampler::weight_of_candidates() const {
   double sum = 0;
-  for (const Candidate& candidate : candidates_) sum += weight(candidate, scale, max);
+  for (size_t i = 0; i < candidates_.size(); ++i) sum += static_cast<double>(weights_[i]);
   return sum;
 }
 
-int32_t RowSampler::draw_candidate(float scale, float max, double uniform) const {
-  double target = uniform * weight_of_candidates(scale, max);
-  for (const Candidate& candidate : candidates_) {
-    target -= weight(candidate, scale, max);
-    if (target < 0) return candidate.id;
+int32_t RowSampler::draw_candidate(double uniform) const {
+  double target = uniform * weight_of_candidates();
+  for (size_t i = 0; i < candidates_.size(); ++i) {
+    target -= static_cast<double>(weights_[i]);
+    if (target < 0) return candidates_[i].id;
   }
   return candidates_.back().id;
 }

@@ -95,10 +95,10 @@ class RowSampler {
   int32_t draw(std::span<const float> logits, const SamplingRow& row, float max);
   int32_t draw_any(std::span<const float> logits, float scale, float max, double uniform);
   int32_t draw_left(const SamplingParams& p, double total, float max, double uniform);
-  int32_t draw_candidate(float scale, float max, double uniform) const;
+  int32_t draw_candidate(double uniform) const;
   static bool before(const Candidate& a, const Candidate& b);  // more probable; ties: lower id
-  static double weight(const Candidate& candidate, float scale, float max);
-  double weight_of_candidates(float scale, float max) const;
+  void weigh_candidates(size_t begin, size_t end, float scale, float max);
+  double weight_of_candidates() const;
   void gather(std::span<const float> logits, float least);
   float top_k_bound(std::span<const float> logits, int k);
   void keep_top_k(size_t k);
@@ -108,7 +108,7 @@ class RowSampler {
   const size_t vocab_size_;
   const std::vector<int32_t> end_tokens_;
   std::vector<float> adjusted_;        // [vocab]
-  std::vector<float> weights_;         // [vocab], exp of logits less the greatest
+  std::vector<float> weights_;         // [vocab], exp of logits less the greatest, or of candidates
   std::vector<double> sums_;           // of blocks of weights_
   std::vector<float> maxima_;          // of blocks of logits
   std::vector<Candidate> candidates_;  // what is left, in the order of drawing
