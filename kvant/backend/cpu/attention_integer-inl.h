@@ -53,6 +53,16 @@ struct alignas(64) Order {
 
 // ---- K's codes ----
 
+// Of 16 bits in each of two words: where byte i of a word begins whose bit 2 is bit 4i + `element`.
+constexpr Order<uint8_t, 64> begins_of_high_bits(int element) {
+  Order<uint8_t, 64> order{};
+  for (int i = 0; i < 64; ++i)
+    order.at[i] = static_cast<uint8_t>((i % 8 / 4 * 32 + i % 4 * 4 + element + 62) % 64);
+  return order;
+}
+constexpr Order<uint8_t, 64> kHighBitBegins[4] = {begins_of_high_bits(0), begins_of_high_bits(1),
+                                                  begins_of_high_bits(2), begins_of_high_bits(3)};
+
 template <Code C>
 constexpr int key_step_bytes() {  // sixteen channels of sixteen tokens
   return C == Code::kS8 ? 256 : C == Code::kU3 ? 96 : C == Code::kU2 ? 64 : 128;
@@ -74,16 +84,13 @@ KVANT_INLINE __m512i key_bytes(const uint8_t* p) {
     const __m512i w = _mm512_srli_epi16(_mm512_loadu_si512(p), 2 * J);
     const __m512i two = _mm512_and_si512(w, _mm512_set1_epi8(3));
     if constexpr (C == Code::kU2) return two;
-    // The high bits of elements 4i to 4i + 3 into byte i.
-    __m512i high =
+    // The high bit of element 4i + J to bit 2 of byte i: bytes that begin two bits before it.
+    const __m512i high =
         _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 64)));
-    high = _mm512_and_si512(_mm512_or_si512(high, _mm512_slli_epi32(high, 8)),
-                            _mm512_set1_epi32(0x00ff00ff));
-    high = _mm512_and_si512(_mm512_or_si512(high, _mm512_slli_epi32(high, 4)),
-                            _mm512_set1_epi32(0x0f0f0f0f));
-    high = _mm512_slli_epi32(high, 2);
-    // two | (high >> J & 4)
-    return _mm512_ternarylogic_epi32(two, _mm512_srli_epi32(high, J), _mm512_set1_epi8(4), 0xf8);
+    const __m512i begins = _mm512_load_si512(kHighBitBegins[J].at);
+    // two | (high & 4)
+    return _mm512_ternarylogic_epi32(two, _mm512_multishift_epi64_epi8(begins, high),
+                                     _mm512_set1_epi8(4), 0xf8);
   }
 }
 
