@@ -116,6 +116,7 @@ class Problem {
     args.view = &view_;
     args.params.num_query_heads = options_.query_heads;
     args.params.scale = 1.0f / std::sqrt(static_cast<float>(options_.head_dim));
+    args.params.rope.rotary_dim = options_.head_dim;  // for +prerope
     args.q = q_;
     args.out = out_;
     return args;

@@ -209,6 +209,7 @@ class Workload {
     args_.view = &view_;
     args_.params.num_query_heads = shape_.q_heads;
     args_.params.scale = 1.0f / std::sqrt(static_cast<float>(shape_.head_dim));
+    args_.params.rope.rotary_dim = shape_.head_dim;  // for +prerope
     args_.q = device_q;
     args_.out = keep(device_bytes(bytes));
   }

@@ -210,6 +210,7 @@ struct WorkspaceNeeds {
   int num_experts_used = 0;
   int expert_dim = 0;
   bool transforms = false;  // some layer has +smooth, +rot or +bias
+  bool pre_rope = false;    // some layer stores keys before RoPE
 };
 
 class Backend {

@@ -49,6 +49,8 @@ backend::WorkspaceNeeds workspace_needs(const ModelConfig& config, const Runtime
   };
   needs.transforms =
       transforms(runtime.format) || std::ranges::any_of(runtime.layer_formats, transforms);
+  const auto pre_rope = [](const formats::CacheFormat& format) { return format.k.pre_rope; };
+  needs.pre_rope = pre_rope(runtime.format) || std::ranges::any_of(runtime.layer_formats, pre_rope);
   return needs;
 }
 

@@ -64,13 +64,17 @@ StoredSections sections_of(const formats::UnitSections& unit, const SideFormat& 
   return sections;
 }
 
-Status unsupported(const std::string& what) {
+Error unsupported(const std::string& what) {
   return Error(ErrorCode::kUnsupported, "CUDA decode attention does not support " + what);
 }
 
-// What attention undoes on the queries and on the outputs instead of on pages.
+// What was done to keys as a layer's plan says, and what attention undoes on the queries, where
+// keys are stored after RoPE, and on the outputs, instead of on pages.
 bool transforms_keys(const SideFormat& k) {
   return k.smooth || k.rotate || k.bias;
+}
+bool transforms_queries(const SideFormat& k) {
+  return !k.pre_rope && transforms_keys(k);
 }
 bool transforms_values(const SideFormat& v) {
   return v.rotate || v.bias;
@@ -79,6 +83,40 @@ bool transforms_values(const SideFormat& v) {
 constexpr int kSharedMemory = 228 * 1024;  // of a multiprocessor
 constexpr int kReservedShared = 1024;      // of each block, by the system
 constexpr int kWantedSlots = 3;
+
+const SideFormat& stored_keys(const AttentionArgs& args) {
+  return args.view->kinds[cache::kKindStored].k_format[args.group_layer];
+}
+const SideFormat& stored_values(const AttentionArgs& args) {
+  return args.view->kinds[cache::kKindStored].v_format[args.group_layer];
+}
+
+// Of a page's angles, which follow its keys where these are stored before RoPE.
+int angle_bytes(const AttentionArgs& args) {
+  return stored_keys(args).pre_rope ? args.params.rope.rotary_dim / 2 * int{sizeof(float2)} : 0;
+}
+
+// A slot takes half of a page, or of a tile of 16-bit values.
+int slot_bytes_of(const AttentionArgs& args) {
+  const SideFormat& k = stored_keys(args);
+  int bytes = 16 * args.view->head_dim * 2;
+  if (k.base != stored_values(args).base || !is_16_bit(key_kernel(k.base))) {
+    const StoredSections sections =
+        sections_of(args.view->kinds[cache::kKindStored].units[args.group_layer], k);
+    bytes = std::max({bytes, sections.k_bytes, sections.v_bytes});
+  }
+  return bytes + (angle_bytes(args) + 127) / 128 * 128;
+}
+
+// Of each ring of a kernel; 0 if there are too few.
+int num_slots_of(const DecodeVariant& variant, int slot_bytes) {
+  const int left = kSharedMemory / variant.blocks - kReservedShared - variant.fixed_bytes -
+                   variant.teams * variant.team_bytes;
+  const int slots = std::min(kWantedSlots, left / (variant.teams * slot_bytes));
+  // The ring takes a result of the team when its last segment ends.
+  const int result_bytes = variant.max_rows * (variant.head_dim + 4) * 4;
+  return slots < 2 || slots * slot_bytes < result_bytes ? 0 : slots;
+}
 
 }  // namespace
 
@@ -96,10 +134,18 @@ CudaAttention::~CudaAttention() {
 }
 
 Status CudaAttention::supports(const formats::CacheFormat& format, int head_dim, int group) const {
-  if (format.k.pre_rope) return unsupported("+prerope; use a format without it, or --device cpu");
-  if (transforms_keys(format.k) && is_16_bit(key_kernel(format.k.base)))
+  const KeyKernel keys = key_kernel(format.k.base);
+  // Pages that are read by tiles of 16-bit values have nothing beside them.
+  const bool by_tile = format.k.base == format.v.base && is_16_bit(keys);
+  if ((by_tile && (format.k.mean || transforms_keys(format.k))) ||
+      (is_16_bit(keys) && transforms_queries(format.k)))
     return unsupported(
-        "+smooth, +rot or +bias of keys in 16 bits; use a format without them, or --device cpu");
+        "+mean, +smooth, +rot or +bias of keys in 16 bits; use a format without them, or --device "
+        "cpu");
+  if (is_channel(keys) && format.k.bias && !format.k.pre_rope)
+    return unsupported(
+        "+bias of keys with a zero per channel; use a format without it, or "
+        "--device cpu");
   if (group > 16)
     return unsupported(std::to_string(group) + " query heads per KV head (at most 16)");
   VariantQuery query;
@@ -107,10 +153,53 @@ Status CudaAttention::supports(const formats::CacheFormat& format, int head_dim,
   query.value = value_kernel(format.v.base);
   query.head_dim = head_dim;
   query.rows = group;
+  query.pre_rope = format.k.pre_rope;
   if (find_variant(query) == nullptr)
     return unsupported("head_dim " + std::to_string(head_dim) +
                        " (it has 64, 80, 96, 128, 192 and 256)");
   return {};
+}
+
+Status CudaAttention::supports(const AttentionArgs& args) const {
+  const cache::GroupView& view = *args.view;
+  formats::CacheFormat format;
+  format.k = stored_keys(args);
+  format.v = stored_values(args);
+  KVANT_TRY(supports(format, view.head_dim, args.params.num_query_heads / view.num_kv_heads));
+  if (format.k.pre_rope) KVANT_TRY(check_key_rotation(args.params.rope, view.head_dim));
+  const Result<const DecodeVariant*> variant = choose_variant(args);
+  return variant ? Status() : variant.error();
+}
+
+// The kernel for a layer's format and the most query rows of a tile in the step.
+Result<const DecodeVariant*> CudaAttention::choose_variant(const AttentionArgs& args) const {
+  const cache::GroupView& view = *args.view;
+  const SideFormat& k = stored_keys(args);
+  const int group = args.params.num_query_heads / view.num_kv_heads;
+  VariantQuery query;
+  query.key = key_kernel(k.base);
+  query.value = value_kernel(stored_values(args).base);
+  query.head_dim = view.head_dim;
+  query.page_tokens = view.page_tokens;
+  query.rows = group;
+  if (!deterministic_) {
+    for (const cache::SequenceView& sequence : view.sequences)
+      query.rows = std::max(query.rows, group * sequence.num_new_tokens);
+  }
+  query.rows = std::min(16, query.rows);
+  query.pre_rope = k.pre_rope;
+  query.any = k.pre_rope
+                  ? k.mean || transforms_keys(k) || args.params.rope.rotary_dim != view.head_dim
+                  : k.mean && is_channel(query.key);
+  const DecodeVariant* variant = find_variant(query);
+  if (variant == nullptr)
+    return unsupported("head_dim " + std::to_string(view.head_dim) + " with " +
+                       std::to_string(group) + " query heads per KV head");
+  if (num_slots_of(*variant, slot_bytes_of(args)) == 0)
+    return unsupported(
+        "pages of " + std::to_string(view.kinds[cache::kKindStored].units[args.group_layer].bytes) +
+        " bytes per KV head; use smaller pages");
+  return variant;
 }
 
 // What sequences of the step share, if there is a kernel for it.
@@ -126,8 +215,8 @@ Status CudaAttention::prepare_shared(const AttentionArgs& args) {
   const cache::PageKind& stored = view.kinds[shared_kind_];
   shared_variant_ = find_shared_variant(key_kernel(k.base), value_kernel(v.base), view.head_dim);
   if (sharing_ == PageSharing::kNever || deterministic_ || shared_variant_ == nullptr || k.mean ||
-      transforms_keys(k) || transforms_values(v) || view.page_tokens != kSharedPageTokens ||
-      args.params.softcap != 0.0f)
+      k.pre_rope || transforms_keys(k) || transforms_values(v) ||
+      view.page_tokens != kSharedPageTokens || args.params.softcap != 0.0f)
     return {};
   SharedPlanShape shape;
   shape.group = args.params.num_query_heads / view.num_kv_heads;
@@ -167,21 +256,7 @@ Status CudaAttention::configure(const AttentionArgs& args, int layer) {
   const SideFormat& k = stored.k_format[layer];
   const SideFormat& v = stored.v_format[layer];
   const int group = args.params.num_query_heads / view.num_kv_heads;
-  VariantQuery query;
-  query.key = key_kernel(k.base);
-  query.value = value_kernel(v.base);
-  query.head_dim = view.head_dim;
-  query.page_tokens = view.page_tokens;
-  query.rows = group;
-  if (!deterministic_) {
-    for (const cache::SequenceView& sequence : view.sequences)
-      query.rows = std::max(query.rows, group * sequence.num_new_tokens);
-  }
-  query.rows = std::min(16, query.rows);
-  variant_ = find_variant(query);
-  if (variant_ == nullptr)
-    return unsupported("head_dim " + std::to_string(view.head_dim) + " with " +
-                       std::to_string(group) + " query heads per KV head");
+  KVANT_ASSIGN(variant_, choose_variant(args));
 
   k_format_ = k;
   v_format_ = v;
@@ -201,18 +276,16 @@ Status CudaAttention::configure(const AttentionArgs& args, int layer) {
   params_.by_position = deterministic_;
   params_.beside_shared = !shared_.empty();
 
-  const int tile_bytes = 16 * view.head_dim * 2;
-  params_.slot_bytes = tile_bytes;
-  if (!params_.stored_by_tile)
-    params_.slot_bytes = std::max({tile_bytes, params_.stored.k_bytes, params_.stored.v_bytes});
-  const int left = kSharedMemory / variant_->blocks - kReservedShared - variant_->fixed_bytes -
-                   variant_->teams * variant_->team_bytes;
-  params_.num_slots = std::min(kWantedSlots, left / (variant_->teams * params_.slot_bytes));
-  // The ring takes a result of the team when its last segment ends.
-  const int result_bytes = variant_->max_rows * (view.head_dim + 4) * 4;
-  if (params_.num_slots < 2 || params_.num_slots * params_.slot_bytes < result_bytes)
-    return unsupported("pages of " + std::to_string(stored.units[layer].bytes) +
-                       " bytes per KV head; use smaller pages");
+  if (k.pre_rope) {
+    KVANT_TRY(check_key_rotation(args.params.rope, view.head_dim));
+    params_.pre_rope.octets = args.params.rope.rotary_dim / 16;
+    params_.pre_rope.row_bytes = angle_bytes(args);
+    params_.pre_rope.rotated = k.rotate;
+    params_.pre_rope.rotation_scale =
+        formats::rotation_scale(formats::rotation_block(view.head_dim));
+  }
+  params_.slot_bytes = slot_bytes_of(args);
+  params_.num_slots = num_slots_of(*variant_, params_.slot_bytes);
   smem_bytes_ = variant_->teams * (params_.num_slots * params_.slot_bytes + variant_->team_bytes);
   return cuda_status(cudaFuncSetAttribute(variant_->kernel,
                                           cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes_),
@@ -262,7 +335,7 @@ Status CudaAttention::prepare(const AttentionArgs& args, cudaStream_t stream) {
   for (const cache::SequenceView& sequence : view.sequences)
     num_rows_ = std::max<int64_t>(num_rows_, sequence.first_row + sequence.num_new_tokens);
   const int64_t num_queries =
-      transforms_keys(k_format_) ? num_rows_ * args.params.num_query_heads : 0;
+      transforms_queries(k_format_) ? num_rows_ * args.params.num_query_heads : 0;
   KVANT_TRY(reserve_partials((num_rows + num_queries) * row_bytes(view.head_dim), stream));
 
   factors_.clear();
@@ -313,7 +386,24 @@ Status CudaAttention::prepare(const AttentionArgs& args, cudaStream_t stream) {
     if (part.most_partials > kMaxCombined)
       return unsupported("devices of more than " + std::to_string(kMaxCombined) + " blocks");
   }
+  KVANT_TRY(prepare_rotations(args, stream));
   view_ = args.view;
+  return {};
+}
+
+// What keys before RoPE are rotated by, for all pages of the step.
+Status CudaAttention::prepare_rotations(const AttentionArgs& args, cudaStream_t stream) {
+  if (!k_format_.pre_rope) return {};
+  const cache::GroupView& view = *args.view;
+  int64_t most_tokens = 0;
+  for (const cache::SequenceView& sequence : view.sequences)
+    most_tokens = std::max(most_tokens, sequence.first_position + sequence.num_new_tokens);
+  const int64_t num_pages = (most_tokens + view.page_tokens - 1) / view.page_tokens;
+  KVANT_ASSIGN(const KeyRotations::Tables tables,
+               rotations_.get(args.params.rope, view.page_tokens, num_pages, stream));
+  params_.pre_rope.pages = tables.pages;
+  params_.pre_rope.tokens = tables.tokens;
+  rope_ = args.params.rope;
   return {};
 }
 
@@ -371,8 +461,13 @@ DecodeParams CudaAttention::params_of(const AttentionArgs& args) const {
                           pages.units[args.group_layer].bytes};
   }
   params.q = params.stored_q = static_cast<const float*>(args.q);
-  if (transforms_keys(k_format_)) params.stored_q = stored_q_;
-  if (k_format_.bias) params.q_bias = q_bias_;
+  if (k_format_.pre_rope) {
+    params.pre_rope.smooth = terms_of(smooth_offset_, args);
+    params.pre_rope.bias = terms_of(key_bias_offset_, args);
+  } else {
+    if (transforms_keys(k_format_)) params.stored_q = stored_q_;
+    if (k_format_.bias) params.q_bias = q_bias_;
+  }
   params.out = static_cast<float*>(args.out);
   params.lse = lse_;
   params.sink_logits = args.params.sink_logits;
@@ -404,7 +499,7 @@ Status CudaAttention::launch(const AttentionArgs& args, cudaStream_t stream) {
   if (args.view != view_)
     return Error(ErrorCode::kInternal, "attention was not prepared for this step");
   const DecodeParams params = params_of(args);
-  if (transforms_keys(k_format_)) KVANT_TRY(launch_transform(args, params, stream));
+  if (transforms_queries(k_format_)) KVANT_TRY(launch_transform(args, params, stream));
   if (!shared_.empty()) KVANT_TRY(launch_shared(args, params, stream));
   for (const PlannedLaunch& part : launches_) KVANT_TRY(launch_part(part, args, params, stream));
   return {};
@@ -446,7 +541,8 @@ Status CudaAttention::launch_part(const PlannedLaunch& part, const AttentionArgs
 Status CudaAttention::run(const AttentionArgs& args, cudaStream_t stream) {
   const cache::PageKind& stored = args.view->kinds[cache::kKindStored];
   const bool same_format = args.view == view_ && stored.k_format[args.group_layer] == k_format_ &&
-                           stored.v_format[args.group_layer] == v_format_;
+                           stored.v_format[args.group_layer] == v_format_ &&
+                           (!k_format_.pre_rope || same_rope(args.params.rope, rope_));
   if (args.group_layer == 0 || !same_format) KVANT_TRY(prepare(args, stream));
   return launch(args, stream);
 }

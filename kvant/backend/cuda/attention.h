@@ -13,6 +13,7 @@
 #include "kvant/backend/backend.h"
 #include "kvant/backend/cuda/decode/combine.h"
 #include "kvant/backend/cuda/decode/kernel_params.h"
+#include "kvant/backend/cuda/decode/key_rotations.h"
 #include "kvant/backend/cuda/decode/transform_queries.h"
 #include "kvant/backend/cuda/decode/variants.h"
 #include "kvant/backend/cuda/shared/kernel_params.h"
@@ -31,16 +32,20 @@ class CudaAttention {
 
   // kUnsupported names what decode kernels lack.
   Status supports(const formats::CacheFormat& format, int head_dim, int group) const;
+  // The same of a layer in a step: the size of its pages and RoPE of keys stored before it, too.
+  Status supports(const AttentionArgs& args) const;
 
   // Device memory for partial results and tables of steps within `needs`: what set_workspace() is
   // given. Steps beyond them, or without a workspace, allocate what they lack.
   int64_t workspace_bytes(const WorkspaceNeeds& needs) const;
   // Between steps; the owner of `memory` keeps it. Null takes it away.
   void set_workspace(std::byte* memory, const WorkspaceNeeds& needs);
-  bool outgrew_workspace() const { return owned_partials_ != nullptr || upload_.outgrew(); }
+  bool outgrew_workspace() const {
+    return owned_partials_ != nullptr || upload_.outgrew() || rotations_.outgrew();
+  }
 
-  // Makes the plan of a step and sends it to the device. Needed once per group, step and format:
-  // run() does it for a group's first layer and where a layer's format differs.
+  // Makes the plan of a step and sends it to the device. Needed once per group, step, format and
+  // setting of RoPE (+prerope): run() does it for a group's first layer and where these differ.
   Status prepare(const AttentionArgs& args, cudaStream_t stream);
   // Enqueues the kernels of one layer; may be captured into a graph after prepare().
   Status launch(const AttentionArgs& args, cudaStream_t stream);
@@ -66,6 +71,8 @@ class CudaAttention {
  private:
   explicit CudaAttention(int num_sms) : num_sms_(num_sms) {}
   Status configure(const AttentionArgs& args, int group_layer);
+  Result<const DecodeVariant*> choose_variant(const AttentionArgs& args) const;
+  Status prepare_rotations(const AttentionArgs& args, cudaStream_t stream);
   Status prepare_shared(const AttentionArgs& args);
   Status launch_shared(const AttentionArgs& args, const DecodeParams& decode, cudaStream_t stream);
   Status launch_part(const PlannedLaunch& part, const AttentionArgs& args,
@@ -75,6 +82,7 @@ class CudaAttention {
   static int64_t row_bytes(int head_dim);  // sums and state of a query row
   int64_t partial_bytes(const WorkspaceNeeds& needs) const;
   int64_t table_bytes(const WorkspaceNeeds& needs) const;
+  static int64_t rotation_bytes(const WorkspaceNeeds& needs);
   DecodePlan make_plan(const cache::GroupView& view, PlanShape& shape);
   Status reserve_partials(int64_t bytes, cudaStream_t stream);
   int64_t add_terms(const cache::GroupView& view, bool keys,
@@ -90,6 +98,7 @@ class CudaAttention {
   // Of the prepared step.
   const cache::GroupView* view_ = nullptr;
   formats::SideFormat k_format_, v_format_;
+  attention::RopeParams rope_;  // where keys are stored before it
   const DecodeVariant* variant_ = nullptr;
   DecodeParams params_ = {};
   int num_blocks_ = 0;
@@ -103,6 +112,7 @@ class CudaAttention {
   std::vector<HeadFactors> factors_;  // [layers][num_kv_heads]
   Upload upload_;
   int64_t factors_offset_ = 0;
+  KeyRotations rotations_;
 
   bool deterministic_ = false;
   PageSharing sharing_ = PageSharing::kWherePays;

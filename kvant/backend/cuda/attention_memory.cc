@@ -82,9 +82,16 @@ int64_t CudaAttention::table_bytes(const WorkspaceNeeds& needs) const {
   return bytes + 16 * 128;  // pieces are aligned
 }
 
+// Angles of keys before RoPE: kept from step to step.
+int64_t CudaAttention::rotation_bytes(const WorkspaceNeeds& needs) {
+  if (!needs.pre_rope) return 0;
+  return KeyRotations::workspace_bytes(needs.head_dim, needs.page_tokens, needs.max_context);
+}
+
 int64_t CudaAttention::workspace_bytes(const WorkspaceNeeds& needs) const {
   if (needs.num_kv_heads == 0) return 0;
-  return (partial_bytes(needs) + 255) / 256 * 256 + (table_bytes(needs) + 255) / 256 * 256;
+  return (partial_bytes(needs) + 255) / 256 * 256 + (table_bytes(needs) + 255) / 256 * 256 +
+         rotation_bytes(needs);
 }
 
 void CudaAttention::set_workspace(std::byte* memory, const WorkspaceNeeds& needs) {
@@ -93,8 +100,11 @@ void CudaAttention::set_workspace(std::byte* memory, const WorkspaceNeeds& needs
   view_ = nullptr;
   partials_ = memory;
   partial_bytes_ = memory == nullptr ? 0 : (partial_bytes(needs) + 255) / 256 * 256;
-  upload_.use(memory == nullptr ? nullptr : memory + partial_bytes_,
-              memory == nullptr ? 0 : table_bytes(needs));
+  const int64_t tables = memory == nullptr ? 0 : table_bytes(needs);
+  upload_.use(memory == nullptr ? nullptr : memory + partial_bytes_, tables);
+  const int64_t rotations = memory == nullptr ? 0 : rotation_bytes(needs);
+  rotations_.use(rotations == 0 ? nullptr : memory + partial_bytes_ + (tables + 255) / 256 * 256,
+                 rotations);
 }
 
 Status CudaAttention::reserve_partials(int64_t bytes, cudaStream_t stream) {

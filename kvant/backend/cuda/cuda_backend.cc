@@ -381,13 +381,7 @@ Status CudaBackend::attention(const AttentionArgs& args) {
   for (const cache::SequenceView& sequence : view.sequences) {
     most_tokens = std::max(most_tokens, sequence.num_new_tokens);
   }
-  const cache::PageKind& stored = view.kinds[cache::kKindStored];
-  formats::CacheFormat format;
-  format.k = stored.k_format[args.group_layer];
-  format.v = stored.v_format[args.group_layer];
-  const int group = args.params.num_query_heads / view.num_kv_heads;
-  if (deterministic_ ||
-      (most_tokens <= kMostDecodeTokens && decode_->supports(format, view.head_dim, group))) {
+  if (deterministic_ || (most_tokens <= kMostDecodeTokens && decode_->supports(args))) {
     return decode_->run(args, stream_);
   }
   KVANT_CHECK(prefill_ != nullptr, "reserve_workspace covers attention");

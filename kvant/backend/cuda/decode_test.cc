@@ -2,44 +2,19 @@
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
-#include <cmath>
-#include <cstring>
-
 #include "kvant/backend/cuda/attention.h"
 #include "kvant/backend/cuda/testing/cache_on_device.h"
+#include "kvant/backend/cuda/testing/decode_run.h"
 #include "kvant/backend/cuda/testing/paged_problem.h"
 
 namespace kvant::backend::cuda {
 namespace {
 
+using testing::decode_error;
 using testing::PagedProblem;
 using testing::ProblemOptions;
 
 constexpr double kErrorLimit = 5e-4;  // relative L2 of a launch
-
-// One launch; the error of its output.
-double run(const ProblemOptions& options, bool deterministic = false) {
-  auto attention = CudaAttention::create();
-  if (!attention.has_value()) {
-    ADD_FAILURE() << attention.error().message();
-    return NAN;
-  }
-  (*attention)->set_deterministic(deterministic);
-  PagedProblem problem(options);
-  const Status status = (*attention)->run(problem.device_args(), nullptr);
-  EXPECT_TRUE(status.has_value()) << (status ? "" : status.error().message());
-  const cudaError_t error = cudaDeviceSynchronize();
-  EXPECT_EQ(error, cudaSuccess) << cudaGetErrorString(error);
-  if (!status.has_value() || error != cudaSuccess) return NAN;
-  const std::vector<float> first = problem.download();
-  problem.poison_output();
-  EXPECT_TRUE((*attention)->run(problem.device_args(), nullptr).has_value());
-  EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
-  const std::vector<float> second = problem.download();
-  EXPECT_EQ(std::memcmp(first.data(), second.data(), first.size() * sizeof(float)), 0)
-      << "two runs of the same step differ";
-  return problem.error_of(first);
-}
 
 class CudaDecode : public ::testing::Test {
  protected:
@@ -61,7 +36,7 @@ TEST_F(CudaDecode, EveryPairOfFormats) {
       ProblemOptions options;
       options.kv = std::string("k=") + k + ",v=" + v;
       options.lengths = {517, 64, 129};
-      const double error = run(options);
+      const double error = decode_error(options);
       EXPECT_LT(error, kErrorLimit) << options.kv;
     }
   }
@@ -75,7 +50,7 @@ TEST_F(CudaDecode, Presets) {
       options.kv = kv;
       options.page_tokens = page_tokens;
       options.lengths = {1000, 1, 65, 256};
-      EXPECT_LT(run(options), kErrorLimit) << kv << ", pages of " << page_tokens;
+      EXPECT_LT(decode_error(options), kErrorLimit) << kv << ", pages of " << page_tokens;
     }
   }
 }
@@ -89,7 +64,7 @@ TEST_F(CudaDecode, GroupsAndHeadSizes) {
         options.head_dim = head_dim;
         options.group = group;
         options.lengths = {333, 90};
-        EXPECT_LT(run(options), kErrorLimit)
+        EXPECT_LT(decode_error(options), kErrorLimit)
             << kv << ", head_dim " << head_dim << ", group " << group;
       }
     }
@@ -105,7 +80,7 @@ TEST_F(CudaDecode, SeveralNewTokens) {
         options.group = group;
         options.lengths = {200, 389, 640 + new_tokens / 2};
         options.new_tokens = {new_tokens, 1, new_tokens};
-        EXPECT_LT(run(options), kErrorLimit)
+        EXPECT_LT(decode_error(options), kErrorLimit)
             << kv << ", " << new_tokens << " new tokens, group " << group;
       }
     }
@@ -122,13 +97,13 @@ TEST_F(CudaDecode, WindowsSoftcapAndSinks) {
       options.window = window;
       options.lengths = {900, 130, 40};
       options.new_tokens = {1, 3, 1};
-      EXPECT_LT(run(options), kErrorLimit) << kv << ", window " << window;
+      EXPECT_LT(decode_error(options), kErrorLimit) << kv << ", window " << window;
       options.params.softcap = 3.0f;
-      EXPECT_LT(run(options), kErrorLimit) << kv << ", softcap, window " << window;
+      EXPECT_LT(decode_error(options), kErrorLimit) << kv << ", softcap, window " << window;
       options.params.softcap = 0.0f;
       options.params.sink_tokens = 70;
       options.params.sink_logits = sinks.data();
-      EXPECT_LT(run(options), kErrorLimit) << kv << ", sinks, window " << window;
+      EXPECT_LT(decode_error(options), kErrorLimit) << kv << ", sinks, window " << window;
     }
   }
 }
@@ -138,11 +113,11 @@ TEST_F(CudaDecode, LongAndManySequences) {
     ProblemOptions options;
     options.kv = kv;
     options.lengths = {20000};
-    EXPECT_LT(run(options), kErrorLimit) << kv << ", one long sequence";
+    EXPECT_LT(decode_error(options), kErrorLimit) << kv << ", one long sequence";
     options.lengths.assign(100, 70);
     options.lengths[7] = 5000;
     options.num_kv_heads = 3;
-    EXPECT_LT(run(options), kErrorLimit) << kv << ", a ragged batch";
+    EXPECT_LT(decode_error(options), kErrorLimit) << kv << ", a ragged batch";
   }
 }
 
@@ -158,20 +133,41 @@ TEST_F(CudaDecode, SmoothedRotatedAndBiased) {
         options.kv = kv;
         options.head_dim = head_dim;
         options.lengths = {1300, 64, 65, 700, 1};
-        EXPECT_LT(run(options, deterministic), kErrorLimit) << kv << ", head_dim " << head_dim;
+        EXPECT_LT(decode_error(options, deterministic), kErrorLimit)
+            << kv << ", head_dim " << head_dim;
         options.lengths = {1300, 400, 200};
         options.new_tokens = {3, 1, 8};
         options.group = 7;
         options.window = 300;
         options.params.sink_tokens = 70;
-        EXPECT_LT(run(options, deterministic), kErrorLimit) << kv << ", a window, " << head_dim;
+        EXPECT_LT(decode_error(options, deterministic), kErrorLimit)
+            << kv << ", a window, " << head_dim;
       }
     }
   }
   ProblemOptions options;
   options.kv = "k=nvfp4+rot+bias,v=nvfp4+rot+bias";
   options.lengths = {20000, 100};
-  EXPECT_LT(run(options), kErrorLimit) << "a long sequence";
+  EXPECT_LT(decode_error(options), kErrorLimit) << "a long sequence";
+}
+
+// Means and biases beside zeros of channels, and beside pages that are read by tiles.
+TEST_F(CudaDecode, OffsetsOfOtherKeys) {
+  for (const char* kv :
+       {"k=int4:channel+mean,v=nvfp4", "k=int3:channel+mean,v=int4", "k=f16+mean,v=nvfp4"}) {
+    ProblemOptions options;
+    options.kv = kv;
+    options.lengths = {1300, 64, 65, 700, 1};
+    EXPECT_LT(decode_error(options), kErrorLimit) << kv;
+  }
+  auto attention = CudaAttention::create();
+  ASSERT_TRUE(attention.has_value());
+  for (const char* kv : {"k=int4:channel+bias,v=nvfp4", "k=f16+mean,v=f16", "k=f16+rot,v=nvfp4",
+                         "k=f16+rot+prerope,v=f16"}) {
+    const Result<formats::CacheFormat> format = formats::parse_cache_format(kv);
+    ASSERT_TRUE(format.has_value()) << kv;
+    EXPECT_FALSE((*attention)->supports(*format, 128, 4).has_value()) << kv;
+  }
 }
 
 // Splits at fixed positions, several launches of one step.
@@ -183,18 +179,19 @@ TEST_F(CudaDecode, ByPosition) {
       options.head_dim = head_dim;
       options.lengths = {2100, 400, 513, 1};
       options.new_tokens = {1, 300, 2, 1};
-      EXPECT_LT(run(options, true), kErrorLimit) << kv << ", head_dim " << head_dim;
+      EXPECT_LT(decode_error(options, true), kErrorLimit) << kv << ", head_dim " << head_dim;
       options.group = 12;
       options.new_tokens = {1};
       options.window = 600;
       options.params.sink_tokens = 64;
-      EXPECT_LT(run(options, true), kErrorLimit) << kv << ", a window, head_dim " << head_dim;
+      EXPECT_LT(decode_error(options, true), kErrorLimit)
+          << kv << ", a window, head_dim " << head_dim;
     }
   }
   ProblemOptions options;
   options.lengths = {40000};
   options.new_tokens = {60};
-  EXPECT_LT(run(options, true), kErrorLimit) << "several launches";
+  EXPECT_LT(decode_error(options, true), kErrorLimit) << "several launches";
 }
 
 // What is planned for a step is enough for it.
@@ -202,15 +199,19 @@ TEST_F(CudaDecode, StepsStayWithinTheirWorkspace) {
   for (const bool deterministic : {false, true}) {
     for (const int head_dim : {64, 128, 256}) {
       for (const int group : {1, 4, 12}) {
-        for (const char* kv : {"nvfp4", "4bit", "int8", "k=int4:channel,v=int4",
-                               "k=nvfp4+rot+bias,v=nvfp4+rot+sink"}) {
+        for (const char* kv :
+             {"nvfp4", "4bit", "int8", "k=int4:channel,v=int4", "k=nvfp4+rot+bias,v=nvfp4+rot+sink",
+              "k=nvfp4+rot+bias+prerope,v=nvfp4"}) {
           for (const int new_tokens : {1, 8}) {
             ProblemOptions options;
             options.kv = kv;
+            const bool pre_rope = options.kv.find("+prerope") != std::string::npos;
+            if (pre_rope && group != 4) continue;
             options.head_dim = head_dim;
             options.group = group;
             options.lengths = {3000, 9, 700, 1500};
             options.new_tokens = {new_tokens};
+            options.params.rope.rotary_dim = head_dim;
             PagedProblem problem(options);
             auto attention = CudaAttention::create();
             ASSERT_TRUE(attention.has_value());
@@ -225,6 +226,7 @@ TEST_F(CudaDecode, StepsStayWithinTheirWorkspace) {
             needs.page_tokens = options.page_tokens;
             needs.max_sequences = 4;
             needs.transforms = options.kv.find("+rot") != std::string::npos;
+            needs.pre_rope = pre_rope;
             std::byte* memory = nullptr;
             const auto bytes = static_cast<size_t>((*attention)->workspace_bytes(needs));
             ASSERT_EQ(cudaMalloc(reinterpret_cast<void**>(&memory), bytes), cudaSuccess);
@@ -251,10 +253,10 @@ TEST_F(CudaDecode, SharpAndRisingScores) {
     options.kv = kv;
     options.lengths = {3000};
     options.score_deviation = 2.0f;
-    EXPECT_LT(run(options), kErrorLimit) << kv << ", score deviation 2";
+    EXPECT_LT(decode_error(options), kErrorLimit) << kv << ", score deviation 2";
     options.score_deviation = 1.0f;
     options.rising = true;
-    EXPECT_LT(run(options), kErrorLimit) << kv << ", rising";
+    EXPECT_LT(decode_error(options), kErrorLimit) << kv << ", rising";
   }
 }
 

@@ -54,6 +54,11 @@ __device__ __forceinline__ uint64_t policy_evict_first() {
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
+__device__ __forceinline__ uint64_t policy_evict_last() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
 // Global to shared memory, 16-byte aligned, `bytes` a multiple of 16; completes on `barrier`.
 __device__ __forceinline__ void bulk_copy(uint32_t target, const void* source, uint32_t bytes,
                                           uint32_t barrier, uint64_t policy) {

@@ -1,6 +1,7 @@
 // The consumers: warps of a team that score, weigh and add the pages of a segment.
 #pragma once
 
+#include "kvant/backend/cuda/decode/pre_rope_keys.cuh"
 #include "kvant/backend/cuda/decode/ring.cuh"
 #include "kvant/backend/cuda/decode/shape.cuh"
 #include "kvant/backend/cuda/decode/values.cuh"
@@ -39,7 +40,7 @@ class Consumer {
     constexpr int kPlaces = kNTiles * kSteps * 32;
     for (int i = warp_ * 32 + lane_; i < kPlaces; i += kTeam * 32) {
       bf16_queries_[i] = {0, 0, 0, 0};
-      f16_queries_[i] = {0, 0};
+      if constexpr (!Shape::kPreRope) f16_queries_[i] = {0, 0};
     }
   }
 
@@ -95,7 +96,7 @@ class Consumer {
     stage_queries(segment);
     sync_team();
 #pragma unroll
-    for (int n = 0; n < kNTiles; ++n) {
+    for (int n = 0; n < (Shape::kPreRope ? 0 : kNTiles); ++n) {
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         const uint2 q = f16_queries_[staged(step, n * 8 + lane_ / 4, lane_ % 4)];
@@ -156,6 +157,10 @@ class Consumer {
   __device__ __forceinline__ void stage_pair(int r, int channel, float2 stored, float2 plain) {
     const int place = staged(channel / 16, r, channel % 8 / 2);
     const int half = channel % 16 / 8;
+    if constexpr (Shape::kPreRope) {
+      reinterpret_cast<float2*>(bf16_queries_ + place)[half] = plain;
+      return;
+    }
     reinterpret_cast<uint32_t*>(f16_queries_ + place)[half] = ptx::f16x2_of_f32(stored.x, stored.y);
     const uint2 split = split_bf16(plain.x, plain.y);
     reinterpret_cast<uint32_t*>(bf16_queries_ + place)[half] = split.x;
@@ -175,6 +180,7 @@ class Consumer {
     const StoredSections& stored = params_.stored;
     const KeyPage keys = {ring_.data(k), stored.k_scales, stored.k_mean};
     const std::byte* codes = ring_.data(v);
+    if constexpr (Shape::kPreRope) rotate_page_queries(k);
     if constexpr (!Shape::kAny) {  // a page is one round of the team
       run_round(keys, codes, k, v, flags, position, warp_ * kTiles, true, true);
     } else {
@@ -199,17 +205,23 @@ class Consumer {
 #pragma unroll
     for (int n = 0; n < kNTiles; ++n) {
       offsets.at[n][0] = offsets.at[n][1] = 0.0f;
-      if (params_.q_bias != nullptr) {
+      if (!Shape::kPreRope && params_.q_bias != nullptr) {
         offsets.at[n][0] = now_->biases[n * 8 + lane_ % 4 * 2];
         offsets.at[n][1] = now_->biases[n * 8 + lane_ % 4 * 2 + 1];
       }
     }
-    stored_scores(keys, first, s, offsets);
-    if (is_last) ring_.release(k, lane_);
-    const float unit = params_.scale_log2 * now_->factors.key;
-    weigh<kTiles>(s, offsets, flags, position + first * 16,
-                  unit * (Shape::kAny ? 1.0f : key_unit(Shape::kKey, 0)),
-                  unit * (Shape::kAny ? 1.0f : key_unit(Shape::kKey, 1)));
+    if constexpr (Shape::kPreRope) {
+      const float unit = params_.scale_log2 * pre_rope_scores(keys, first, s);
+      if (is_last) ring_.release(k, lane_);
+      weigh<kTiles>(s, offsets, flags, position + first * 16, unit, unit);
+    } else {
+      stored_scores(keys, first, s, offsets);
+      if (is_last) ring_.release(k, lane_);
+      const float unit = params_.scale_log2 * now_->factors.key;
+      weigh<kTiles>(s, offsets, flags, position + first * 16,
+                    unit * (Shape::kAny ? 1.0f : key_unit(Shape::kKey, 0)),
+                    unit * (Shape::kAny ? 1.0f : key_unit(Shape::kKey, 1)));
+    }
     WeightFragments<kNTiles> p[kTiles];
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) pack_f16(s[i], p[i]);
@@ -217,6 +229,57 @@ class Consumer {
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) add_stored(codes, first + i, p[i]);
   }
+
+  // ---- keys before RoPE ----
+
+  // Calls use(octets) with the number of octets of pairs that rotate as a constant.
+  template <typename Use>
+  __device__ __forceinline__ void with_octets(const Use& use) const;
+
+  // The queries of the page (or the tile's page) in slot `k` become fragments.
+  __device__ __forceinline__ void rotate_page_queries(Slot k) {
+    const std::byte* row = ring_.data(k) + params_.slot_bytes - params_.pre_rope.row_bytes;
+    const auto query = [this](int n, int octet) {
+      const uint4* at = bf16_queries_ + staged(octet / 2, n * 8 + lane_ / 4, lane_ % 4);
+      return reinterpret_cast<const float2*>(at)[octet % 2];
+    };
+    with_octets([&](auto octets) { rotate_queries<octets.value>(row, lane_, query, q_); });
+  }
+
+  __device__ __forceinline__ void rotate_tile_keys(int tile, KeyFragments<kHeadDim>& keys) const {
+    with_octets([&](auto octets) {
+      rotate_keys<octets.value>(params_.pre_rope.tokens, tile, lane_, keys);
+    });
+  }
+
+  // Raw scores of kTiles tiles; returns their unit.
+  __device__ __forceinline__ float pre_rope_scores(const KeyPage& page, int first,
+                                                   float (&s)[kTiles][kNTiles][4]) const {
+    float unit = 1.0f;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      if constexpr (Shape::kAny) {
+        KeyFragments<kHeadDim> keys;
+        unit = now_->factors.key * decode_any_keys(page, first + i, keys);
+        undo_options(page, unit, keys);
+        rotate_tile_keys(first + i, keys);
+        fragment_scores(keys, q_, s[i]);
+      } else {
+        unit = now_->factors.key * pre_rope_unit(Shape::kKey);
+        rotated_scores<Shape::kKey>(page, params_.pre_rope.tokens, first + i, lane_, q_, s[i]);
+      }
+    }
+    return unit;
+  }
+
+  // A tile of keys in the format of the launch, and their unit.
+  __device__ __forceinline__ float decode_any_keys(const KeyPage& page, int tile,
+                                                   KeyFragments<kHeadDim>& keys) const;
+  // +mean or +bias, +rot and +smooth, in the order of decoding; updates the keys' unit.
+  __device__ __forceinline__ void undo_options(const KeyPage& page, float& unit,
+                                               KeyFragments<kHeadDim>& keys) const;
+
+  // ---- keys after RoPE ----
 
   __device__ __forceinline__ void stored_scores(const KeyPage& keys, int first,
                                                 float (&s)[kTiles][kNTiles][4],
@@ -319,7 +382,15 @@ class Consumer {
     }
     const bool is_f16 = Shape::kMayBeF16 && (flags & kStepIsF16) != 0;
     float s[1][kNTiles][4];
-    tile_scores(ring_.data(k), is_f16, s[0]);
+    if constexpr (Shape::kPreRope) {
+      rotate_page_queries(k);
+      KeyFragments<kHeadDim> keys;
+      decode_16_bit_keys(ring_.data(k), is_f16, lane_, keys);
+      rotate_tile_keys(flags >> kStepTileShift, keys);
+      fragment_scores(keys, q_, s[0]);
+    } else {
+      tile_scores(ring_.data(k), is_f16, s[0]);
+    }
     ring_.release(k, lane_);
     ScoreOffsets<kNTiles> offsets;
 #pragma unroll
@@ -704,10 +775,11 @@ class Consumer {
   const int team_;
   const int warp_;  // of the team
   const int lane_;
-  uint4* bf16_queries_;  // [staged()]: channels 2t.., 2t + 8.., rounded, then the rest
-  uint2* f16_queries_;   // [staged()]; where the exchange is, unless keys scale them page by page
-  float* exchange_;      // [source][step][n-tile][lane][4]
-  float2* states_;       // [warp][query row]
+  // [staged()]: channels 2t.., 2t + 8.., rounded, then the rest; kPreRope: the four in fp32.
+  uint4* bf16_queries_;
+  uint2* f16_queries_;  // [staged()]; where the exchange is, unless keys scale them page by page
+  float* exchange_;     // [source][step][n-tile][lane][4]
+  float2* states_;      // [warp][query row]
   TeamSegment* now_;
 
   QueryFragments<kHeadDim, kNTiles> q_;
@@ -718,3 +790,5 @@ class Consumer {
 };
 
 }  // namespace kvant::backend::cuda
+
+#include "kvant/backend/cuda/decode/consumer_pre_rope.cuh"

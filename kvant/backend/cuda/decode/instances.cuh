@@ -7,14 +7,15 @@
 namespace kvant::backend::cuda {
 
 // A row: formats, head_dim, n-tiles of 8 query rows, warps of a team, teams of a block, blocks of a
-// multiprocessor.
+// multiprocessor, and whether keys are stored before RoPE.
 template <KeyKernel kKey, ValueKernel kValue, int kHeadDim, int kNTiles, int kTeam, int kTeams,
-          int kBlocks>
+          int kBlocks, bool kPreRope = false>
 DecodeVariant row() {
-  using Shape = DecodeShape<kKey, kValue, kHeadDim, kNTiles, kTeam, kTeams, kBlocks>;
+  using Shape = DecodeShape<kKey, kValue, kHeadDim, kNTiles, kTeam, kTeams, kBlocks, kPreRope>;
   DecodeVariant variant;
   variant.key = Shape::kKey;
   variant.value = Shape::kValue;
+  variant.pre_rope = Shape::kPreRope;
   variant.head_dim = Shape::kHeadDim;
   variant.max_rows = Shape::kNTiles * 8;
   variant.page_tokens = Shape::kAny ? 0 : 64;

@@ -110,8 +110,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     // One lane per team. A page lasts a team microseconds: looking every 200 ns is enough, and
     // takes few issue slots from the consumers.
     if (warp == Shape::kConsumerWarps && lane < Shape::kTeams) {
-      Producer producer(params, ring_of(lane), static_cast<int>(blockIdx.x) * Shape::kTeams + lane,
-                        Shape::kHeadDim);
+      Producer<Shape::kPreRope> producer(params, ring_of(lane),
+                                         static_cast<int>(blockIdx.x) * Shape::kTeams + lane,
+                                         Shape::kHeadDim);
       while (producer.active()) {
         while (producer.active() && producer.slot_is_empty()) producer.issue();
         __nanosleep(200);

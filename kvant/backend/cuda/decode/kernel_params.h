@@ -1,6 +1,8 @@
 // What a decode launch reads: plain data, passed by value.
 #pragma once
 
+#include <vector_types.h>
+
 #include <cstddef>
 #include <cstdint>
 
@@ -31,6 +33,18 @@ struct StoredSections {
 struct HeadFactors {
   float key;    // g of the keys
   float value;  // g of the values times value_unit()
+};
+
+// Of keys stored before RoPE, for kernels with DecodeShape::kPreRope (pre_rope_keys.cuh).
+struct PreRopeParams {
+  const float2* pages;  // KeyRotations::Tables
+  const uint4* tokens;
+  const float* smooth;  // [num_kv_heads][head_dim] or null
+  const float* bias;    // likewise
+  int32_t octets;       // of 8 pairs that rotate
+  int32_t row_bytes;    // of a page's angles; they lie at the end of a slot of keys
+  bool rotated;         // +rot
+  float rotation_scale;
 };
 
 struct DecodeParams {
@@ -67,6 +81,7 @@ struct DecodeParams {
   float softcap;     // 0: none
   int32_t num_slots;
   int32_t slot_bytes;
+  PreRopeParams pre_rope;
 };
 
 }  // namespace kvant::backend::cuda

@@ -275,11 +275,6 @@ __device__ __forceinline__ void channel_scores(const KeyPage& page, int tile, in
   }
 }
 
-constexpr bool is_channel(KeyKernel kernel) {
-  return kernel == KeyKernel::kInt4Channel || kernel == KeyKernel::kInt3Channel ||
-         kernel == KeyKernel::kInt2Channel;
-}
-
 // q . mean of the page (+mean), BF16 to fp16; every row of the product holds it.
 template <int kHeadDim, int kNTiles>
 __device__ __forceinline__ void mean_offsets(const KeyPage& page, int lane,

@@ -7,6 +7,8 @@
 
 namespace kvant::backend::cuda {
 
+// `kPreRope`: a page's angles follow its keys, at the end of their slot.
+template <bool kPreRope>
 class Producer {
  public:
   __device__ Producer(const DecodeParams& params, const Ring& ring, int worker, int head_dim)
@@ -41,7 +43,17 @@ class Producer {
       if (values) source += params_.stored.v_start;
     }
     if (!values) ring_.info(slot) = info();
-    ptx::mbarrier_arrive_expect_tx(ring_.full(slot), bytes);
+    if constexpr (kPreRope) {
+      const auto row = static_cast<uint32_t>(values ? 0 : params_.pre_rope.row_bytes);
+      ptx::mbarrier_arrive_expect_tx(ring_.full(slot), bytes + row);
+      if (row > 0)
+        ptx::bulk_copy(ptx::shared_address(ring_.data(slot)) + params_.slot_bytes - row,
+                       reinterpret_cast<const std::byte*>(params_.pre_rope.pages) +
+                           position_ / params_.page_tokens * static_cast<int64_t>(row),
+                       row, ring_.full(slot), ptx::policy_evict_last());
+    } else {
+      ptx::mbarrier_arrive_expect_tx(ring_.full(slot), bytes);
+    }
     ptx::bulk_copy(ptx::shared_address(ring_.data(slot)), source, bytes, ring_.full(slot),
                    ptx::policy_evict_first());
     if (++part_ == num_parts_) next_page();

@@ -20,10 +20,12 @@ struct TeamSegment {
   float biases[16];  // q . bias of each query row (+bias)
 };
 
-// Everything that fixes a kernel at compile time.
+// Everything that fixes a kernel at compile time. `kKeysBeforeRope`: keys are stored before RoPE;
+// with formats fixed, without other options and with all channels rotating.
 template <KeyKernel kKeyKernel, ValueKernel kValueKernel, int kDim, int kNumNTiles, int kTeamWarps,
-          int kNumTeams, int kBlocksOfSm = 1>
+          int kNumTeams, int kBlocksOfSm = 1, bool kKeysBeforeRope = false>
 struct DecodeShape {
+  static constexpr bool kPreRope = kKeysBeforeRope;
   static constexpr KeyKernel kKey = kKeyKernel;
   static constexpr ValueKernel kValue = kValueKernel;
   static constexpr int kHeadDim = kDim;
@@ -48,15 +50,18 @@ struct DecodeShape {
   static constexpr bool kMayBeF16 = kAny || kKeyKernel == KeyKernel::kF16;
   static constexpr bool kNeedsZeros = kAny || kValueKernel == ValueKernel::kInt4;
 
-  // Shared memory of a team besides its ring.
+  // Shared memory of a team besides its ring. Keys before RoPE: queries in fp32 instead of two BF16
+  // numbers, and none in fp16, for each page makes its own.
   static constexpr int kBf16QueryBytes = kNumNTiles * kSteps * 32 * 16;
   static constexpr int kF16QueryBytes =
-      kTeamWarps > 1 && !kAny && !is_channel(kKeyKernel) ? 0 : kNumNTiles * kSteps * 32 * 8;
+      kPreRope || (kTeamWarps > 1 && !kAny && !is_channel(kKeyKernel))
+          ? 0
+          : kNumNTiles * kSteps * 32 * 8;
   static constexpr int kExchangeBytes = (kTeamWarps - 1) * kNumNTiles * 8 * (kDim + 4) * 4;
   static constexpr int kStateBytes = kTeamWarps * kNumNTiles * 8 * 8;
   static constexpr int kTeamBytes =
       kBf16QueryBytes + kF16QueryBytes + kExchangeBytes + kStateBytes + sizeof(TeamSegment);
-  static_assert(kF16QueryBytes > 0 || kExchangeBytes >= kNumNTiles * kSteps * 32 * 8);
+  static_assert(kPreRope || kF16QueryBytes > 0 || kExchangeBytes >= kNumNTiles * kSteps * 32 * 8);
   // A result that waits for the block's merge, [row][channel]: padded against bank conflicts.
   static constexpr int kRowStride = kDim + 4;
   static constexpr int kRows = kNumNTiles * 8;

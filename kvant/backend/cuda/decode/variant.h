@@ -60,6 +60,12 @@ constexpr bool is_16_bit(ValueKernel kernel) {
   return kernel == ValueKernel::kBf16 || kernel == ValueKernel::kF16;
 }
 
+// A scale and a zero per channel and page.
+constexpr bool is_channel(KeyKernel kernel) {
+  return kernel == KeyKernel::kInt4Channel || kernel == KeyKernel::kInt3Channel ||
+         kernel == KeyKernel::kInt2Channel;
+}
+
 inline constexpr int kTileTokens = 16;
 
 }  // namespace kvant::backend::cuda

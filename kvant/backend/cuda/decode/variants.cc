@@ -6,9 +6,10 @@
 namespace kvant::backend::cuda {
 namespace {
 
-std::array<std::span<const DecodeVariant>, 7> all_variants() {
-  return {nvfp4_variants(),   int4_channel_variants(), e4m3_variants(), bf16_variants(),
-          integer_variants(), mx_variants(),           any_variants()};
+std::array<std::span<const DecodeVariant>, 9> all_variants() {
+  return {nvfp4_variants(), int4_channel_variants(), e4m3_variants(),
+          bf16_variants(),  integer_variants(),      mx_variants(),
+          any_variants(),   pre_rope_variants(),     any_pre_rope_variants()};
 }
 
 }  // namespace
@@ -17,6 +18,7 @@ const DecodeVariant* find_variant(const VariantQuery& query) {
   for (const auto& table : all_variants()) {
     for (const DecodeVariant& variant : table) {
       const bool any = variant.key == KeyKernel::kAny;
+      if (variant.pre_rope != query.pre_rope || (query.any && !any)) continue;
       if (!any && (variant.key != query.key || variant.value != query.value)) continue;
       if (variant.page_tokens != 0 && variant.page_tokens != query.page_tokens) continue;
       if (variant.head_dim == query.head_dim && query.rows <= variant.max_rows) return &variant;

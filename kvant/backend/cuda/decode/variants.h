@@ -10,6 +10,7 @@ namespace kvant::backend::cuda {
 struct DecodeVariant {
   KeyKernel key;
   ValueKernel value;
+  bool pre_rope;  // keys are stored before RoPE
   int head_dim;
   int max_rows;     // query rows of a tile: 8 or 16
   int page_tokens;  // 0: any
@@ -29,6 +30,8 @@ std::span<const DecodeVariant> bf16_variants();
 std::span<const DecodeVariant> integer_variants();
 std::span<const DecodeVariant> mx_variants();
 std::span<const DecodeVariant> any_variants();
+std::span<const DecodeVariant> pre_rope_variants();
+std::span<const DecodeVariant> any_pre_rope_variants();
 
 struct VariantQuery {
   KeyKernel key;
@@ -36,6 +39,8 @@ struct VariantQuery {
   int head_dim = 0;
   int page_tokens = 0;
   int rows = 1;  // query rows of a tile, at most 16
+  bool pre_rope = false;
+  bool any = false;  // only the one that decides at run time will do
 };
 
 // The kernel for these formats, or the one that decides at run time; null for a head_dim that no

@@ -78,6 +78,7 @@ PagedProblem::~PagedProblem() {
   cudaFree(device_q_);
   cudaFree(device_out_);
   cudaFree(device_sinks_);
+  cudaFree(device_rope_);
 }
 
 // What a plan gives formats with +bias and +smooth.
@@ -245,6 +246,13 @@ void PagedProblem::mirror() {
     check(cudaMalloc(reinterpret_cast<void**>(&device_sinks_), sink_bytes));
     check(cudaMemcpy(device_sinks_, sinks, sink_bytes, cudaMemcpyHostToDevice));
     device_args_.params.sink_logits = device_sinks_;
+  }
+  if (const float* factors = options_.params.rope.frequency_factors; factors != nullptr) {
+    const size_t bytes_of =
+        sizeof(float) * static_cast<size_t>(options_.params.rope.rotary_dim / 2);
+    check(cudaMalloc(reinterpret_cast<void**>(&device_rope_), bytes_of));
+    check(cudaMemcpy(device_rope_, factors, bytes_of, cudaMemcpyHostToDevice));
+    device_args_.params.rope.frequency_factors = device_rope_;
   }
   poison_output();
 }

@@ -28,7 +28,7 @@ struct ProblemOptions {
   std::vector<Prefix> prefixes = {};  // of each sequence; missing ones share nothing
   float score_deviation = 1.0f;       // of q . k * scale
   bool rising = false;                // scores grow along the sequence
-  attention::AttentionParams params;  // heads and scale are filled in
+  attention::AttentionParams params;  // heads and scale are filled in; RoPE for +prerope
   uint32_t seed = 1;
 };
 
@@ -71,6 +71,7 @@ class PagedProblem {
   std::vector<float> q_;
   int64_t num_rows_ = 0;
   float *device_q_ = nullptr, *device_out_ = nullptr, *device_sinks_ = nullptr;
+  float* device_rope_ = nullptr;  // frequency factors
   AttentionArgs device_args_;
   uint64_t random_ = 0;
 };
