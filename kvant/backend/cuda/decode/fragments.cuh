@@ -130,6 +130,7 @@ class TileReader {
   static constexpr int kSteps = kHeadDim / 16;
   static constexpr int kTileBytes = 16 * kHeadDim * code_bits(kCodes) / 8;
 
+  TileReader() = default;
   __device__ __forceinline__ TileReader(const std::byte* tile, int lane)
       : tile_(tile), lane_(lane) {}
 

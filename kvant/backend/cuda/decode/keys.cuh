@@ -98,16 +98,10 @@ __device__ __forceinline__ void plain_scores(const KeyPage& page, int tile, int 
   }
 }
 
-// NVFP4: the E4M3 scale of a block of 16 is applied to the fragment, exactly.
-template <int kHeadDim, int kNTiles>
-__device__ __forceinline__ void nvfp4_scores(const KeyPage& page, int tile, int lane,
-                                             const QueryFragments<kHeadDim, kNTiles>& q,
-                                             float (&s)[kNTiles][4]) {
-  using Reader = TileReader<Codes::kE2m1, kHeadDim>;
-  constexpr int kBlocks = kHeadDim / 16;
-  Reader reader(page.codes + tile * Reader::kTileBytes, lane);
-  uint32_t scales[2][(kBlocks + 3) / 4];  // of rows g and g + 8
-  const std::byte* at = page.codes + page.scales + tile * 16 * kBlocks + lane / 4 * 2 * kBlocks;
+// E4M3 scales of rows g and g + 8 of a tile, a byte a block.
+template <int kBlocks>
+__device__ __forceinline__ void load_nvfp4_scales(const std::byte* at,
+                                                  uint32_t (&scales)[2][(kBlocks + 3) / 4]) {
   if constexpr (kBlocks % 8 == 0) {  // both rows in 16-byte pieces
     uint32_t both[kBlocks / 2];
     load_words(at, both);
@@ -118,34 +112,60 @@ __device__ __forceinline__ void nvfp4_scores(const KeyPage& page, int tile, int 
     load_bytes<kBlocks>(at, scales[0]);
     load_bytes<kBlocks>(at + kBlocks, scales[1]);
   }
+}
+
+// NVFP4: the E4M3 scale of a block of 16 is applied to the fragment, exactly. Several tiles go step
+// by step, a chain of products each; a tile alone has two.
+template <int kCount, int kHeadDim, int kNTiles>
+__device__ __forceinline__ void nvfp4_scores(const KeyPage& page, int tile, int lane,
+                                             const QueryFragments<kHeadDim, kNTiles>& q,
+                                             float (*s)[kNTiles][4]) {
+  using Reader = TileReader<Codes::kE2m1, kHeadDim>;
+  constexpr int kBlocks = kHeadDim / 16;
+  constexpr bool kTwoChains = kCount == 1;
+  const std::byte* codes = page.codes + tile * Reader::kTileBytes;
+  const std::byte* at = page.codes + page.scales + tile * 16 * kBlocks + lane / 4 * 2 * kBlocks;
+  Reader readers[kCount];
+  uint32_t scales[kCount][2][(kBlocks + 3) / 4];
   float odd[kNTiles][4];
-  clear<kHeadDim>(s);
   clear<kHeadDim>(odd);
-  uint32_t low = 0, high = 0;  // scales of two blocks, of rows g and g + 8
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    readers[i] = Reader(codes + i * Reader::kTileBytes, lane);
+    load_nvfp4_scales<kBlocks>(at + i * 16 * kBlocks, scales[i]);
+    clear<kHeadDim>(s[i]);
+  }
+  uint32_t low[kCount], high[kCount];  // scales of two blocks, of rows g and g + 8
 #pragma unroll
   for (int step = 0; step < Reader::kSteps; ++step) {
-    if (step % 4 == 0) {
-      low = ptx::f16x2_of_e4m3x2_low(scales[0][step / 4]);
-      high = ptx::f16x2_of_e4m3x2_low(scales[1][step / 4]);
-    } else if (step % 4 == 2) {
-      low = ptx::f16x2_of_e4m3x2_high(scales[0][step / 4]);
-      high = ptx::f16x2_of_e4m3x2_high(scales[1][step / 4]);
-    }
-    uint32_t a[4];
-    reader.fragment(step, a);
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      const uint32_t scale = r % 2 == 0 ? low : high;
-      a[r] = step % 2 == 0 ? ptx::hmul2_low(a[r], scale) : ptx::hmul2_high(a[r], scale);
-    }
+    for (int i = 0; i < kCount; ++i) {
+      if (step % 4 == 0) {
+        low[i] = ptx::f16x2_of_e4m3x2_low(scales[i][0][step / 4]);
+        high[i] = ptx::f16x2_of_e4m3x2_low(scales[i][1][step / 4]);
+      } else if (step % 4 == 2) {
+        low[i] = ptx::f16x2_of_e4m3x2_high(scales[i][0][step / 4]);
+        high[i] = ptx::f16x2_of_e4m3x2_high(scales[i][1][step / 4]);
+      }
+      uint32_t a[4];
+      readers[i].fragment(step, a);
 #pragma unroll
-    for (int n = 0; n < kNTiles; ++n)
-      ptx::mma_f16(step % 2 == 0 ? s[n] : odd[n], a, q.b[n][step][0], q.b[n][step][1]);
+      for (int r = 0; r < 4; ++r) {
+        const uint32_t scale = r % 2 == 0 ? low[i] : high[i];
+        a[r] = step % 2 == 0 ? ptx::hmul2_low(a[r], scale) : ptx::hmul2_high(a[r], scale);
+      }
+#pragma unroll
+      for (int n = 0; n < kNTiles; ++n)
+        ptx::mma_f16(kTwoChains && step % 2 != 0 ? odd[n] : s[i][n], a, q.b[n][step][0],
+                     q.b[n][step][1]);
+    }
   }
+  if constexpr (kTwoChains) {
 #pragma unroll
-  for (int n = 0; n < kNTiles; ++n) {
+    for (int n = 0; n < kNTiles; ++n) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) s[n][i] += odd[n][i];
+      for (int k = 0; k < 4; ++k) s[0][n][k] += odd[n][k];
+    }
   }
 }
 
@@ -312,12 +332,15 @@ __device__ __forceinline__ void page_scores(const KeyPage& page, int first_tile,
 #pragma unroll
     for (int i = 0; i < kTiles; ++i)
       channel_scores<kKernel>(page, first_tile + i, lane, scaled, s[i]);
+  } else if constexpr (kKernel == KeyKernel::kNvfp4) {
+    constexpr int kCount = kTiles % 2 == 0 ? 2 : 1;
+#pragma unroll
+    for (int i = 0; i < kTiles; i += kCount)
+      nvfp4_scores<kCount>(page, first_tile + i, lane, q, &s[i]);
   } else {
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
-      if constexpr (kKernel == KeyKernel::kNvfp4) {
-        nvfp4_scores(page, first_tile + i, lane, q, s[i]);
-      } else if constexpr (kKernel == KeyKernel::kE4m3 || kKernel == KeyKernel::kE5m2 ||
+      if constexpr (kKernel == KeyKernel::kE4m3 || kKernel == KeyKernel::kE5m2 ||
                            kKernel == KeyKernel::kE4m3Token) {
         plain_scores<kKernel>(page, first_tile + i, lane, q, s[i]);
       } else {
