@@ -12,6 +12,7 @@ std::span<const DecodeVariant> int4_channel_variants() {
       row<K::kInt4Channel, V::kNvfp4, 128, 2, 1, 8, 1>(),
       row<K::kInt4Channel, V::kNvfp4, 64, 1, 1, 8, 2>(),
       row<K::kInt4Channel, V::kNvfp4, 256, 1, 2, 4, 1>(),
+      row<K::kInt4Channel, V::kInt4, 128, 1, 1, 12, 1>(),
   };
   return kVariants;
 }
