@@ -341,7 +341,7 @@ __device__ __forceinline__ void page_scores(const KeyPage& page, int first_tile,
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
       if constexpr (kKernel == KeyKernel::kE4m3 || kKernel == KeyKernel::kE5m2 ||
-                           kKernel == KeyKernel::kE4m3Token) {
+                    kKernel == KeyKernel::kE4m3Token) {
         plain_scores<kKernel>(page, first_tile + i, lane, q, s[i]);
       } else {
         block_scores<kKernel>(page, first_tile + i, lane, q, s[i]);
