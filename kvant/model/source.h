@@ -55,7 +55,7 @@ class ModelSource {
 
   // Name, type and size of a matrix, without its bytes if they would have to be made.
   Result<backend::MatrixSource> describe(std::string_view name, int64_t rows, int64_t cols) const;
-  // With its bytes; made in `memory` (MemoryUse::kWeights) if weights are random or re-quantised.
+  // With its bytes; made in `memory`, which outlives the source, if random or re-quantised.
   // kCorruptData, naming tensor and row, if a value that is re-quantised is not finite.
   Result<backend::MatrixSource> matrix(std::string_view name, int64_t rows, int64_t cols,
                                        MemoryResource& memory);

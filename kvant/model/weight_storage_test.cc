@@ -96,8 +96,8 @@ TEST_P(Requantised, LogitsAreNearThoseOfTheFile) {
 
 TEST(RequantisedSource, TablesAndRoutersKeepTheirType) {
   const std::vector<std::byte> file = tiny("qwen3moe", WeightType::kBF16);
+  HostMemory memory;  // outlives what the source makes in it
   const auto source = must(ModelSource::parse(file, "test", WeightStorage::kF8E4m3));
-  HostMemory memory;
   const auto type = [&](const char* name, int64_t rows, int64_t cols) {
     const auto described = must(source->describe(name, rows, cols));
     const auto loaded = must(source->matrix(name, rows, cols, memory));
@@ -123,9 +123,9 @@ TEST(RequantisedSource, TablesAndRoutersKeepTheirType) {
 // A row of the made matrix is the quantised row of the file.
 TEST(RequantisedSource, RowsAreThoseOfTheFileQuantised) {
   const std::vector<std::byte> file = tiny("llama", WeightType::kQ8_0);
+  HostMemory memory;
   const auto as_is = must(ModelSource::parse(file, "test"));
   const auto e4m3 = must(ModelSource::parse(file, "test", WeightStorage::kF8E4m3));
-  HostMemory memory;
   const auto from = must(as_is->matrix("blk.1.ffn_down.weight", 64, 96, memory));
   const auto made = must(e4m3->matrix("blk.1.ffn_down.weight", 64, 96, memory));
   std::vector<float> values(96);
@@ -141,8 +141,8 @@ TEST(RequantisedSource, RowsAreThoseOfTheFileQuantised) {
 TEST(RequantisedSource, WhatIsNotFiniteIsAnErrorThatNamesTensorAndRow) {
   std::vector<std::byte> file = tiny("llama", WeightType::kF32);
   {
-    const auto source = must(ModelSource::parse(file, "test"));
     HostMemory memory;
+    const auto source = must(ModelSource::parse(file, "test"));
     const auto matrix = must(source->matrix("blk.1.ffn_up.weight", 96, 64, memory));
     const float bad = std::numeric_limits<float>::infinity();
     const auto at = matrix.bytes.data() + 4 * (7 * 64 + 3) - file.data();

@@ -10,6 +10,7 @@
 #include <random>
 #include <vector>
 
+#include "kvant/backend/cuda/testing/cache_on_device.h"
 #include "kvant/backend/testing/hard_rows.h"
 
 namespace kvant::backend::cuda {
@@ -94,6 +95,8 @@ std::vector<float> many_rows(size_t width) {
 class CudaChoose : public ::testing::Test {
  protected:
   void SetUp() override {
+    const std::string reason = testing::no_device_reason();
+    if (!reason.empty()) GTEST_SKIP() << reason;
     auto backend = create_backend({.name = "cuda"});
     ASSERT_TRUE(backend) << backend.error().message();
     backend_ = std::move(*backend);
@@ -184,7 +187,7 @@ TEST_F(CudaChoose, RowsHaveQueriesOfTheirOwn) {
 
 TEST_F(CudaChoose, WhatIsNotFiniteIsNoticed) {
   for (const int64_t cols : {1, 17, 1024, 49152}) {
-    const testing::HardRows rows = testing::hard_rows(cols);
+    const backend::testing::HardRows rows = backend::testing::hard_rows(cols);
     const std::vector<RowMaximum> expected = rows.maxima();
     Asked asked(*backend_, rows.values, rows.num_rows);
     for (const Kind kind : {Kind::kDraw, Kind::kTopK, Kind::kNear, Kind::kTopP}) {
