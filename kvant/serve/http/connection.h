@@ -99,6 +99,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   void arm(std::chrono::milliseconds time);
   void on_deadline();
   void flush();
+  void post_flush();
   void on_flushed(beast::error_code error);
   void finish_response();
   void report(bool client_left, std::string_view cut_by);
