@@ -15,7 +15,6 @@ using cache::SequenceView;
 
 namespace {
 
-constexpr int kMaxHeadDim = 256;
 constexpr int kMaxGroup = 16;
 constexpr int kRunsPerThread = 8;  // of one call: even shares although threads differ in speed
 

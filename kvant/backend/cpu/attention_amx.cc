@@ -76,7 +76,7 @@ KVANT_OWN_FRAME void score_tiles(const IntegerScoreArgs& a, int row, int rows, i
 template <Code C>
 void scores_of(const IntegerScoreArgs& a) {
   auto* keys = reinterpret_cast<int8_t*>(a.scratch);
-  alignas(64) int8_t queries[kMaxIntegerHeadDim / kDepth * kTileBytes];
+  alignas(64) int8_t queries[kMaxHeadDim / kDepth * kTileBytes];
   const int depths = (a.head_dim + kDepth - 1) / kDepth;
   const int row_steps = (a.rows + a.tile_rows - 1) / a.tile_rows;
   Fetcher fetcher(a.fetch, a.num_tiles * (a.head_dim / kLanes + row_steps * depths));

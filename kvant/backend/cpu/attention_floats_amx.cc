@@ -20,7 +20,6 @@ constexpr int kDepth = 32;        // channels or tokens of a tile
 constexpr int kMaxTiles = 4;      // of sixteen tokens, at once
 constexpr int kProductSteps = 4;  // of a Fetcher: a product takes as long as so many words unpacked
 constexpr int kMaxPageTokens = 128;
-constexpr int kMaxHeadDim = 256;
 
 // Queries as A: [row / tile_rows][32 channels][2 * tile_rows][64 bytes], each tile's share 1024
 // bytes, zeros for rows that are not there.

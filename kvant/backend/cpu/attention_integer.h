@@ -112,7 +112,7 @@ struct IntegerKernels {
   void (*values)(const IntegerValueArgs& args);
 };
 
-constexpr int kMaxIntegerHeadDim = 256;
+constexpr int kMaxHeadDim = 256;
 
 // What values() needs, aligned to 64.
 constexpr int64_t integer_scratch_bytes(int head_dim) {

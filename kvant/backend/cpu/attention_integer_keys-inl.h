@@ -149,7 +149,7 @@ void round_queries(const RoundQueriesArgs& a) {
   for (int r = 0; r < a.rows; r += kMaxRows) {
     with_count<kMaxRows>(a.rows - r, [&](auto m) {
       constexpr int M = decltype(m)::value;
-      alignas(64) float products[M * kMaxIntegerHeadDim];
+      alignas(64) float products[M * kMaxHeadDim];
       const float* x = a.q + static_cast<int64_t>(r) * a.head_dim;
       if (a.channel != nullptr) {
         multiply_channels<M>(a, r, products, fetcher);

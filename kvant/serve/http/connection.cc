@@ -174,7 +174,7 @@ bool Connection::parse_header() {
     const std::lock_guard lock(out_mutex_);
     out_ += "HTTP/1.1 100 Continue\r\n\r\n";
     if (!std::exchange(flush_posted_, true)) {
-      post_flush();
+      post([](Connection& self) { self.flush(); });
     }
   }
   return true;
@@ -300,17 +300,9 @@ bool Connection::queue(std::string_view bytes, size_t limit) {
   out_ += bytes;
   out_times_.push_back(Clock::now());
   if (!std::exchange(flush_posted_, true)) {
-    post_flush();
+    post([](Connection& self) { self.flush(); });
   }
   return true;
-}
-
-// Weak: what is posted after the last thread has left run() would keep the connection, and with it
-// the server's state and this very task, for good.
-void Connection::post_flush() {
-  asio::post(socket_.get_executor(), [weak = weak_from_this()] {
-    if (const auto self = weak.lock()) self->flush();
-  });
 }
 
 void Connection::flush() {

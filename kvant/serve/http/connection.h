@@ -7,6 +7,7 @@
 
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/ip/tcp.hpp>
+#include <boost/asio/post.hpp>
 #include <boost/asio/steady_timer.hpp>
 #include <boost/asio/strand.hpp>
 #include <boost/beast/core/flat_buffer.hpp>
@@ -77,6 +78,15 @@ class Connection : public std::enable_shared_from_this<Connection> {
   void turn_away();
   void close_if_idle();  // and after the response otherwise
   void cut(std::string_view why);
+  // task(*this) on the strand, from any thread, if the connection is still there. It holds none:
+  // what is posted after the last thread has left run() would keep the connection, and with it the
+  // server's state and this very task, for good.
+  template <typename Task>
+  void post(Task&& task) {
+    asio::post(socket_.get_executor(), [weak = weak_from_this(), task = std::forward<Task>(task)] {
+      if (const auto self = weak.lock()) task(*self);
+    });
+  }
 
   // ---- any thread ----
   Tcp::socket::executor_type executor();
@@ -99,7 +109,6 @@ class Connection : public std::enable_shared_from_this<Connection> {
   void arm(std::chrono::milliseconds time);
   void on_deadline();
   void flush();
-  void post_flush();
   void on_flushed(beast::error_code error);
   void finish_response();
   void report(bool client_left, std::string_view cut_by);

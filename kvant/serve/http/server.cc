@@ -164,12 +164,8 @@ void Server::State::close_all(bool only_idle, std::string_view why) {
     all.assign(shared->open.begin(), shared->open.end());
   }
   for (const auto& connection : all) {
-    // Weak, as in Connection::post_flush(): the threads may have ended meanwhile.
-    asio::post(connection->executor(), [weak = connection->weak_from_this(), only_idle, why] {
-      const std::shared_ptr<Connection> open = weak.lock();
-      if (open == nullptr) return;
-      only_idle ? open->close_if_idle() : open->cut(why);
-    });
+    connection->post(
+        [only_idle, why](Connection& open) { only_idle ? open.close_if_idle() : open.cut(why); });
   }
 }
 

@@ -127,9 +127,7 @@ class Writer : public ResponseWriter {
   }
 
   void cut(std::string_view why) {
-    asio::post(connection_->executor(), [weak = connection_->weak_from_this(), why] {
-      if (const auto connection = weak.lock()) connection->cut(why);
-    });
+    connection_->post([why](Connection& connection) { connection.cut(why); });
   }
 
   std::shared_ptr<Connection> connection_;
