@@ -1,5 +1,5 @@
-# KVANT_CUDA builds kvant/backend/cuda: kernels for Hopper (sm_90a). Nothing outside that folder sees CUDA, and
-# without the option nothing here is read.
+# KVANT_CUDA builds kvant/backend/cuda: kernels for Hopper (sm_90a) or, with CMAKE_CUDA_ARCHITECTURES, any list of
+# GPUs from sm_80 on. Nothing outside that folder sees CUDA, and without the option nothing here is read.
 include_guard()
 option(KVANT_CUDA "Build the CUDA backend (needs CUDA 12.8 or later)" OFF)
 if(NOT KVANT_CUDA)

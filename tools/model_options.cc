@@ -65,7 +65,7 @@ void add_model_options(CLI::App& app, ModelOptions& options) {
                  "'dummy' for random weights ('dummy:Q8_0': of that type)")
       ->capture_default_str();
   app.add_option("--device", options.device,
-                 "Backend: cpu, cuda (an NVIDIA Hopper GPU) or reference")
+                 "Backend: cpu, cuda (an NVIDIA GPU, best of the Hopper generation) or reference")
       ->capture_default_str();
   app.add_option("--memory-limit", options.memory_limit,
                  "Refuse to take more memory than this for pages, workspace and repacked weights")

@@ -281,7 +281,7 @@ std::string manual_page() {
       ".SH NAME\nkvant \\- language models with a key/value cache of 2 to 8 bits\n"
       ".SH SYNOPSIS\n.B kvant\n.I COMMAND\n.RI [ OPTIONS ]\n"
       ".SH DESCRIPTION\nkvant runs language models with a quantised key/value cache and computes\n"
-      "attention directly on the quantised bytes, on CPUs and NVIDIA Hopper GPUs.\n"
+      "attention directly on the quantised bytes, on CPUs and NVIDIA GPUs.\n"
       "Results go to standard output, messages to standard error.\n.SH COMMANDS\n",
       KVANT_VERSION);
   for (const CommandFacts& command : all_facts()) text += roff_command(command);

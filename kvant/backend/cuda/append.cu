@@ -2,6 +2,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstring>
 #include <string>
 #include <utility>
@@ -187,7 +188,8 @@ Result<std::unique_ptr<CacheAppend>> CacheAppend::create() {
   KVANT_TRY(cuda_status(cudaMallocHost(&s.host_counters, sizeof(EncodeCounters)),
                         "allocating pinned counters"));
   KVANT_TRY(cuda_status(cudaMemset(s.counters, 0, sizeof(EncodeCounters)), "clearing counters"));
-  const int most = quant::close_scratch_bytes(128, 512);
+  const int most =
+      std::min(quant::close_scratch_bytes(128, 512), device_traits().shared_per_block - 1024);
   KVANT_TRY(cuda_status(
       cudaFuncSetAttribute(quant::close_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
       "raising shared memory of the close kernel"));

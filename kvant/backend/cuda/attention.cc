@@ -4,6 +4,7 @@
 #include <string>
 
 #include "kvant/backend/cuda/decode/combine.h"
+#include "kvant/backend/cuda/device.h"
 #include "kvant/backend/cuda/launch.h"
 #include "kvant/base/check.h"
 #include "kvant/formats/format.h"
@@ -80,8 +81,7 @@ bool transforms_values(const SideFormat& v) {
   return v.rotate || v.bias;
 }
 
-constexpr int kSharedMemory = 228 * 1024;  // of a multiprocessor
-constexpr int kReservedShared = 1024;      // of each block, by the system
+constexpr int kReservedShared = 1024;  // bytes of each block, by the system
 constexpr int kWantedSlots = 3;
 
 const SideFormat& stored_keys(const AttentionArgs& args) {
@@ -108,24 +108,33 @@ int slot_bytes_of(const AttentionArgs& args) {
   return bytes + (angle_bytes(args) + 127) / 128 * 128;
 }
 
-// Of each ring of a kernel; 0 if there are too few.
-int num_slots_of(const DecodeVariant& variant, int slot_bytes) {
-  const int left = kSharedMemory / variant.blocks - kReservedShared - variant.fixed_bytes -
-                   variant.teams * variant.team_bytes;
-  const int slots = std::min(kWantedSlots, left / (variant.teams * slot_bytes));
+// What a kernel is made for, less where a GPU has too little shared memory: blocks of a
+// multiprocessor, teams of a block, slots of a team's ring. Nothing fits: all 0.
+struct Residency {
+  int blocks = 0;
+  int teams = 0;
+  int slots = 0;
+};
+Residency residency_of(const DecodeVariant& variant, int slot_bytes) {
   // The ring takes a result of the team when its last segment ends.
   const int result_bytes = variant.max_rows * (variant.head_dim + 4) * 4;
-  return slots < 2 || slots * slot_bytes < result_bytes ? 0 : slots;
+  Residency best;
+  for (int blocks = variant.blocks; blocks > 0; --blocks) {
+    const int memory =
+        device_traits().shared_per_sm / blocks - kReservedShared - variant.fixed_bytes;
+    for (int teams = variant.teams; blocks * teams > best.blocks * best.teams; --teams) {
+      const int slots = std::min(kWantedSlots, (memory / teams - variant.team_bytes) / slot_bytes);
+      if (slots >= 2 && slots * slot_bytes >= result_bytes) best = {blocks, teams, slots};
+    }
+  }
+  return best;
 }
 
 }  // namespace
 
 Result<std::unique_ptr<CudaAttention>> CudaAttention::create() {
-  int device = 0;
-  int num_sms = 0;
-  KVANT_TRY(cuda_status(cudaGetDevice(&device), "asking for the current device"));
-  KVANT_TRY(cuda_status(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device),
-                        "asking for the number of multiprocessors"));
+  const int num_sms = device_traits().num_sms;
+  if (num_sms == 0) return Error(ErrorCode::kDeviceError, "CUDA: there is no device");
   return std::unique_ptr<CudaAttention>(new CudaAttention(num_sms));
 }
 
@@ -195,7 +204,7 @@ Result<const DecodeVariant*> CudaAttention::choose_variant(const AttentionArgs& 
   if (variant == nullptr)
     return unsupported("head_dim " + std::to_string(view.head_dim) + " with " +
                        std::to_string(group) + " query heads per KV head");
-  if (num_slots_of(*variant, slot_bytes_of(args)) == 0)
+  if (residency_of(*variant, slot_bytes_of(args)).blocks == 0)
     return unsupported(
         "pages of " + std::to_string(view.kinds[cache::kKindStored].units[args.group_layer].bytes) +
         " bytes per KV head; use smaller pages");
@@ -214,9 +223,9 @@ Status CudaAttention::prepare_shared(const AttentionArgs& args) {
   shared_kind_ = bf16 ? cache::kKindBf16 : cache::kKindStored;
   const cache::PageKind& stored = view.kinds[shared_kind_];
   shared_variant_ = find_shared_variant(key_kernel(k.base), value_kernel(v.base), view.head_dim);
-  if (sharing_ == PageSharing::kNever || deterministic_ || shared_variant_ == nullptr || k.mean ||
-      k.pre_rope || transforms_keys(k) || transforms_values(v) ||
-      view.page_tokens != kSharedPageTokens || args.params.softcap != 0.0f)
+  if (device_traits().level != DeviceLevel::kHopper || sharing_ == PageSharing::kNever ||
+      deterministic_ || shared_variant_ == nullptr || k.mean || k.pre_rope || transforms_keys(k) ||
+      transforms_values(v) || view.page_tokens != kSharedPageTokens || args.params.softcap != 0.0f)
     return {};
   SharedPlanShape shape;
   shape.group = args.params.num_query_heads / view.num_kv_heads;
@@ -238,7 +247,7 @@ Status CudaAttention::prepare_shared(const AttentionArgs& args) {
   shared_params_.sections = sections_of(stored.units[args.group_layer], k);
   shared_params_.group = shape.group;
   shared_params_.page_bytes = static_cast<int32_t>(shape.stored_bytes);
-  const int left = kSharedMemory - kReservedShared - shared_variant_->fixed_bytes;
+  const int left = device_traits().shared_per_sm - kReservedShared - shared_variant_->fixed_bytes;
   shared_params_.num_slots = std::min(kMaxSharedSlots, left / shared_params_.page_bytes);
   KVANT_CHECK(shared_params_.num_slots >= 3, "pages of these formats fit");
   shared_smem_bytes_ =
@@ -285,8 +294,15 @@ Status CudaAttention::configure(const AttentionArgs& args, int layer) {
         formats::rotation_scale(formats::rotation_block(view.head_dim));
   }
   params_.slot_bytes = slot_bytes_of(args);
-  params_.num_slots = num_slots_of(*variant_, params_.slot_bytes);
-  smem_bytes_ = variant_->teams * (params_.num_slots * params_.slot_bytes + variant_->team_bytes);
+  const Residency residency = residency_of(*variant_, params_.slot_bytes);
+  blocks_of_sm_ = residency.blocks;
+  params_.teams = residency.teams;
+  params_.num_slots = residency.slots;
+  cudaFuncAttributes compiled = {};
+  KVANT_TRY(cuda_status(cudaFuncGetAttributes(&compiled, variant_->kernel),
+                        "asking about a decode kernel"));
+  num_threads_ = compiled.maxThreadsPerBlock;
+  smem_bytes_ = params_.teams * (params_.num_slots * params_.slot_bytes + variant_->team_bytes);
   return cuda_status(cudaFuncSetAttribute(variant_->kernel,
                                           cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes_),
                      "setting the shared memory of a decode kernel");
@@ -296,8 +312,8 @@ Status CudaAttention::configure(const AttentionArgs& args, int layer) {
 // results would not fit the workspace.
 DecodePlan CudaAttention::make_plan(const cache::GroupView& view, PlanShape& shape) {
   for (;;) {
-    num_blocks_ = (num_sms_ - static_cast<int>(shared_.starts.size())) * variant_->blocks;
-    shape.num_workers = num_blocks_ * variant_->teams;
+    num_blocks_ = (num_sms_ - static_cast<int>(shared_.starts.size())) * blocks_of_sm_;
+    shape.num_workers = num_blocks_ * params_.teams;
     shape.elsewhere = shared_.sequences;
     DecodePlan plan = make_decode_plan(view, shape);
     // Each block cuts a unit at most twice: 2 partial results of blocks, and one sum per worker.
@@ -321,7 +337,7 @@ Status CudaAttention::prepare(const AttentionArgs& args, cudaStream_t stream) {
   PlanShape shape;
   shape.group = params_.group;
   shape.max_rows = variant_->max_rows;
-  shape.block_workers = variant_->teams;
+  shape.block_workers = params_.teams;
   shape.sink_tokens = args.params.sink_tokens;
   shape.stored_bytes = stored.units[args.group_layer].bytes;
   shape.bf16_bytes = bf16.units[args.group_layer].bytes;
@@ -511,7 +527,7 @@ Status CudaAttention::launch_part(const PlannedLaunch& part, const AttentionArgs
   params.workers += part.first_worker;
   params.split_units += part.first_split_unit;
   void* arguments[] = {&params};
-  const LaunchShape shape = {dim3(static_cast<unsigned>(num_blocks_)), variant_->threads,
+  const LaunchShape shape = {dim3(static_cast<unsigned>(num_blocks_)), num_threads_,
                              static_cast<size_t>(smem_bytes_), stream};
   const Status launched = launch_overlapped("decode attention", variant_->kernel, shape, arguments);
   if (!launched) {

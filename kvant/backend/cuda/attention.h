@@ -101,6 +101,8 @@ class CudaAttention {
   attention::RopeParams rope_;  // where keys are stored before it
   const DecodeVariant* variant_ = nullptr;
   DecodeParams params_ = {};
+  int blocks_of_sm_ = 0;
+  int num_threads_ = 0;  // of a block
   int num_blocks_ = 0;
   int num_partials_ = 0;
   std::vector<PlannedLaunch> launches_;

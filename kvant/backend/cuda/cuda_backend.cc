@@ -8,6 +8,7 @@
 #include "kvant/backend/cuda/dense/choose.h"
 #include "kvant/backend/cuda/dense/matrix.h"
 #include "kvant/backend/cuda/dense/operators.h"
+#include "kvant/backend/cuda/device.h"
 #include "kvant/backend/cuda/status.h"
 #include "kvant/backend/host.h"
 #include "kvant/base/check.h"
@@ -60,29 +61,13 @@ int64_t least_image_bytes(const WorkspaceNeeds& needs, ImageType images) {
          image_bytes(needs.head_dim, needs.page_tokens, images);
 }
 
-Error no_device(const std::string& found) {
-  return Error(ErrorCode::kUnsupported,
-               "--device cuda needs an NVIDIA GPU of the Hopper generation (compute capability "
-               "9.0: H100, H200, GH200) and its driver; found " +
-                   found + "; use --device cpu, or choose a GPU with CUDA_VISIBLE_DEVICES");
-}
-
 // The current device, if kernels run on it.
 Result<cudaDeviceProp> find_device() {
-  int count = 0;
-  if (const cudaError_t error = cudaGetDeviceCount(&count); error != cudaSuccess) {
-    cudaGetLastError();
-    return no_device(std::string("none (") + cudaGetErrorString(error) + ")");
-  }
-  if (count == 0) return no_device("none");
+  KVANT_TRY(check_device());
   int device = 0;
   KVANT_TRY(cuda_status(cudaGetDevice(&device), "asking for the current device"));
   cudaDeviceProp properties = {};
   KVANT_TRY(cuda_status(cudaGetDeviceProperties(&properties, device), "asking about the device"));
-  if (properties.major != 9) {
-    return no_device(std::string(properties.name) + " of compute capability " +
-                     std::to_string(properties.major) + "." + std::to_string(properties.minor));
-  }
   return properties;
 }
 
@@ -128,8 +113,9 @@ Status CudaBackend::start(const BackendOptions& options) {
   KVANT_TRY(cuda_status(cudaMemGetInfo(&free_bytes, &total_bytes), "asking for free memory"));
   free_at_start_ = static_cast<int64_t>(free_bytes);
   info_.name = "cuda";
-  info_.description =
-      std::string(properties.name) + ", " + std::to_string(num_sms_) + " multiprocessors";
+  info_.description = std::string(properties.name) + ", " + std::to_string(num_sms_) +
+                      " multiprocessors" +
+                      (device_traits().level == DeviceLevel::kHopper ? "" : ", generic kernels");
   info_.activation_type = ActivationType::kF32;
   info_.page_layout = cache::Layout::kSm90;
   info_.host_memory = false;

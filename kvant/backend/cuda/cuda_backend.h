@@ -1,5 +1,6 @@
-// The CUDA backend: every operator of backend.h on one GPU of the Hopper generation, in the order
-// of one stream. Activations are fp32.
+// The CUDA backend: every operator of backend.h on one GPU, in the order of one stream.
+// Activations are fp32. Made for the Hopper generation; others from compute capability 8.0 on run
+// the kernels that do not need it (device.h).
 #pragma once
 
 #include <cuda_runtime_api.h>

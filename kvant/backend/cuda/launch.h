@@ -4,6 +4,7 @@
 // block before it reads what a kernel before it wrote, and before it writes anything. What nothing
 // in the stream writes between two copies or memsets (weights, tables) may be read earlier. As
 // every kernel waits for the one before it to be complete, all before that are complete too.
+// GPUs before Hopper run one kernel after the other.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -12,6 +13,7 @@
 #include <string_view>
 #include <type_traits>
 
+#include "kvant/backend/cuda/device.h"
 #include "kvant/backend/cuda/status.h"
 
 namespace kvant::backend::cuda {
@@ -35,7 +37,7 @@ inline Status launch_overlapped(std::string_view name, const void* kernel, const
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = shape.stream;
   config.attrs = &overlap;
-  config.numAttrs = 1;
+  config.numAttrs = device_traits().overlaps ? 1 : 0;
   const cudaError_t error = cudaLaunchKernelExC(&config, kernel, arguments);
   if (error == cudaSuccess) return {};
   return cuda_status(error, "launching " + std::string(name));

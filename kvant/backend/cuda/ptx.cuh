@@ -1,11 +1,32 @@
-// The PTX instructions of Hopper that kernels here use and CUDA C++ has no name for.
+// The PTX instructions that kernels here use and CUDA C++ has no name for.
 //
 // One function per instruction; names follow the PTX manual. Addresses of shared memory are 32-bit.
+// What GPUs before Hopper (sm_90) or Ada (sm_89) lack is made of what they have, so that kernels
+// are written once.
 #pragma once
 
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include <cstdint>
+
+// Code for the host sees what Hopper has.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define KVANT_HAS_SM90 1
+#else
+#define KVANT_HAS_SM90 0
+#endif
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
+#define KVANT_HAS_SM89 1
+#else
+#define KVANT_HAS_SM89 0
+#endif
+// Registers move between warpgroups in code for sm_90a only.
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define KVANT_MOVES_REGISTERS 1
+#else
+#define KVANT_MOVES_REGISTERS 0
+#endif
 
 namespace kvant::backend::cuda::ptx {
 
@@ -20,14 +41,12 @@ __device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
 }
 // Makes initialised barriers visible to the copy engine.
 __device__ __forceinline__ void fence_mbarrier_init() {
+#if KVANT_HAS_SM90
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
 }
 __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
 }
 __device__ __forceinline__ bool mbarrier_test_wait(uint32_t barrier, uint32_t parity) {
   uint32_t done;
@@ -40,15 +59,46 @@ __device__ __forceinline__ bool mbarrier_test_wait(uint32_t barrier, uint32_t pa
   return done != 0;
 }
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+#if !KVANT_HAS_SM90
+  while (!mbarrier_test_wait(barrier, parity)) {
+  }
+#else
   asm volatile(
       "{\n.reg .pred p;\nWAIT%=:\nmbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n"
       "@p bra DONE%=;\nbra WAIT%=;\nDONE%=:\n}" ::"r"(barrier),
       "r"(parity)
       : "memory");
+#endif
 }
 
-// ---- bulk copies ----
+// ---- copies of one thread that complete on an mbarrier ----
+//
+// begin_copies(), bulk_copy() once or several times, end_copies(). The barrier is initialised with
+// kCopyArrivals, and nobody else arrives. Before Hopper a bulk copy is many small ones.
 
+#if KVANT_HAS_SM90
+inline constexpr int kCopyArrivals = 1;
+#else
+inline constexpr int kCopyArrivals = 2;  // what the thread wrote before, and the copies
+#endif
+
+// `bytes` of all copies together.
+__device__ __forceinline__ void begin_copies(uint32_t barrier, uint32_t bytes) {
+#if KVANT_HAS_SM90
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+#else
+  static_cast<void>(bytes);
+  mbarrier_arrive(barrier);
+#endif
+}
+__device__ __forceinline__ void end_copies(uint32_t barrier) {
+#if !KVANT_HAS_SM90
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+#else
+  static_cast<void>(barrier);
+#endif
+}
 __device__ __forceinline__ uint64_t policy_evict_first() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -62,11 +112,20 @@ __device__ __forceinline__ uint64_t policy_evict_last() {
 // Global to shared memory, 16-byte aligned, `bytes` a multiple of 16; completes on `barrier`.
 __device__ __forceinline__ void bulk_copy(uint32_t target, const void* source, uint32_t bytes,
                                           uint32_t barrier, uint64_t policy) {
+#if KVANT_HAS_SM90
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
       "[%1], %2, [%3], %4;" ::"r"(target),
       "l"(source), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
+#else
+  static_cast<void>(barrier);
+  for (uint32_t at = 0; at < bytes; at += 16) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(target + at),
+                 "l"(static_cast<const char*>(source) + at), "l"(policy)
+                 : "memory");
+  }
+#endif
 }
 
 // 16 bytes that other caches need not keep, by one thread; completes as a group.
@@ -85,21 +144,29 @@ __device__ __forceinline__ void copies_wait() {
 // ---- programmatic dependent launch ----
 
 __device__ __forceinline__ void launch_dependents() {
+#if KVANT_HAS_SM90
   asm volatile("griddepcontrol.launch_dependents;");
+#endif
 }
 __device__ __forceinline__ void wait_prerequisites() {
+#if KVANT_HAS_SM90
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // ---- registers: a warpgroup gives some up, another takes them ----
 
 template <int kRegisters>
 __device__ __forceinline__ void decrease_registers() {
+#if KVANT_MOVES_REGISTERS
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
 }
 template <int kRegisters>
 __device__ __forceinline__ void increase_registers() {
+#if KVANT_MOVES_REGISTERS
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
 }
 
 // ---- barriers of a part of the block ----
@@ -172,16 +239,45 @@ __device__ __forceinline__ float max_nan(float a, float b) {
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
   return y;
 }
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
+  return y;
+}
 __device__ __forceinline__ float tanh_approx(float x) {
   float y;
   asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// Two fp16 whose upper bytes are E4M3 codes, but no NaN; the lower ones do not count. Exponent and
+// mantissa in their places are the number times 2^-8.
+__device__ __forceinline__ uint32_t f16x2_of_e4m3_bytes(uint32_t codes) {
+  uint32_t y;
+  asm("mul.rn.f16x2 %0, %1, %2;"
+      : "=r"(y)
+      : "r"((codes & 0x80008000u) | (codes & 0x7f007f00u) >> 1), "r"(0x5c005c00u));
+  return y;
+}
 // Two bytes to two fp16: byte 0 to the low half.
 __device__ __forceinline__ uint32_t f16x2_of_e4m3x2(uint32_t pair) {
+#if KVANT_HAS_SM89
   uint32_t y;
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(y) : "h"(static_cast<uint16_t>(pair)));
   return y;
+#else
+  return f16x2_of_e4m3_bytes(__byte_perm(pair, 0, 0x1404));
+#endif
+}
+// Two finite numbers to two codes, the first in the low byte; beyond 448 in magnitude they become
+// 448.
+__device__ __forceinline__ uint32_t e4m3x2_of_f32(float low, float high) {
+#if KVANT_HAS_SM89
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  return __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, __NV_E4M3);
+#endif
 }
 __device__ __forceinline__ uint32_t f16x2_of_f32(float low, float high) {
   uint32_t y;
@@ -193,16 +289,37 @@ __device__ __forceinline__ uint32_t bf16x2_of_f32(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
   return y;
 }
-// The same of the lower or upper half of a word, without an instruction to take it out.
+// Four, in the order of bytes.
+__device__ __forceinline__ uint32_t e4m3x4_of_f32(float a, float b, float c, float d) {
+#if KVANT_HAS_SM89
+  uint32_t bytes;
+  asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\nmov.b32 %0, {low, high};\n}"
+      : "=r"(bytes)
+      : "f"(a), "f"(b), "f"(c), "f"(d));
+  return bytes;
+#else
+  return e4m3x2_of_f32(a, b) | e4m3x2_of_f32(c, d) << 16;
+#endif
+}
+// f16x2_of_e4m3x2 of the lower or upper half of a word, without an instruction to take it out.
 __device__ __forceinline__ uint32_t f16x2_of_e4m3x2_low(uint32_t word) {
+#if KVANT_HAS_SM89
   uint32_t y;
   asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.rn.f16x2.e4m3x2 %0, l;}" : "=r"(y) : "r"(word));
   return y;
+#else
+  return f16x2_of_e4m3_bytes(__byte_perm(word, 0, 0x1404));
+#endif
 }
 __device__ __forceinline__ uint32_t f16x2_of_e4m3x2_high(uint32_t word) {
+#if KVANT_HAS_SM89
   uint32_t y;
   asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.rn.f16x2.e4m3x2 %0, h;}" : "=r"(y) : "r"(word));
   return y;
+#else
+  return f16x2_of_e4m3_bytes(__byte_perm(word, 0, 0x3424));
+#endif
 }
 __device__ __forceinline__ uint32_t hmul2(uint32_t a, uint32_t b) {
   uint32_t y;

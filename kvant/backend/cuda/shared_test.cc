@@ -67,7 +67,7 @@ ProblemOptions batch_of(const char* kv, int count, int64_t shared, int64_t rest,
 class CudaShared : public ::testing::Test {
  protected:
   void SetUp() override {
-    const std::string reason = testing::no_device_reason();
+    const std::string reason = testing::no_hopper_reason();
     if (!reason.empty()) GTEST_SKIP() << reason;
   }
 };

@@ -75,6 +75,30 @@ __device__ __forceinline__ void merge_block(const DecodeParams& params,
   }
 }
 
+// A warp's part of what its team has to do. `own`: memory of the team beside its ring.
+template <typename Shape>
+__device__ __forceinline__ void run_segments(const DecodeParams& params, const Ring& ring,
+                                             std::byte* own, BlockResult<Shape> (&results)[2],
+                                             int team, int warp, int lane) {
+  const int worker = static_cast<int>(blockIdx.x) * params.teams + team;
+  Consumer<Shape> consumer(params, ring, own, results, team, warp % Shape::kTeam, lane);
+  consumer.clear_queries();
+  const WorkerStart& start = params.workers[worker];
+  const int num_segments = start.num_segments;
+  uint32_t word = reinterpret_cast<const uint32_t*>(&start.segment)[lane % 16];
+  // Queries, and buffers that the kernels before still read.
+  if (!params.beside_shared) ptx::wait_prerequisites();
+  // The last segment's sums go to the block's merge, unless each is to be merged by itself.
+  const int merged_in_block = params.by_position ? -1 : num_segments - 1;
+  for (int i = 0; i < num_segments; ++i) {
+    if (i > 0) {
+      const Segment* next = params.segments + start.first_segment + i;
+      word = reinterpret_cast<const uint32_t*>(next)[lane % 16];
+    }
+    consumer.run_segment(word, worker, i == merged_in_block);
+  }
+}
+
 // Static shared memory of the kernel below, with padding between its two arrays.
 template <typename Shape>
 inline constexpr int kFixedBytes = static_cast<int>(sizeof(RingState) * Shape::kTeams +
@@ -82,8 +106,14 @@ inline constexpr int kFixedBytes = static_cast<int>(sizeof(RingState) * Shape::k
                                                         Shape::kTeams) +
                                    128;
 
+// A producer's warp would do; registers are given and taken by warpgroups. The host reads from the
+// compiled kernel what it was made for.
 template <typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
+inline constexpr int kLaunchThreads = KVANT_MOVES_REGISTERS ? Shape::kThreads
+                                                            : (Shape::kConsumerWarps + 1) * 32;
+
+template <typename Shape>
+__global__ void __launch_bounds__(kLaunchThreads<Shape>, Shape::kBlocks)
     decode_kernel(const __grid_constant__ DecodeParams params) {
   extern __shared__ __align__(128) std::byte memory[];
   __shared__ RingState rings[Shape::kTeams];
@@ -92,11 +122,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   const int lane = static_cast<int>(threadIdx.x) % 32;
   ptx::launch_dependents();
   if (threadIdx.x < Shape::kTeams) {
+    results[threadIdx.x][0].unit = results[threadIdx.x][1].unit = -1;
     for (int slot = 0; slot < params.num_slots; ++slot) {
-      ptx::mbarrier_init(ptx::shared_address(&rings[threadIdx.x].full[slot]), 1);
+      ptx::mbarrier_init(ptx::shared_address(&rings[threadIdx.x].full[slot]), ptx::kCopyArrivals);
       ptx::mbarrier_init(ptx::shared_address(&rings[threadIdx.x].empty[slot]), Shape::kTeam);
     }
-    results[threadIdx.x][0].unit = results[threadIdx.x][1].unit = -1;
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
@@ -109,9 +139,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     ptx::decrease_registers<Shape::kProducerRegisters>();
     // One lane per team. A page lasts a team microseconds: looking every 200 ns is enough, and
     // takes few issue slots from the consumers.
-    if (warp == Shape::kConsumerWarps && lane < Shape::kTeams) {
+    if (warp == Shape::kConsumerWarps && lane < params.teams) {
       Producer<Shape::kPreRope> producer(params, ring_of(lane),
-                                         static_cast<int>(blockIdx.x) * Shape::kTeams + lane,
+                                         static_cast<int>(blockIdx.x) * params.teams + lane,
                                          Shape::kHeadDim);
       while (producer.active()) {
         while (producer.active() && producer.slot_is_empty()) producer.issue();
@@ -121,24 +151,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   } else {
     ptx::increase_registers<Shape::kConsumerRegisters>();
     const int team = warp / Shape::kTeam;
-    const int worker = static_cast<int>(blockIdx.x) * Shape::kTeams + team;
-    Consumer<Shape> consumer(params, ring_of(team),
-                             memory + Shape::kTeams * ring_bytes + team * Shape::kTeamBytes,
-                             results[team], team, warp % Shape::kTeam, lane);
-    consumer.clear_queries();
-    const WorkerStart& start = params.workers[worker];
-    const int num_segments = start.num_segments;
-    uint32_t word = reinterpret_cast<const uint32_t*>(&start.segment)[lane % 16];
-    // Queries, and buffers that the kernels before still read.
-    if (!params.beside_shared) ptx::wait_prerequisites();
-    // The last segment's sums go to the block's merge, unless each is to be merged by itself.
-    const int merged_in_block = params.by_position ? -1 : num_segments - 1;
-    for (int i = 0; i < num_segments; ++i) {
-      if (i > 0) {
-        const Segment* next = params.segments + start.first_segment + i;
-        word = reinterpret_cast<const uint32_t*>(next)[lane % 16];
-      }
-      consumer.run_segment(word, worker, i == merged_in_block);
+    if (team < params.teams) {
+      std::byte* const own = memory + params.teams * ring_bytes + team * Shape::kTeamBytes;
+      run_segments<Shape>(params, ring_of(team), own, results[team], team, warp, lane);
+    } else if (!params.beside_shared) {
+      ptx::wait_prerequisites();
     }
     __threadfence_block();
     ptx::named_barrier(kBlockBarrier, Shape::kConsumerWarps * 32);

@@ -79,6 +79,7 @@ struct DecodeParams {
   int32_t sink_tokens;
   float scale_log2;  // of scores, times log2 e
   float softcap;     // 0: none
+  int32_t teams;     // of a block: those of the kernel, less where shared memory does not take them
   int32_t num_slots;
   int32_t slot_bytes;
   PreRopeParams pre_rope;

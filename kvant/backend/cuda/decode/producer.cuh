@@ -45,17 +45,18 @@ class Producer {
     if (!values) ring_.info(slot) = info();
     if constexpr (kPreRope) {
       const auto row = static_cast<uint32_t>(values ? 0 : params_.pre_rope.row_bytes);
-      ptx::mbarrier_arrive_expect_tx(ring_.full(slot), bytes + row);
+      ptx::begin_copies(ring_.full(slot), bytes + row);
       if (row > 0)
         ptx::bulk_copy(ptx::shared_address(ring_.data(slot)) + params_.slot_bytes - row,
                        reinterpret_cast<const std::byte*>(params_.pre_rope.pages) +
                            position_ / params_.page_tokens * static_cast<int64_t>(row),
                        row, ring_.full(slot), ptx::policy_evict_last());
     } else {
-      ptx::mbarrier_arrive_expect_tx(ring_.full(slot), bytes);
+      ptx::begin_copies(ring_.full(slot), bytes);
     }
     ptx::bulk_copy(ptx::shared_address(ring_.data(slot)), source, bytes, ring_.full(slot),
                    ptx::policy_evict_first());
+    ptx::end_copies(ring_.full(slot));
     if (++part_ == num_parts_) next_page();
   }
 

@@ -16,7 +16,6 @@ struct DecodeVariant {
   int page_tokens;  // 0: any
   int teams;        // of a block: workers
   int blocks;       // on a multiprocessor
-  int threads;      // of a block
   int team_bytes;   // dynamic shared memory of a team besides its ring
   int fixed_bytes;  // static shared memory of a block
   const void* kernel;

@@ -8,6 +8,7 @@
 #include "kvant/backend/cuda/dense/operators.h"
 #include "kvant/backend/cuda/dense/prepared_rows.cuh"
 #include "kvant/backend/cuda/dense/product_tiles.cuh"
+#include "kvant/backend/cuda/device.h"
 #include "kvant/backend/cuda/launch.h"
 #include "kvant/backend/cuda/status.h"
 #include "kvant/base/check.h"
@@ -27,11 +28,13 @@ constexpr int kMostValuesInBlocks = 12288;  // of rows as they are, if there is 
 // A multiprocessor has one block, so that all have equal work; its shared memory is filled with
 // weights while it waits for its inputs.
 constexpr int kSharedMemory = 226 << 10;
-// Bytes of a warp's ring, about.
-template <int kTiles>
-inline constexpr int kRingBytes = kTiles == 1   ? 9728
-                                  : kTiles == 2 ? 7168
-                                                : 4736;
+// Of a block on every GPU.
+constexpr int kLeastSharedMemory = 98 << 10;
+// Bytes of a warp's ring, about. `kSmall`: for GPUs whose shared memory does not take the others.
+template <int kTiles, bool kSmall>
+inline constexpr int kRingBytes = kTiles == 4 || kSmall ? 4736
+                                  : kTiles == 1         ? 9728
+                                                        : 7168;
 
 struct ProductArgs {
   ProductTarget targets[kMaxProductTargets];
@@ -297,10 +300,11 @@ __device__ Sums<kTiles> finished(const FloatSums<kTiles>& total) {
   return out;
 }
 
-// The sums of a team's warps for an item; two take turns, so that one barrier an item is enough.
-template <int kTiles>
+// The sums of a team's warps for an item; two take turns, so that one barrier an item is enough,
+// where there is memory for them.
+template <int kTiles, int kTurns>
 struct Parts {
-  float v[2][kWarps][kTiles * kRowTile][kStripRows + 1];
+  float v[kTurns][kWarps][kTiles * kRowTile][kStripRows + 1];
 
   __device__ void put(const Sums<kTiles>& sums, int turn) {
     const int lane = threadIdx.x % 32;
@@ -352,8 +356,8 @@ struct Output {
   }
 
   // Once all warps have put their sums; `parts` of the teams, `own` the thread's.
-  template <int kTiles>
-  __device__ void write(const ProductArgs& args, const Parts<kTiles> (&parts)[kTeams], int own,
+  template <typename Sums>
+  __device__ void write(const ProductArgs& args, const Sums (&parts)[kTeams], int own,
                         int turn) const {
     if (out == nullptr) return;
     const float sum = scaled(parts[own].sum(turn, row, in_strip), 0);
@@ -367,13 +371,21 @@ struct Output {
   }
 };
 
-template <WeightType kType, int kTiles>
+template <WeightType kType, int kTiles, bool kSmall>
 struct Ring {
-  static constexpr int kSlots = std::max(2, kRingBytes<kTiles> / Stage<kType>::kBytes);
+  static constexpr int kSlots = std::max(2, kRingBytes<kTiles, kSmall> / Stage<kType>::kBytes);
   static constexpr int kBytes = kSlots * Stage<kType>::kBytes;
   static constexpr int kAll = kTeams * kWarps * kBytes;
+  static constexpr int kTurns = kSmall ? 1 : 2;
+  static constexpr int kFixed = kAll + kTeams * int{sizeof(Parts<kTiles, kTurns>)};
+  static_assert(!kSmall || kFixed <= kLeastSharedMemory);
+
+  static int shared_memory() {
+    return std::min(kSharedMemory, device_traits().shared_per_block - 1024);
+  }
+  static bool fits() { return kFixed <= shared_memory(); }
   // Bytes of prepared rows that a block keeps for itself.
-  static constexpr int kMostStaged = kSharedMemory - kAll - kTeams * int{sizeof(Parts<kTiles>)};
+  static int most_staged() { return shared_memory() - kFixed; }
 };
 // Whether blocks ever prepare rows for themselves; registers are short where more are multiplied.
 template <int kTiles>
@@ -403,15 +415,15 @@ __device__ void prepare_all(const ProductArgs& args, const PreparedRows& prepare
 }
 
 // Blocks stay; each team takes every so many-th item.
-template <WeightType kType, int kTiles>
-__global__ void __launch_bounds__(kThreads, 1)
-    product_kernel(const __grid_constant__ ProductArgs args) {
+template <WeightType kType, int kTiles, bool kSmall>
+__device__ __forceinline__ void multiply_items(const ProductArgs& args) {
+  using Rings = Ring<kType, kTiles, kSmall>;
   using Total = std::conditional_t<kAsBytes<kType>, Sums<kTiles>, FloatSums<kTiles>>;
-  constexpr int kSlots = Ring<kType, kTiles>::kSlots;
-  constexpr int kRingSize = Ring<kType, kTiles>::kBytes;
+  constexpr int kSlots = Rings::kSlots;
+  constexpr int kRingSize = Rings::kBytes;
   constexpr int kStageBytes = Stage<kType>::kBytes;
   extern __shared__ __align__(128) uint8_t memory[];  // rings of the warps, prepared rows
-  __shared__ Parts<kTiles> parts[kTeams];
+  __shared__ Parts<kTiles, Rings::kTurns> parts[kTeams];
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32 % kWarps;
   const int team = threadIdx.x / kTeamThreads;
@@ -434,8 +446,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   ptx::wait_prerequisites();
 
   const bool staged = kStages<kTiles> && args.prepared == nullptr;
-  const PreparedRows prepared(staged ? memory + Ring<kType, kTiles>::kAll : args.prepared,
-                              kAsBytes<kType>, args.prepared_rows, padded);
+  const PreparedRows prepared(staged ? memory + Rings::kAll : args.prepared, kAsBytes<kType>,
+                              args.prepared_rows, padded);
   if (staged) {
     prepare_all<kType, kTiles>(args, prepared, norm_weights);
     __syncthreads();
@@ -445,7 +457,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   uint32_t free_stage = ring_address + (kSlots - 1) * kStageBytes;
   int turn = 0;
   for (int index = Item::first(args); index < args.num_items;
-       index = Item::next(args, index), turn ^= 1) {
+       index = Item::next(args, index), turn = (turn + 1) % Rings::kTurns) {
     const Item item(args, index);
     const LaneRows<kType, kTiles> rows(prepared, item.x_row, item.rows, lane);
     const Output<kType> output(args, item);
@@ -464,9 +476,48 @@ __global__ void __launch_bounds__(kThreads, 1)
         stage = stage == ring + (kSlots - 1) * kStageBytes ? ring : stage + kStageBytes;
       }
     }
+    const auto meet = [&] {
+      ptx::named_barrier(args.gated ? 1 : 1 + team, args.gated ? kThreads : kTeamThreads);
+    };
     parts[team].put(finished<kType>(total), turn);
-    ptx::named_barrier(args.gated ? 1 : 1 + team, args.gated ? kThreads : kTeamThreads);
+    meet();
     output.write(args, parts, team, turn);
+    if constexpr (Rings::kTurns == 1) meet();
+  }
+}
+
+template <WeightType kType, int kTiles, bool kSmall>
+__global__ void __launch_bounds__(kThreads, 1)
+    product_kernel(const __grid_constant__ ProductArgs args) {
+  multiply_items<kType, kTiles, kSmall>(args);
+}
+
+// F32 weights on GPUs whose memory does not take rings of them: a warp an output of a row.
+__global__ void __launch_bounds__(kThreads)
+    plain_product_kernel(const __grid_constant__ ProductArgs args) {
+  ptx::launch_dependents();
+  ptx::wait_prerequisites();
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int64_t warps = int64_t{gridDim.x} * (kThreads / 32);
+  for (int t = 0; t < args.num_targets; ++t) {
+    const ProductTarget& target = args.targets[t];
+    const WeightTiles& weights = target.weights;
+    for (int64_t i = int64_t{blockIdx.x} * (kThreads / 32) + threadIdx.x / 32;
+         i < args.num_rows * weights.rows; i += warps) {
+      const int64_t row = i / weights.rows, output = i % weights.rows;
+      const bool chosen = args.choice.experts != nullptr;
+      const uint8_t* data = chosen ? args.choice.matrices[args.choice.experts[row]] : weights.data;
+      const auto* w = reinterpret_cast<const float*>(data) + output * weights.padded_cols();
+      const float* x = args.x + (chosen ? row / args.choice.rows_per_x : row) * weights.cols;
+      float sum = 0.0f;
+      for (int64_t c = lane; c < weights.cols; c += 32) sum = fmaf(w[c], x[c], sum);
+#pragma unroll
+      for (int distance = 16; distance > 0; distance /= 2)
+        sum += __shfl_xor_sync(~0u, sum, distance);
+      if (lane != 0) continue;
+      if (target.bias != nullptr) sum += target.bias[output];
+      target.out[i] = target.accumulate ? target.out[i] + sum : sum;
+    }
   }
 }
 
@@ -515,29 +566,40 @@ Status prepare_rows(const ProductArgs& args, cudaStream_t stream) {
 }
 
 // Whether blocks prepare the rows for themselves, which takes so many bytes.
-template <WeightType kType, int kTiles>
-bool prepares_in_blocks(const ProductArgs& args, int64_t bytes) {
-  if (!kStages<kTiles> || bytes > Ring<kType, kTiles>::kMostStaged) return false;
+template <int kTiles>
+bool prepares_in_blocks(const ProductArgs& args, int64_t bytes, int64_t most_bytes) {
+  if (!kStages<kTiles> || bytes > most_bytes) return false;
   if (args.norm.weight != nullptr) return args.prepared_rows <= kMostNormedInBlocks;
   return args.prepared_rows == 1 ||
          args.prepared_rows * args.targets[0].weights.padded_cols() <= kMostValuesInBlocks;
 }
 
-template <WeightType kType, int kTiles>
+template <WeightType kType, int kTiles, bool kSmall = false>
 Status launch_product(ProductArgs args, const RowProduct& product, cudaStream_t stream) {
-  using Rings = Ring<kType, kTiles>;
+  using Rings = Ring<kType, kTiles, kSmall>;
+  if constexpr (!kSmall) {
+    if (!Rings::fits()) {
+      if constexpr (kType == WeightType::kF32) {
+        return launch_overlapped("product of few rows in F32", plain_product_kernel,
+                                 {static_cast<unsigned>(product.num_sms), kThreads, 0, stream},
+                                 args);
+      } else {
+        return launch_product<kType, kTiles, true>(args, product, stream);
+      }
+    }
+  }
   const int padded = static_cast<int>(args.targets[0].weights.padded_cols());
   const PreparedRows shape(nullptr, kAsBytes<kType>, args.prepared_rows, padded);
   const int64_t bytes = shape.bytes(args.prepared_rows);
-  const bool staged = prepares_in_blocks<kType, kTiles>(args, bytes);
+  const bool staged = prepares_in_blocks<kTiles>(args, bytes, Rings::most_staged());
   if (!staged) {
     KVANT_CHECK(bytes <= product.workspace_bytes, "reserve_workspace covers the prepared rows");
     args.prepared = reinterpret_cast<uint8_t*>(product.workspace);
     KVANT_TRY(prepare_rows<kType>(args, stream));
   }
-  const auto kernel = product_kernel<kType, kTiles>;
+  const auto kernel = product_kernel<kType, kTiles, kSmall>;
   static const cudaError_t allowed = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Rings::kAll + Rings::kMostStaged);
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Rings::kAll + Rings::most_staged());
   KVANT_TRY(cuda_status(allowed, "asking for shared memory"));
   const auto shared_bytes = static_cast<size_t>(Rings::kAll + (staged ? bytes : 0));
   const auto blocks = static_cast<unsigned>(std::min(args.num_items, product.num_sms));
@@ -592,7 +654,9 @@ Status multiply_chunk(const RowProduct& product, std::span<const ProductTarget> 
 }  // namespace
 
 bool can_norm(const WeightTiles& weights) {
-  return weights.cols > kMostWarpNorm;  // shorter rows are summed in another order
+  // Shorter rows are summed in another order.
+  return weights.cols > kMostWarpNorm &&
+         (weights.type != WeightType::kF32 || Ring<WeightType::kF32, 4, false>::fits());
 }
 
 Status multiply_rows(const RowProduct& product, std::span<const ProductTarget> targets,

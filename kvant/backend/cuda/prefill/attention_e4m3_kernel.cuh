@@ -35,7 +35,8 @@ template <int kHeadDim>
 __device__ __forceinline__ void load_queries_e4m3(const PrefillKernelArgs& args,
                                                   const QueryTile& tile, int kv_head, int warpgroup,
                                                   uint32_t queries, uint32_t scales) {
-  constexpr int kWords = kHeadDim / 4;
+  constexpr int kQueryDim = PrefillShapeE4m3<kHeadDim>::kQueryDim;
+  constexpr int kWords = kQueryDim / 4;
   constexpr int kPerLane = (kWords + 31) / 32;
   constexpr int kAtOnce = 4 / kPerLane;
   const int lane = threadIdx.x % 32;
@@ -57,7 +58,7 @@ __device__ __forceinline__ void load_queries_e4m3(const PrefillKernelArgs& args,
         const int word = n * 32 + lane;
         const int channel = word / 4 * 16 + word % 4 * 2;
         x[i][n][0] = x[i][n][1] = make_float2(0.0f, 0.0f);
-        if (word < kWords && token < tile.num_tokens) {
+        if (word < kHeadDim / 4 && token < tile.num_tokens) {
           x[i][n][0] = __ldg(reinterpret_cast<const float2*>(q + channel));
           x[i][n][1] = __ldg(reinterpret_cast<const float2*>(q + channel + 8));
         }
@@ -83,9 +84,9 @@ __device__ __forceinline__ void load_queries_e4m3(const PrefillKernelArgs& args,
       for (int n = 0; n < kPerLane; ++n) {
         const int word = n * 32 + lane;
         if (word >= kWords) continue;
-        const uint32_t bytes =
-            e4m3x4_of_f32(x[i][n][0].x * c, x[i][n][0].y * c, x[i][n][1].x * c, x[i][n][1].y * c);
-        asm volatile("st.shared.u32 [%0],%1;" ::"r"(queries + (row / 8) * (8 * kHeadDim) +
+        const uint32_t bytes = ptx::e4m3x4_of_f32(x[i][n][0].x * c, x[i][n][0].y * c,
+                                                  x[i][n][1].x * c, x[i][n][1].y * c);
+        asm volatile("st.shared.u32 [%0],%1;" ::"r"(queries + (row / 8) * (8 * kQueryDim) +
                                                     word / 4 * 128 + (row % 8) * 16 + word % 4 * 4),
                      "r"(bytes)
                      : "memory");
@@ -164,8 +165,8 @@ __device__ __forceinline__ void pack_weights(const float (&s)[kKeys / 2],
 #pragma unroll
   for (int i = 0; i < kKeys / 16; ++i) {
     const float* x = s + 8 * i;
-    p[2 * i] = e4m3x4_of_f32(x[0], x[1], x[4], x[5]);
-    p[2 * i + 1] = e4m3x4_of_f32(x[2], x[3], x[6], x[7]);
+    p[2 * i] = ptx::e4m3x4_of_f32(x[0], x[1], x[4], x[5]);
+    p[2 * i + 1] = ptx::e4m3x4_of_f32(x[2], x[3], x[6], x[7]);
   }
 }
 
@@ -173,7 +174,7 @@ template <int kHeadDim, int kKeys>
 __device__ __forceinline__ void issue_scores_e4m3(float (&s)[kKeys / 2], uint64_t queries,
                                                   uint64_t keys) {
 #pragma unroll
-  for (int step = 0; step < kHeadDim / 32; ++step) {
+  for (int step = 0; step < PrefillShapeE4m3<kHeadDim>::kQueryDim / 32; ++step) {
     WgmmaSharedE4m3<kKeys>::run(s, queries + step * (2 * 128 >> 4), keys + step * (2 * 128 >> 4),
                                 step > 0);
   }
@@ -531,7 +532,8 @@ __device__ __forceinline__ void consume_e4m3(const PrefillKernelArgs& args, uint
         tile,
         place,
         bars,
-        core_descriptor(base + Shape::kQueries + warpgroup * 64 * kHeadDim, 128, 8 * kHeadDim),
+        core_descriptor(base + Shape::kQueries + warpgroup * 64 * Shape::kQueryDim, 128,
+                        8 * Shape::kQueryDim),
         core_descriptor(base + Shape::kKeyTiles, 128, 8 * kHeadDim),
         core_descriptor(base + Shape::kValueTiles, 16 * kHeadDim, 128),
         core_descriptor(base + Shape::kOnes, 128, 256),
@@ -575,6 +577,12 @@ __global__ __launch_bounds__(kPrefillThreads, 1) void prefill_attention_e4m3(
   if (threadIdx.x < 256 / 16) {
     constexpr uint32_t kOnes = 0x38383838;  // 1 in E4M3
     store_shared(base + Shape::kOnes + threadIdx.x * 16, make_uint4(kOnes, kOnes, kOnes, kOnes));
+    fence_async_shared();
+  }
+  if constexpr (Shape::kQueryDim > kHeadDim) {  // nought times what lies behind keys is nought
+    for (int at = threadIdx.x * 16; at < 2 * Shape::kStages * Shape::kTileBytes;
+         at += kPrefillThreads * 16)
+      store_shared(base + Shape::kKeyTiles + at, make_uint4(0, 0, 0, 0));
     fence_async_shared();
   }
   __syncthreads();

@@ -16,6 +16,7 @@
 
 #include "kvant/backend/cuda/prefill/attention_producer.cuh"
 #include "kvant/backend/cuda/prefill/attention_rows.cuh"
+#include "kvant/backend/cuda/prefill/hopper.cuh"
 #include "kvant/backend/cuda/status.h"
 
 namespace kvant::backend::cuda {

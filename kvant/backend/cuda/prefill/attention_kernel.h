@@ -59,15 +59,10 @@ struct BackgroundImages {
   int64_t images_per_head = 0;
 };
 
-// Head dimensions that have a kernel.
+// Head dimensions that have kernels, on images of either type.
 constexpr bool has_prefill_kernel(int head_dim) {
   return head_dim == 64 || head_dim == 80 || head_dim == 96 || head_dim == 128 || head_dim == 192 ||
          head_dim == 256;
-}
-
-// Head dimensions that have a kernel on E4M3 images.
-constexpr bool has_prefill_kernel_e4m3(int head_dim) {
-  return head_dim == 64 || head_dim == 128 || head_dim == 256;
 }
 
 // Pairs of stored formats that have a kernel which writes images beside attention.
@@ -79,10 +74,14 @@ constexpr bool has_background_images(int head_dim, formats::FormatId k, formats:
                              (k == FormatId::kBf16 && v == FormatId::kBf16));
 }
 
-// `images`: null if they have been written before.
+// On Hopper. `images`: null if they have been written before.
 Status launch_prefill_attention(int head_dim, const PrefillKernelArgs& args,
                                 const BackgroundImages* images, int num_processors,
                                 cudaStream_t stream);
+
+// The same without wgmma, on images that have been written before.
+Status launch_prefill_attention_generic(int head_dim, const PrefillKernelArgs& args,
+                                        int num_processors, cudaStream_t stream);
 
 // On E4M3 images, which have been written before.
 Status launch_prefill_attention_e4m3(int head_dim, const PrefillKernelArgs& args,

@@ -68,7 +68,7 @@ __device__ __forceinline__ LaneCopy lane_copy(const PrefillKernelArgs& args, con
 template <typename Shape>
 __device__ __forceinline__ void copy_side(const LaneCopy& copy, const std::byte* source, int bytes,
                                           bool active, uint32_t stage, uint32_t full) {
-  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive_expect_tx(full, Shape::kTileBytes);
+  if (threadIdx.x % 32 == 0) ptx::begin_copies(full, Shape::kTileBytes);
   __syncwarp();
   if (active) bulk_copy(stage + copy.offset, source, bytes, full);
 }

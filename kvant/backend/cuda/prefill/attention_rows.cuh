@@ -1,11 +1,11 @@
-// What a consumer warpgroup of prefill attention does with its 64 rows besides matrix products:
-// queries in, masks, softmax, outputs. A thread has two rows, (thread % 128) / 32 * 16 + lane / 4
-// and 8 further, and in both the columns 8 j + 2 (lane % 4) and the next: wgmma's accumulator
-// layout.
+// What a warpgroup of prefill attention does with its 64 rows besides matrix products: queries in,
+// masks, softmax, outputs. A thread has two rows, (thread % 128) / 32 * 16 + lane / 4 and 8
+// further, and in both the columns 8 j + 2 (lane % 4) and the next: the accumulator layout of wgmma
+// and of mma.m16n8k16.
 #pragma once
 
+#include "kvant/backend/cuda/matrices.cuh"
 #include "kvant/backend/cuda/prefill/attention_shape.cuh"
-#include "kvant/backend/cuda/prefill/hopper.cuh"
 
 namespace kvant::backend::cuda {
 
@@ -138,7 +138,7 @@ __device__ __forceinline__ void mask_scores(float (&s)[kKeys / 2], const Prefill
 __device__ __forceinline__ float capped(float x, float shift, float cap) {
   constexpr float kTwoLog2e = 2.885390081777927f;
   const float e = ptx::exp2_approx((x + shift) * kTwoLog2e);
-  return fmaf(-2.0f * cap, reciprocal_fast(1.0f + e), cap);
+  return fmaf(-2.0f * cap, ptx::reciprocal_fast(1.0f + e), cap);
 }
 
 // Softmax of one tile over a thread's two rows: s becomes the weights; `factor` is what earlier

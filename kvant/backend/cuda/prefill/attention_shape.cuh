@@ -50,9 +50,12 @@ struct PrefillShape {
   static constexpr int kBytes = kImages + 1024;  // images: kImageWarps * fast_shared_bytes more
 };
 
-// Of E4M3 images: a slice is contiguous.
+// Of E4M3 images: a slice is contiguous. Products take 32 channels at a time; where head_dim lacks
+// 16, queries have zeros there and what keys have is what lies behind them: the next keys, or zeros
+// that the block wrote.
 template <int kHeadDim>
 struct PrefillShapeE4m3 {
+  static constexpr int kQueryDim = (kHeadDim + 31) / 32 * 32;
   static constexpr int kKeys = key_tile_tokens(kHeadDim, ImageType::kE4m3);
   static constexpr int kParts = 1;
   static constexpr int kRowBytes = kHeadDim;
@@ -60,7 +63,7 @@ struct PrefillShapeE4m3 {
   static constexpr int kTileBytes = kKeyPart;
   static constexpr int kStages = 2;
   static constexpr int kQueries = 0;
-  static constexpr int kKeyTiles = kTileRows * kHeadDim;
+  static constexpr int kKeyTiles = kTileRows * kQueryDim;
   static constexpr int kValueTiles = kKeyTiles + kStages * kTileBytes;
   static constexpr int kShifts = kValueTiles + kStages * kTileBytes;  // [2][128] floats
   static constexpr int kScales = kShifts + 2 * kTileRows * 4;         // [128] floats, of queries

@@ -154,7 +154,7 @@ __device__ void write_rows_e4m3(const DequantiseArgs& args, const Side& side, in
       largest = fmaxf(largest, fabsf(x[n]));
     }
     *reinterpret_cast<uint32_t*>(side.image + word_offset<kKeys>(d, tile, token, channel, t)) =
-        e4m3x4_of_f32(x[0], x[1], x[2], x[3]);
+        ptx::e4m3x4_of_f32(x[0], x[1], x[2], x[3]);
   }
   report_e4m3<kKeys>(args, largest);
 }

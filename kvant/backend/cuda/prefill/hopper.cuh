@@ -1,11 +1,11 @@
-// Hopper's instructions that only prefill attention uses: bulk copies, stmatrix, wgmma on FP16.
+// Hopper's instructions that only prefill attention uses: bulk copies and wgmma on FP16.
 //
 // PTX ISA 8.0 and later, target sm_90a. Addresses of shared memory are 32-bit, as in ptx.cuh.
 #pragma once
 
 #include <cstdint>
 
-#include "kvant/backend/cuda/ptx.cuh"
+#include "kvant/backend/cuda/matrices.cuh"
 
 namespace kvant::backend::cuda {
 
@@ -23,39 +23,6 @@ __device__ __forceinline__ void bulk_copy(uint32_t target, const void* source, i
 // Makes ordinary writes to shared memory visible to wgmma and bulk copies.
 __device__ __forceinline__ void fence_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-__device__ __forceinline__ uint4 load_shared(uint32_t address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3},[%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address));
-  return v;
-}
-__device__ __forceinline__ void store_shared(uint32_t address, uint4 v) {
-  asm volatile("st.shared.v4.u32 [%0],{%1,%2,%3,%4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z),
-               "r"(v.w)
-               : "memory");
-}
-// Four 8 x 8 matrices of 16-bit elements; lane 8 m + r holds the address of row r of matrix m.
-template <bool kTranspose>
-__device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&r)[4]) {
-  if constexpr (kTranspose) {
-    asm volatile(
-        "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0],{%1,%2,%3,%4};" ::"r"(address),
-        "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
-        : "memory");
-  } else {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0],{%1,%2,%3,%4};" ::"r"(address),
-                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
-                 : "memory");
-  }
-}
-
-__device__ __forceinline__ float reciprocal_fast(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
-  return y;
 }
 
 // ---- wgmma: m64nNk16, FP16 operands, fp32 accumulators ----

@@ -6,6 +6,7 @@
 #include <string>
 #include <utility>
 
+#include "kvant/backend/cuda/device.h"
 #include "kvant/backend/cuda/prefill/attention_kernel.h"
 #include "kvant/backend/cuda/status.h"
 #include "kvant/base/check.h"
@@ -114,9 +115,8 @@ Status PrefillAttention::supports(int head_dim, int query_heads_per_kv_head, Ima
     return unsupported("head_dim is 64, 80, 96, 128, 192 or 256; found " +
                        std::to_string(head_dim));
   }
-  if (images == ImageType::kE4m3 && !has_prefill_kernel_e4m3(head_dim)) {
-    return unsupported("with --attn fp8, head_dim is 64, 128 or 256; found " +
-                       std::to_string(head_dim) + "; use --attn 16bit");
+  if (images == ImageType::kE4m3 && device_traits().level != DeviceLevel::kHopper) {
+    return unsupported("--attn fp8 needs a GPU of the Hopper generation; use --attn 16bit");
   }
   if (query_heads_per_kv_head < 1 || query_heads_per_kv_head > 16) {
     return unsupported("1 to 16 query heads share a KV head; found " +
@@ -148,11 +148,7 @@ Result<std::unique_ptr<PrefillAttention>> PrefillAttention::create(const Prefill
   prefill->counters_ = reinterpret_cast<int32_t*>(workspace + parts.counters);
   prefill->ready_ = reinterpret_cast<int32_t*>(workspace + parts.ready);
   prefill->table_bytes_ = max_table_bytes(limits);
-  int device = 0;
-  KVANT_TRY(cuda_status(cudaGetDevice(&device), "finding the device"));
-  KVANT_TRY(cuda_status(
-      cudaDeviceGetAttribute(&prefill->num_processors_, cudaDevAttrMultiProcessorCount, device),
-      "counting multiprocessors"));
+  prefill->num_processors_ = device_traits().num_sms;
   for (HostSlot& slot : prefill->slots_) {
     void* data = nullptr;
     KVANT_TRY(cuda_status(cudaMallocHost(&data, static_cast<size_t>(prefill->table_bytes_)),
@@ -342,9 +338,10 @@ bool PrefillAttention::writes_in_background(const AttentionArgs& args) const {
   const bool plain = stored.base == nullptr;  // closed pages are BF16
   const formats::SideFormat k = plain ? formats::SideFormat{} : stored.k_format[layer];
   const formats::SideFormat v = plain ? formats::SideFormat{} : stored.v_format[layer];
-  return limits_.images == ImageType::kF16 && background_allowed_ && launch_images_ &&
-         launch_attention_ && args.params.softcap <= 0.0f && view.kinds.size() <= 3 && !k.rotate &&
-         !v.rotate && !view.kinds[cache::kKindStored].k_format[layer].pre_rope &&
+  return device_traits().level == DeviceLevel::kHopper && limits_.images == ImageType::kF16 &&
+         background_allowed_ && launch_images_ && launch_attention_ &&
+         args.params.softcap <= 0.0f && view.kinds.size() <= 3 && !k.rotate && !v.rotate &&
+         !view.kinds[cache::kKindStored].k_format[layer].pre_rope &&
          has_background_images(view.head_dim, k.base, v.base);
 }
 
@@ -403,12 +400,19 @@ Status PrefillAttention::run_passes(const AttentionArgs& args, const Tables& tab
       KVANT_TRY(launch_dequantise(dequantise, num_processors_, stream));
     }
     if (!launch_attention_) continue;
-    KVANT_TRY(limits_.images == ImageType::kE4m3
-                  ? launch_prefill_attention_e4m3(view.head_dim, kernel, num_processors_, stream)
-                  : launch_prefill_attention(view.head_dim, kernel, background ? &images : nullptr,
-                                             num_processors_, stream));
+    KVANT_TRY(launch_pass(kernel, background ? &images : nullptr, stream));
   }
   return {};
+}
+
+Status PrefillAttention::launch_pass(const PrefillKernelArgs& kernel,
+                                     const BackgroundImages* images, cudaStream_t stream) const {
+  const int head_dim = limits_.head_dim;
+  if (limits_.images == ImageType::kE4m3)
+    return launch_prefill_attention_e4m3(head_dim, kernel, num_processors_, stream);
+  if (device_traits().level != DeviceLevel::kHopper)
+    return launch_prefill_attention_generic(head_dim, kernel, num_processors_, stream);
+  return launch_prefill_attention(head_dim, kernel, images, num_processors_, stream);
 }
 
 Status PrefillAttention::run(const AttentionArgs& args, cudaStream_t stream, float* lse) {
@@ -486,7 +490,10 @@ Status launch_prefill_attention_e4m3(int head_dim, const PrefillKernelArgs& args
                                      int num_processors, cudaStream_t stream) {
   switch (head_dim) {
     case 64: return launch_prefill_attention_e4m3_of<64>(args, num_processors, stream);
+    case 80: return launch_prefill_attention_e4m3_of<80>(args, num_processors, stream);
+    case 96: return launch_prefill_attention_e4m3_of<96>(args, num_processors, stream);
     case 128: return launch_prefill_attention_e4m3_of<128>(args, num_processors, stream);
+    case 192: return launch_prefill_attention_e4m3_of<192>(args, num_processors, stream);
     case 256: return launch_prefill_attention_e4m3_of<256>(args, num_processors, stream);
     default: return unsupported("head_dim " + std::to_string(head_dim) + " in FP8");
   }

@@ -39,10 +39,13 @@ struct PrefillLimits {
   int page_tokens = 0;
 };
 
+struct PrefillKernelArgs;  // attention_kernel.h
+struct BackgroundImages;
+
 class PrefillAttention {
  public:
-  // kUnsupported names what the kernels lack: head_dim 64, 80, 96, 128, 192 or 256 (E4M3: 64, 128
-  // or 256); 1 to 16 query heads per KV head.
+  // kUnsupported names what the kernels lack: head_dim 64, 80, 96, 128, 192 or 256; 1 to 16 query
+  // heads per KV head; E4M3 on Hopper only.
   static Status supports(int head_dim, int query_heads_per_kv_head, ImageType images);
 
   // Device memory that create() is given.
@@ -86,6 +89,8 @@ class PrefillAttention {
   Status send(std::span<const std::byte> bytes, cudaStream_t stream);
   void fill_dequantise(const AttentionArgs& args, const Tables& tables, DequantiseArgs& out) const;
   bool writes_in_background(const AttentionArgs& args) const;
+  Status launch_pass(const PrefillKernelArgs& kernel, const BackgroundImages* images,
+                     cudaStream_t stream) const;
   Status run_passes(const AttentionArgs& args, const Tables& tables, float* lse,
                     cudaStream_t stream);
 

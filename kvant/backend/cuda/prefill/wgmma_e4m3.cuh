@@ -13,16 +13,6 @@ __device__ __forceinline__ uint64_t core_descriptor(uint32_t address, int along_
          (static_cast<uint64_t>(along_k >> 4) << 16) | ((address & 0x3ffff) >> 4);
 }
 
-// Four values in the order of bytes; beyond 448 in magnitude they become 448.
-__device__ __forceinline__ uint32_t e4m3x4_of_f32(float a, float b, float c, float d) {
-  uint32_t bytes;
-  asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
-      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\nmov.b32 %0, {low, high};\n}"
-      : "=r"(bytes)
-      : "f"(a), "f"(b), "f"(c), "f"(d));
-  return bytes;
-}
-
 // d = (accumulate ? d : 0) + A B, A [64][32] and B [N][32] in shared memory.
 template <int kN>
 struct WgmmaSharedE4m3;
@@ -62,6 +52,9 @@ KVANT_WGMMA_SHARED_E4M3(128, 64, 64, 65, 66, KVANT_ACC64(d, 0))
 #define KVANT_REGS_4 "%0,%1,%2,%3"
 KVANT_WGMMA_REGISTERS_E4M3(8, 4, 4, 5, 6, 7, 8, 9, "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]))
 KVANT_WGMMA_REGISTERS_E4M3(64, 32, 32, 33, 34, 35, 36, 37, KVANT_ACC32(d, 0))
+KVANT_WGMMA_REGISTERS_E4M3(80, 40, 40, 41, 42, 43, 44, 45, KVANT_ACC32(d, 0), KVANT_ACC8(d, 32))
+KVANT_WGMMA_REGISTERS_E4M3(96, 48, 48, 49, 50, 51, 52, 53, KVANT_ACC32(d, 0), KVANT_ACC8(d, 32),
+                           KVANT_ACC8(d, 40))
 KVANT_WGMMA_REGISTERS_E4M3(128, 64, 64, 65, 66, 67, 68, 69, KVANT_ACC64(d, 0))
 
 }  // namespace kvant::backend::cuda

@@ -2,10 +2,9 @@
 // dequantise.cu and, beside attention, by attention_kernel.cuh.
 #pragma once
 
+#include "kvant/backend/cuda/matrices.cuh"
 #include "kvant/backend/cuda/prefill/dequantise.h"
 #include "kvant/backend/cuda/prefill/fragments.cuh"
-#include "kvant/backend/cuda/prefill/hopper.cuh"
-#include "kvant/backend/cuda/prefill/wgmma_e4m3.cuh"
 #include "kvant/formats/all_formats.h"
 
 namespace kvant::backend::cuda {
@@ -304,7 +303,7 @@ __device__ __forceinline__ void write_image_e4m3(const DequantiseArgs& args, con
         *reinterpret_cast<uint32_t*>(
             side.image + word_offset<kKeys>(d, this_tile, element_token<kKeys>(2 * h),
                                             element_channel<kKeys>(step, 2 * h), lane % 4)) =
-            e4m3x4_of_f32(x[2 * h], x[2 * h + 1], x[2 * h + 4], x[2 * h + 5]);
+            ptx::e4m3x4_of_f32(x[2 * h], x[2 * h + 1], x[2 * h + 4], x[2 * h + 5]);
       }
     });
   }

@@ -74,14 +74,16 @@ __device__ __forceinline__ float short_quotient(float x, const Divisor& by) {
 
 // to_e4m3 or to_e5m2 of two finite numbers: the first in the low byte.
 __device__ __forceinline__ uint32_t e4m3_pair(float low, float high) {
-  uint16_t pair;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
-  return pair;
+  return ptx::e4m3x2_of_f32(low, high);
 }
 __device__ __forceinline__ uint32_t e5m2_pair(float low, float high) {
+#if KVANT_HAS_SM89
   uint16_t pair;
   asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
   return pair;
+#else
+  return __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, __NV_E5M2);
+#endif
 }
 
 // from_e4m3 of a code that is no NaN.

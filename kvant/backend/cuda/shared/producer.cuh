@@ -31,7 +31,7 @@ class SharedCopies {
     ptx::mbarrier_wait(barriers_ + 8 * (kRawEmpty + slot_.index), slot_.parity ^ 1);
     const uint32_t full = barriers_ + 8 * (kRawFull + slot_.index);
     const auto bytes = static_cast<uint32_t>(params_.page_bytes);
-    ptx::mbarrier_arrive_expect_tx(full, bytes);
+    ptx::begin_copies(full, bytes);
     bulk_copy(ring_ + slot_.index * params_.page_bytes, unit, params_.page_bytes, full);
     slot_.advance(params_.num_slots);
   }

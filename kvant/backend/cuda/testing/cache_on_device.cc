@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "kvant/backend/cuda/device.h"
 #include "kvant/base/check.h"
 #include "kvant/cache/scalar_append.h"
 
@@ -56,18 +57,14 @@ void DeviceBuffer::fill(int byte) const {
 }
 
 std::string no_device_reason() {
-  int count = 0;
-  const cudaError_t error = cudaGetDeviceCount(&count);
-  if (error != cudaSuccess) {
-    return std::string("no CUDA device: ") + cudaGetErrorString(error);
-  }
-  int major = 0;
-  int minor = 0;
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0);
-  if (major == 9) return {};
-  return "the kernels are for compute capability 9.0; this device has " + std::to_string(major) +
-         "." + std::to_string(minor);
+  const Status status = check_device();
+  return status ? "" : status.error().message();
+}
+
+std::string no_hopper_reason() {
+  const std::string reason = no_device_reason();
+  if (!reason.empty() || device_traits().level == DeviceLevel::kHopper) return reason;
+  return "the kernels are those of the Hopper generation";
 }
 
 namespace {

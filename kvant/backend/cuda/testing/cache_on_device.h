@@ -66,6 +66,8 @@ class DeviceBuffer {
 
 // Why CUDA tests cannot run here; empty if they can.
 std::string no_device_reason();
+// The same of tests of kernels that only Hopper has.
+std::string no_hopper_reason();
 
 // Reproducible values, about normal; keys have channels with an offset and larger ones.
 enum class Rows { kQueries, kKeys, kValues };

@@ -1,0 +1,105 @@
+#include "kvant/backend/cuda/device.h"
+
+#include <cuda_runtime_api.h>
+
+#include <cstdlib>
+#include <string>
+#include <string_view>
+
+#include "kvant/backend/cuda/status.h"
+
+namespace kvant::backend::cuda {
+namespace {
+
+constexpr int kLeastMajor = 8;
+constexpr int kHopperMajor = 9;
+constexpr const char* kLevelVariable = "KVANT_CUDA_LEVEL";
+constexpr int kSmallShared = 100 * 1024;  // of a multiprocessor; a block has 1 KiB less
+
+// Only to ask what code this build has for the device.
+__global__ void probe_kernel() {}
+
+std::string_view wanted_level() {
+  const char* const level = std::getenv(kLevelVariable);
+  return level == nullptr ? "" : level;
+}
+
+int attribute(cudaDeviceAttr what, int device) {
+  int value = 0;
+  if (cudaDeviceGetAttribute(&value, what, device) != cudaSuccess) cudaGetLastError();
+  return value;
+}
+
+DeviceTraits ask_device() {
+  DeviceTraits traits;
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) {
+    cudaGetLastError();
+    return traits;
+  }
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
+  traits.num_sms = attribute(cudaDevAttrMultiProcessorCount, device);
+  traits.shared_per_sm = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  traits.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  // Kernels compiled for GPUs before Hopper do not wait for the one before them.
+  cudaFuncAttributes probe = {};
+  if (cudaFuncGetAttributes(&probe, probe_kernel) != cudaSuccess) cudaGetLastError();
+  traits.overlaps = major >= kHopperMajor && probe.ptxVersion >= 10 * kHopperMajor;
+  if (wanted_level() == "small") {
+    traits.shared_per_sm = kSmallShared;
+    traits.shared_per_block = kSmallShared - 1024;
+  }
+  const bool hopper = major == kHopperMajor && wanted_level().empty();
+  traits.level = hopper ? DeviceLevel::kHopper : DeviceLevel::kGeneric;
+  return traits;
+}
+
+Error no_device(const std::string& found) {
+  return Error(ErrorCode::kUnsupported,
+               "--device cuda needs an NVIDIA GPU of compute capability 8.0 or later, best of the "
+               "Hopper generation (9.0: H100, H200, GH200), and its driver; found " +
+                   found + "; use --device cpu, or choose a GPU with CUDA_VISIBLE_DEVICES");
+}
+
+}  // namespace
+
+const DeviceTraits& device_traits() {
+  static const DeviceTraits traits = ask_device();
+  return traits;
+}
+
+Status check_device() {
+  const std::string_view level = wanted_level();
+  if (!level.empty() && level != "generic" && level != "small") {
+    return Error(ErrorCode::kInvalidArgument,
+                 std::string(kLevelVariable) + ": expected generic or small, or nothing; found " +
+                     std::string(level));
+  }
+  int count = 0;
+  if (const cudaError_t error = cudaGetDeviceCount(&count); error != cudaSuccess) {
+    cudaGetLastError();
+    return no_device(std::string("none (") + cudaGetErrorString(error) + ")");
+  }
+  if (count == 0) return no_device("none");
+  int device = 0;
+  KVANT_TRY(cuda_status(cudaGetDevice(&device), "asking for the current device"));
+  cudaDeviceProp properties = {};
+  KVANT_TRY(cuda_status(cudaGetDeviceProperties(&properties, device), "asking about the device"));
+  const std::string found = std::string(properties.name) + " of compute capability " +
+                            std::to_string(properties.major) + "." +
+                            std::to_string(properties.minor);
+  if (properties.major < kLeastMajor) return no_device(found);
+  cudaFuncAttributes attributes = {};
+  if (cudaFuncGetAttributes(&attributes, probe_kernel) != cudaSuccess) {
+    cudaGetLastError();
+    return Error(
+        ErrorCode::kUnsupported,
+        "--device cuda: this build has kernels for GPUs " KVANT_CUDA_ARCHITECTURES ", found " +
+            found + "; build with KVANT_CUDA_ARCHITECTURES=" + std::to_string(properties.major) +
+            std::to_string(properties.minor) + (properties.major == kHopperMajor ? "a" : "") +
+            " scripts/build cuda");
+  }
+  return {};
+}
+
+}  // namespace kvant::backend::cuda

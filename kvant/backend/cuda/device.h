@@ -1,0 +1,29 @@
+// What kernels and launches are chosen by, of the device that the process uses.
+#pragma once
+
+#include "kvant/base/result.h"
+
+namespace kvant::backend::cuda {
+
+// Kernels that need more than every GPU has.
+//   generic  tensor cores by mma.sync: compute capability 8.0 and later
+//   hopper   wgmma as well: 9.0
+enum class DeviceLevel { kGeneric, kHopper };
+
+struct DeviceTraits {
+  DeviceLevel level = DeviceLevel::kGeneric;
+  int num_sms = 0;
+  int shared_per_sm = 0;     // bytes of shared memory of a multiprocessor
+  int shared_per_block = 0;  // the most of a block
+  bool overlaps = false;     // kernels may begin while the one before them ends (launch.h)
+};
+
+// Of the current device, asked for once; all zero without one. For diagnosis KVANT_CUDA_LEVEL
+// overrides the level: generic, or small, which is generic in the 99 KiB of shared memory that GPUs
+// of compute capability 8.6, 8.9 and 12.0 have.
+const DeviceTraits& device_traits();
+
+// kUnsupported without a device that this build's kernels run on, with what was found.
+Status check_device();
+
+}  // namespace kvant::backend::cuda
