@@ -30,6 +30,14 @@
 
 namespace kvant::backend::cuda::ptx {
 
+// Threads of a multiprocessor: 2048, but for compute capability 8.6 to 8.9 and 12.x.
+#if defined(__CUDA_ARCH__) && \
+    ((__CUDA_ARCH__ > 800 && __CUDA_ARCH__ < 900) || __CUDA_ARCH__ >= 1200)
+inline constexpr int kThreadsOfSm = 1536;
+#else
+inline constexpr int kThreadsOfSm = 2048;
+#endif
+
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }

@@ -28,7 +28,7 @@ __device__ __forceinline__ float2 merge_states(const float2* states, int count, 
 // kGroups groups of warps take turns with the partials, so that all of a row's loads are on their
 // way at once. So few registers and threads that it fits beside a decode block of the next layer.
 template <int kGroups>
-__global__ void __launch_bounds__(kCombineThreads, 16)
+__global__ void __launch_bounds__(kCombineThreads, ptx::kThreadsOfSm / kCombineThreads)
     combine_kernel(const __grid_constant__ DecodeParams params) {
   constexpr int kGroupWarps = kWarps / kGroups;
   __shared__ float2 states[kMaxCombined];
