@@ -265,7 +265,14 @@ Status CudaAttention::configure(const AttentionArgs& args, int layer) {
   const SideFormat& k = stored.k_format[layer];
   const SideFormat& v = stored.v_format[layer];
   const int group = args.params.num_query_heads / view.num_kv_heads;
-  KVANT_ASSIGN(variant_, choose_variant(args));
+  KVANT_ASSIGN(const DecodeVariant* const variant, choose_variant(args));
+  if (variant != variant_) {
+    cudaFuncAttributes compiled = {};
+    KVANT_TRY(cuda_status(cudaFuncGetAttributes(&compiled, variant->kernel),
+                          "asking about a decode kernel"));
+    num_threads_ = compiled.maxThreadsPerBlock;
+    variant_ = variant;
+  }
 
   k_format_ = k;
   v_format_ = v;
@@ -298,10 +305,6 @@ Status CudaAttention::configure(const AttentionArgs& args, int layer) {
   blocks_of_sm_ = residency.blocks;
   params_.teams = residency.teams;
   params_.num_slots = residency.slots;
-  cudaFuncAttributes compiled = {};
-  KVANT_TRY(cuda_status(cudaFuncGetAttributes(&compiled, variant_->kernel),
-                        "asking about a decode kernel"));
-  num_threads_ = compiled.maxThreadsPerBlock;
   smem_bytes_ = params_.teams * (params_.num_slots * params_.slot_bytes + variant_->team_bytes);
   return cuda_status(cudaFuncSetAttribute(variant_->kernel,
                                           cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes_),

@@ -61,16 +61,6 @@ int64_t least_image_bytes(const WorkspaceNeeds& needs, ImageType images) {
          image_bytes(needs.head_dim, needs.page_tokens, images);
 }
 
-// The current device, if kernels run on it.
-Result<cudaDeviceProp> find_device() {
-  KVANT_TRY(check_device());
-  int device = 0;
-  KVANT_TRY(cuda_status(cudaGetDevice(&device), "asking for the current device"));
-  cudaDeviceProp properties = {};
-  KVANT_TRY(cuda_status(cudaGetDeviceProperties(&properties, device), "asking about the device"));
-  return properties;
-}
-
 bool rotates_nothing(const RopeArgs& args) {
   return args.num_rows == 0 || args.num_query_heads + args.num_kv_heads == 0;
 }

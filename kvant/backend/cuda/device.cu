@@ -1,7 +1,5 @@
 #include "kvant/backend/cuda/device.h"
 
-#include <cuda_runtime_api.h>
-
 #include <cstdlib>
 #include <string>
 #include <string_view>
@@ -68,7 +66,7 @@ const DeviceTraits& device_traits() {
   return traits;
 }
 
-Status check_device() {
+Result<cudaDeviceProp> find_device() {
   const std::string_view level = wanted_level();
   if (!level.empty() && level != "generic" && level != "small") {
     return Error(ErrorCode::kInvalidArgument,
@@ -99,7 +97,7 @@ Status check_device() {
             std::to_string(properties.minor) + (properties.major == kHopperMajor ? "a" : "") +
             " scripts/build cuda");
   }
-  return {};
+  return properties;
 }
 
 }  // namespace kvant::backend::cuda

@@ -1,6 +1,8 @@
 // What kernels and launches are chosen by, of the device that the process uses.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include "kvant/base/result.h"
 
 namespace kvant::backend::cuda {
@@ -23,7 +25,7 @@ struct DeviceTraits {
 // of compute capability 8.6, 8.9 and 12.0 have.
 const DeviceTraits& device_traits();
 
-// kUnsupported without a device that this build's kernels run on, with what was found.
-Status check_device();
+// The current device; kUnsupported unless this build's kernels run on it, with what was found.
+Result<cudaDeviceProp> find_device();
 
 }  // namespace kvant::backend::cuda

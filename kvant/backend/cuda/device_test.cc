@@ -10,7 +10,7 @@ namespace {
 
 TEST(CudaDevice, LevelsThatDoNotExistAreErrors) {
   ::setenv("KVANT_CUDA_LEVEL", "ampere", 1);
-  const Status status = check_device();
+  const auto status = find_device();
   ::unsetenv("KVANT_CUDA_LEVEL");
   ASSERT_FALSE(status.has_value());
   EXPECT_EQ(status.error().code(), ErrorCode::kInvalidArgument);
@@ -20,7 +20,7 @@ TEST(CudaDevice, LevelsThatDoNotExistAreErrors) {
 
 // What is found is said, whatever it is.
 TEST(CudaDevice, WithoutADeviceItSaysWhatIsNeeded) {
-  const Status status = check_device();
+  const auto status = find_device();
   if (status) {
     EXPECT_GT(device_traits().num_sms, 0);
     EXPECT_GE(device_traits().shared_per_sm, device_traits().shared_per_block);

@@ -297,7 +297,17 @@ __device__ __forceinline__ uint32_t bf16x2_of_f32(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
   return y;
 }
-// Four, in the order of bytes.
+// The same in E5M2, where the largest is 57344.
+__device__ __forceinline__ uint32_t e5m2x2_of_f32(float low, float high) {
+#if KVANT_HAS_SM89
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  return __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, __NV_E5M2);
+#endif
+}
+// Four in E4M3, in the order of bytes.
 __device__ __forceinline__ uint32_t e4m3x4_of_f32(float a, float b, float c, float d) {
 #if KVANT_HAS_SM89
   uint32_t bytes;

@@ -416,7 +416,8 @@ __device__ void prepare_all(const ProductArgs& args, const PreparedRows& prepare
 
 // Blocks stay; each team takes every so many-th item.
 template <WeightType kType, int kTiles, bool kSmall>
-__device__ __forceinline__ void multiply_items(const ProductArgs& args) {
+__global__ void __launch_bounds__(kThreads, 1)
+    product_kernel(const __grid_constant__ ProductArgs args) {
   using Rings = Ring<kType, kTiles, kSmall>;
   using Total = std::conditional_t<kAsBytes<kType>, Sums<kTiles>, FloatSums<kTiles>>;
   constexpr int kSlots = Rings::kSlots;
@@ -484,12 +485,6 @@ __device__ __forceinline__ void multiply_items(const ProductArgs& args) {
     output.write(args, parts, team, turn);
     if constexpr (Rings::kTurns == 1) meet();
   }
-}
-
-template <WeightType kType, int kTiles, bool kSmall>
-__global__ void __launch_bounds__(kThreads, 1)
-    product_kernel(const __grid_constant__ ProductArgs args) {
-  multiply_items<kType, kTiles, kSmall>(args);
 }
 
 // F32 weights on GPUs whose memory does not take rings of them: a warp an output of a row.

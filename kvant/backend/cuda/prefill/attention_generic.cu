@@ -305,14 +305,9 @@ Status launch(const PrefillKernelArgs& args, int num_processors, cudaStream_t st
 
 Status launch_prefill_attention_generic(int head_dim, const PrefillKernelArgs& args,
                                         int num_processors, cudaStream_t stream) {
-  switch (head_dim) {
-    case 64: return launch<64>(args, num_processors, stream);
-    case 80: return launch<80>(args, num_processors, stream);
-    case 96: return launch<96>(args, num_processors, stream);
-    case 128: return launch<128>(args, num_processors, stream);
-    case 192: return launch<192>(args, num_processors, stream);
-    default: return launch<256>(args, num_processors, stream);
-  }
+  return for_head_dim(head_dim, [&](auto dim) {
+    return launch<decltype(dim)::value>(args, num_processors, stream);
+  });
 }
 
 }  // namespace kvant::backend::cuda

@@ -5,6 +5,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
+#include <type_traits>
 
 #include "kvant/backend/cuda/prefill/dequantise.h"
 #include "kvant/backend/cuda/prefill/prefill_plan.h"
@@ -63,6 +65,22 @@ struct BackgroundImages {
 constexpr bool has_prefill_kernel(int head_dim) {
   return head_dim == 64 || head_dim == 80 || head_dim == 96 || head_dim == 128 || head_dim == 192 ||
          head_dim == 256;
+}
+
+// f(std::integral_constant<int, head_dim>()) of one that has.
+template <typename F>
+Status for_head_dim(int head_dim, F&& f) {
+  switch (head_dim) {
+    case 64: return f(std::integral_constant<int, 64>());
+    case 80: return f(std::integral_constant<int, 80>());
+    case 96: return f(std::integral_constant<int, 96>());
+    case 128: return f(std::integral_constant<int, 128>());
+    case 192: return f(std::integral_constant<int, 192>());
+    case 256: return f(std::integral_constant<int, 256>());
+    default:
+      return Error(ErrorCode::kUnsupported,
+                   "prefill attention: head_dim " + std::to_string(head_dim));
+  }
 }
 
 // Pairs of stored formats that have a kernel which writes images beside attention.

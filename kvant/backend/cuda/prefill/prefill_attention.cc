@@ -475,28 +475,16 @@ Status launch_prefill_attention(int head_dim, const PrefillKernelArgs& args,
   if (images != nullptr) {
     return launch_prefill_attention_with_images(args, *images, num_processors, stream);
   }
-  switch (head_dim) {
-    case 64: return launch_prefill_attention_of<64>(args, num_processors, stream);
-    case 80: return launch_prefill_attention_of<80>(args, num_processors, stream);
-    case 96: return launch_prefill_attention_of<96>(args, num_processors, stream);
-    case 128: return launch_prefill_attention_of<128>(args, num_processors, stream);
-    case 192: return launch_prefill_attention_of<192>(args, num_processors, stream);
-    case 256: return launch_prefill_attention_of<256>(args, num_processors, stream);
-    default: return unsupported("head_dim " + std::to_string(head_dim));
-  }
+  return for_head_dim(head_dim, [&](auto dim) {
+    return launch_prefill_attention_of<decltype(dim)::value>(args, num_processors, stream);
+  });
 }
 
 Status launch_prefill_attention_e4m3(int head_dim, const PrefillKernelArgs& args,
                                      int num_processors, cudaStream_t stream) {
-  switch (head_dim) {
-    case 64: return launch_prefill_attention_e4m3_of<64>(args, num_processors, stream);
-    case 80: return launch_prefill_attention_e4m3_of<80>(args, num_processors, stream);
-    case 96: return launch_prefill_attention_e4m3_of<96>(args, num_processors, stream);
-    case 128: return launch_prefill_attention_e4m3_of<128>(args, num_processors, stream);
-    case 192: return launch_prefill_attention_e4m3_of<192>(args, num_processors, stream);
-    case 256: return launch_prefill_attention_e4m3_of<256>(args, num_processors, stream);
-    default: return unsupported("head_dim " + std::to_string(head_dim) + " in FP8");
-  }
+  return for_head_dim(head_dim, [&](auto dim) {
+    return launch_prefill_attention_e4m3_of<decltype(dim)::value>(args, num_processors, stream);
+  });
 }
 
 }  // namespace kvant::backend::cuda

@@ -6,7 +6,6 @@
 #pragma once
 
 #include <cuda_fp16.h>
-#include <cuda_fp8.h>
 
 #include <cstdint>
 
@@ -40,8 +39,7 @@ struct Divisor {
 };
 
 __device__ __forceinline__ Divisor make_divisor(float d) {
-  float r;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(d));
+  float r = ptx::reciprocal_fast(d);
   r = __fmaf_rn(r, __fmaf_rn(-d, r, 1.0f), r);
   const float rest = __fmul_rn(__fmaf_rn(-d, r, 1.0f), r);
   return {d, d == 0.0f ? 0.0f : r, d == 0.0f ? 0.0f : rest};
@@ -71,20 +69,6 @@ __device__ __forceinline__ float short_quotient(float x, const Divisor& by) {
 }
 
 // ---- rounding ----
-
-// to_e4m3 or to_e5m2 of two finite numbers: the first in the low byte.
-__device__ __forceinline__ uint32_t e4m3_pair(float low, float high) {
-  return ptx::e4m3x2_of_f32(low, high);
-}
-__device__ __forceinline__ uint32_t e5m2_pair(float low, float high) {
-#if KVANT_HAS_SM89
-  uint16_t pair;
-  asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
-  return pair;
-#else
-  return __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, __NV_E5M2);
-#endif
-}
 
 // from_e4m3 of a code that is no NaN.
 __device__ __forceinline__ float e4m3_value(uint32_t code) {

@@ -77,9 +77,9 @@ struct Float8Codec {
       high = copysignf(quotient(high, by), high);
     }
     if constexpr (F::kInfo.element == formats::Element::kE4m3) {
-      put_bytes(words, reg, e4m3_pair(low, high));
+      put_bytes(words, reg, ptx::e4m3x2_of_f32(low, high));
     } else {
-      put_bytes(words, reg, e5m2_pair(low, high));
+      put_bytes(words, reg, ptx::e5m2x2_of_f32(low, high));
     }
   }
 };
@@ -112,7 +112,7 @@ struct MicroscalingCodec {
       const float b = round_e2m1(fabsf(high) * high_scale.factor);
       put_e2m1(words, reg, ptx::f16x2_of_f32(a, b), signs, 0x80008000u);
     } else {
-      put_bytes(words, reg, e4m3_pair(low * low_scale.factor, high * high_scale.factor));
+      put_bytes(words, reg, ptx::e4m3x2_of_f32(low * low_scale.factor, high * high_scale.factor));
     }
   }
 };
@@ -202,7 +202,7 @@ struct Nvfp4Codec {
     return is_plain(range.amax, limit) && in_range(scale.by.d) && g >= 0x1p-60f && g <= 0x1p60f;
   }
   __device__ Scale scale_of(float ratio) const {
-    const uint32_t code = e4m3_pair(ratio, 0.0f) & 0xffu;
+    const uint32_t code = ptx::e4m3x2_of_f32(ratio, 0.0f) & 0xffu;
     const float s = e4m3_value(code);
     return {code, s * 0x1p14f, make_divisor(__fmul_rn(s, g) * 0x1p14f)};
   }

@@ -57,8 +57,8 @@ void DeviceBuffer::fill(int byte) const {
 }
 
 std::string no_device_reason() {
-  const Status status = check_device();
-  return status ? "" : status.error().message();
+  const auto device = find_device();
+  return device ? "" : device.error().message();
 }
 
 std::string no_hopper_reason() {
