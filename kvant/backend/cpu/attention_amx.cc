@@ -26,7 +26,7 @@ void unpack_keys(const IntegerScoreArgs& a, int8_t* bytes, Fetcher& fetcher) {
     unroll<4>([&](auto j) KVANT_ALWAYS {
       _mm512_store_si512(bytes + 64 * j.value, key_bytes<C, j.value>(codes));
     });
-    fetcher.step();
+    if (i % 4 == 3) fetcher.step(4);
   }
 }
 
@@ -58,8 +58,8 @@ KVANT_OWN_FRAME void score_tiles(const IntegerScoreArgs& a, int row, int rows, i
       constexpr int kC = 4 + decltype(n)::value;
       load_tile<1 + kC % 2>(keys + (int64_t{tile + n.value} * a.head_dim + c) * kLanes, 64);
       multiply_bytes<kC>();
-      fetcher.step();
     });
+    fetcher.step(N);
   }
   unroll<N>([&](auto n) KVANT_ALWAYS { store_tile<4 + decltype(n)::value>(sums[n.value], 64); });
   for (int r = 0; r < rows; ++r) {
@@ -80,10 +80,11 @@ void scores_of(const IntegerScoreArgs& a) {
   const int depths = (a.head_dim + kDepth - 1) / kDepth;
   const int row_steps = (a.rows + a.tile_rows - 1) / a.tile_rows;
   Fetcher fetcher(a.fetch, a.num_tiles * (a.head_dim / kLanes + row_steps * depths));
-  unpack_keys<C>(a, keys, fetcher);
   for (int row = 0; row < a.rows; row += a.tile_rows) {
     const int rows = a.rows - row < a.tile_rows ? a.rows - row : a.tile_rows;
+    // Before the keys: what has just been stored waits to be loaded as a tile.
     pack_queries(a, row, rows, queries);
+    if (row == 0) unpack_keys<C>(a, keys, fetcher);
     for (int tile = 0; tile < a.num_tiles; tile += kMaxTiles) {
       with_count<kMaxTiles>(a.num_tiles - tile, [&](auto n) {
         score_tiles<decltype(n)::value>(a, row, rows, tile, keys, queries, fetcher);

@@ -64,14 +64,23 @@ KVANT_INLINE __m512i scales_as_half(__m512i words) {
   return mul_halves(_mm512_slli_epi16(words, 7), _mm512_set1_epi16(0x5c00));
 }
 
+// Where the bytes of a word of eight nibbles begin so that nibble J of each four is in front.
+template <int J>
+constexpr Order<uint8_t, 64> begins_of_nibble() {
+  Order<uint8_t, 64> order{};
+  for (int i = 0; i < 64; ++i) order.at[i] = static_cast<uint8_t>(i % 8 / 2 * 16 + 4 * J);
+  return order;
+}
+template <int J>
+constexpr Order<uint8_t, 64> kNibbleBegins = begins_of_nibble<J>();
+
 // Sixteen-bit words whose upper bytes are `table` at nibble J of each word of four; lower bytes are
-// 0. (vpermw would be two instructions in one.)
+// 0. (vpermw would be two instructions in one. A shift would take the port that multiplies, the
+// only one that does while tiles are used.)
 template <int J>
 KVANT_INLINE __m512i upper_bytes_of(__m512i w, __m512i table) {
-  const __m512i index = J == 2   ? w
-                        : J == 3 ? _mm512_srli_epi16(w, 4)
-                                 : _mm512_slli_epi16(w, J < 2 ? 8 - 4 * J : 0);
-  return _mm512_maskz_permutexvar_epi8(0xaaaaaaaaaaaaaaaa, index, table);
+  if constexpr (J != 2) w = _mm512_multishift_epi64_epi8(_mm512_load_si512(kNibbleBegins<J>.at), w);
+  return _mm512_maskz_permutexvar_epi8(0xaaaaaaaaaaaaaaaa, w, table);
 }
 
 // E2M1 in f16: lower bytes are 0.

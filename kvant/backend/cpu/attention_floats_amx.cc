@@ -109,8 +109,8 @@ KVANT_INLINE void unpack_keys(const DecodeArgs& side, int tile, int c, uint8_t* 
         unpack_e2m1(_mm512_loadu_si512(codes + 64 * i), rows + 256 * i,
                     [&](auto) KVANT_ALWAYS { return scale; });
       });
-      fetcher.step(4);
     }
+    fetcher.step(8);
   }
 }
 
@@ -140,8 +140,8 @@ KVANT_OWN_FRAME void score_rows(const DecodeArgs& side, const ScoreArgs& a, int 
     }
   };
   const int depths = a.head_dim / kDepth;
-  clear_sums<N>();
   for (int i = 0; unpacks && i < kDepthsAhead<C> && i < depths; ++i) unpack(i);
+  clear_sums<N>();
   for (int depth = 0; depth < depths; ++depth) {
     if (unpacks && depth + kDepthsAhead<C> < depths) unpack(depth + kDepthsAhead<C>);
     multiply_tiles<N>(queries + depth * kTileBytes, first + depth * depth_bytes, tile_bytes,

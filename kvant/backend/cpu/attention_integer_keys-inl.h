@@ -57,21 +57,19 @@ KVANT_INLINE void store_bytes(const __m512i* x, __m512i order, __mmask64 valid, 
   _mm512_mask_storeu_epi8(hi, valid, _mm512_permutexvar_epi8(order, highs));
 }
 
-// Rounds `rows` <= kMaxRows rows of `x` [rows][head_dim]. Rows go together because finding the
-// largest of one is a chain of latencies.
+// Rows that are rounded together: finding the largest of one is a chain of latencies.
+constexpr int kRoundedRows = 8;
+
+// The larger magnitude, its sign cleared.
+KVANT_INLINE F larger_magnitude(F a, F b) {
+  return {_mm512_range_ps(a.v, b.v, 0b1011)};
+}
+
+// Rounds M rows of `x` [M][head_dim], `largest` magnitudes of each in its lanes.
 template <int M>
-void round_rows(const RoundQueriesArgs& a, const float* x, int row, __m512i order,
-                Fetcher& fetcher) {
+KVANT_INLINE void round_rows(const RoundQueriesArgs& a, const float* x, const F (&largest)[M],
+                             int row, __m512i order) {
   const int d = a.head_dim;
-  F largest[M];
-  unroll<M>([&](auto m) KVANT_ALWAYS { largest[m.value] = zero(); });
-  for (int c = 0; c < d; c += kLanes) {
-    unroll<M>([&](auto m) KVANT_ALWAYS {
-      largest[m.value].v =  // the larger magnitude, its sign cleared
-          _mm512_range_ps(largest[m.value].v, load(x + m.value * d + c).v, 0b1011);
-    });
-    fetcher.step();
-  }
   float all_max[M], inverse[M];
   max_rows(largest, all_max);
   unroll<M>([&](auto m) KVANT_ALWAYS {
@@ -97,6 +95,16 @@ void round_rows(const RoundQueriesArgs& a, const float* x, int row, __m512i orde
   }
 }
 
+template <int M>
+KVANT_INLINE void find_largest(const float* x, int head_dim, F (&largest)[M]) {
+  unroll<M>([&](auto m) KVANT_ALWAYS { largest[m.value] = zero(); });
+  for (int c = 0; c < head_dim; c += kLanes) {
+    unroll<M>([&](auto m) KVANT_ALWAYS {
+      largest[m.value] = larger_magnitude(largest[m.value], load(x + m.value * head_dim + c));
+    });
+  }
+}
+
 // Sums over blocks of a row's integers, and what they take back of the codes' offset.
 void sum_blocks(const RoundQueriesArgs& a, int row) {
   const int d = a.head_dim;
@@ -118,17 +126,20 @@ void sum_blocks(const RoundQueriesArgs& a, int row) {
 
 // x = q times the channels' scales, and q . zero into a.out.sum.
 template <int M>
-void multiply_channels(const RoundQueriesArgs& a, int row, float* x, Fetcher& fetcher) {
+KVANT_INLINE void multiply_channels(const RoundQueriesArgs& a, int row, float* x, F (&largest)[M],
+                                    Fetcher& fetcher) {
   const int d = a.head_dim;
   const float* q = a.q + static_cast<int64_t>(row) * d;
   F sum[M];
-  unroll<M>([&](auto m) KVANT_ALWAYS { sum[m.value] = zero(); });
+  unroll<M>([&](auto m) KVANT_ALWAYS { sum[m.value] = largest[m.value] = zero(); });
   for (int c = 0; c < d; c += kLanes) {
     const F scale = load_f16(a.channel + 2 * c);
     const F zero_point = load_f16(a.channel + 2 * (d + c));
     unroll<M>([&](auto m) KVANT_ALWAYS {
       const F value = load(q + m.value * d + c);
-      store(x + m.value * d + c, mul(value, scale));
+      const F product = mul(value, scale);
+      store(x + m.value * d + c, product);
+      largest[m.value] = larger_magnitude(largest[m.value], product);
       sum[m.value] = fma(value, zero_point, sum[m.value]);
     });
     fetcher.step();
@@ -144,18 +155,21 @@ void multiply_channels(const RoundQueriesArgs& a, int row, float* x, Fetcher& fe
 
 void round_queries(const RoundQueriesArgs& a) {
   const __m512i order = packed_order(a.code);
-  const int row_steps = (a.rows + kMaxRows - 1) / kMaxRows;
-  Fetcher fetcher(a.fetch, row_steps * (a.head_dim / kLanes) * 2);
-  for (int r = 0; r < a.rows; r += kMaxRows) {
-    with_count<kMaxRows>(a.rows - r, [&](auto m) {
+  const int row_steps = (a.rows + kRoundedRows - 1) / kRoundedRows;
+  Fetcher fetcher(a.fetch, row_steps * (a.head_dim / kLanes));
+  for (int r = 0; r < a.rows; r += kRoundedRows) {
+    with_count<kRoundedRows>(a.rows - r, [&](auto m) {
       constexpr int M = decltype(m)::value;
       alignas(64) float products[M * kMaxHeadDim];
       const float* x = a.q + static_cast<int64_t>(r) * a.head_dim;
+      F largest[M];
       if (a.channel != nullptr) {
-        multiply_channels<M>(a, r, products, fetcher);
+        multiply_channels<M>(a, r, products, largest, fetcher);
         x = products;
+      } else {
+        find_largest<M>(x, a.head_dim, largest);
       }
-      round_rows<M>(a, x, r, order, fetcher);
+      round_rows<M>(a, x, largest, r, order);
     });
   }
   if (a.channel == nullptr) {

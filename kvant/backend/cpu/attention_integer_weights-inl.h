@@ -23,6 +23,8 @@ struct ValueChunk {
   __m512i order;                     // for store_words()
   uint8_t* weights = nullptr;        // of a tile of rows: [blocks][rows][2][64]
   float weight_scale[kMaxTileRows];  // of those rows
+  float terms[kMaxTileRows]
+             [kMaxHeadDim / 16];  // of rows and blocks: the sums of weights times zeros
 };
 
 // Token of place i % 8 of eight when V's words are taken apart four tokens at a time.
@@ -111,17 +113,18 @@ void prepare_e4m3_scales(const IntegerValueArgs& a, ValueChunk& chunk, Fetcher& 
           _mm512_srlv_epi16(_mm512_slli_epi16(mantissa, 11), _mm512_sub_epi16(top[half.value], e));
       _mm512_storeu_si512(chunk.scales + b * kChunkTokens + 32 * half.value, scale);
     });
-    fetcher.step();
+    if (b % 4 == 3) fetcher.step(4);
   }
 }
 
 // Any other scales: rounded to 2^-14 of the token's power of two, which the power has 2^-14 times.
+template <PageScale S>
 void prepare_float_scales(const IntegerValueArgs& a, ValueChunk& chunk) {
   const int num_blocks = (a.head_dim + a.block - 1) / a.block;
   const int page_tiles = (a.page_tokens < kChunkTokens ? a.page_tokens : kChunkTokens) / kLanes;
-  const int64_t block_bytes = static_cast<int64_t>(a.page_tokens) * scale_stride(a.scale);
+  const int64_t block_bytes = static_cast<int64_t>(a.page_tokens) * scale_stride(S);
   const auto side_of = [&](int b, int tile) KVANT_ALWAYS {
-    return load_scales(a.scale, a.scales + b * block_bytes, (chunk.first_tile + tile) * kLanes,
+    return load_scales(S, a.scales + b * block_bytes, (chunk.first_tile + tile) * kLanes,
                        2 * a.page_tokens);
   };
   F inverse[4];
@@ -144,7 +147,7 @@ void prepare_float_scales(const IntegerValueArgs& a, ValueChunk& chunk) {
       if (tile >= page_tiles) continue;
       const ScalePair side = side_of(b, tile);
       scale[tile] = _mm512_cvtps_epi32(_mm512_mul_ps(side.scale.v, inverse[tile].v));
-      if (a.scale == PageScale::kF16Pair) {
+      if (S == PageScale::kF16Pair) {
         store(chunk.zeros + b * kChunkTokens + tile * kLanes,
               fma(side.scale, bcast(kValueOffset), side.zero));
       }
@@ -175,20 +178,22 @@ void prepare_weights(const IntegerValueArgs& a, ValueChunk& chunk, int row, int 
                      Fetcher& fetcher) {
   const int num_blocks = (a.head_dim + a.block - 1) / a.block;
   const float* p = a.p + static_cast<int64_t>(row + at) * a.page_tokens + chunk.first_tile * kLanes;
-  F x[M][4];
+  const auto weight_of = [&](auto m, auto tile) KVANT_ALWAYS {
+    if (tile.value >= chunk.num_tiles) return zero();
+    return mul(load(p + m.value * a.page_tokens + tile.value * kLanes), chunk.power[tile.value]);
+  };
+  constexpr bool kKeeps = M <= kMaxRows;  // in registers
+  F x[kKeeps ? M : 1][4];
   F largest[M];
   unroll<M>([&](auto m) KVANT_ALWAYS {
     largest[m.value] = zero();
     unroll<4>([&](auto tile) KVANT_ALWAYS {
-      x[m.value][tile.value] = zero();
-      if (tile.value < chunk.num_tiles) {
-        x[m.value][tile.value] =
-            mul(load(p + m.value * a.page_tokens + tile.value * kLanes), chunk.power[tile.value]);
-      }
-      largest[m.value] = max(largest[m.value], x[m.value][tile.value]);
+      const F weight = weight_of(m, tile);
+      if constexpr (kKeeps) x[m.value][tile.value] = weight;
+      largest[m.value] = max(largest[m.value], weight);
     });
-    fetcher.step();
   });
+  fetcher.step(M);
   float all_max[M];
   max_rows(largest, all_max);
   __m512i words[M][2];
@@ -197,7 +202,13 @@ void prepare_weights(const IntegerValueArgs& a, ValueChunk& chunk, int row, int 
     const F inverse = alternating(unit > 0x1p-100f ? 1.0f / unit : 0.0f);
     __m512i weight[4];
     unroll<4>([&](auto tile) KVANT_ALWAYS {
-      weight[tile.value] = _mm512_cvtps_epi32(mul(x[m.value][tile.value], inverse).v);
+      F w;
+      if constexpr (kKeeps) {
+        w = x[m.value][tile.value];
+      } else {
+        w = weight_of(m, tile);
+      }
+      weight[tile.value] = _mm512_cvtps_epi32(mul(w, inverse).v);
     });
     to_words(weight, chunk.order, words[m.value]);
     chunk.weight_scale[at + m.value] = unit * value_factor(a.code) * 0x1p15f;
@@ -217,21 +228,23 @@ void prepare_weights(const IntegerValueArgs& a, ValueChunk& chunk, int row, int 
                             _mm512_extracti64x4_epi64(bytes, 1));
       });
     });
-    fetcher.step();
+    if (b % 2 == 1) fetcher.step(2);
   }
 }
 
 void prepare_scales(const IntegerValueArgs& a, ValueChunk& chunk, Fetcher& fetcher) {
-  if (a.scale == PageScale::kE4m3) {
-    prepare_e4m3_scales(a, chunk, fetcher);
-  } else {
-    prepare_float_scales(a, chunk);
+  switch (a.scale) {
+    case PageScale::kE4m3: return prepare_e4m3_scales(a, chunk, fetcher);
+    case PageScale::kE8m0: return prepare_float_scales<PageScale::kE8m0>(a, chunk);
+    case PageScale::kF16Pair: return prepare_float_scales<PageScale::kF16Pair>(a, chunk);
+    default: prepare_float_scales<PageScale::kF16>(a, chunk);
   }
 }
 
-// Adds the sums over tokens of weights times zeros to all channels of a block, for M rows.
+// The sums over tokens of weights times zeros, which all channels of a block get, for M rows.
 template <int M>
-void add_zeros(const IntegerValueArgs& a, const ValueChunk& chunk, int row) {
+KVANT_INLINE void sum_zeros(const IntegerValueArgs& a, ValueChunk& chunk, int row, int at) {
+  row += at;
   const float* p = a.p + static_cast<int64_t>(row) * a.page_tokens + chunk.first_tile * kLanes;
   for (int c = 0; c < a.head_dim; c += a.block) {
     const float* zeros = chunk.zeros + c / a.block * kChunkTokens;
@@ -245,12 +258,7 @@ void add_zeros(const IntegerValueArgs& a, const ValueChunk& chunk, int row) {
     }
     float term[M];
     sum_rows(sum, term);
-    unroll<M>([&](auto m) KVANT_ALWAYS {
-      float* out = a.acc + (row + m.value) * a.acc_stride;
-      for (int i = c; i < c + a.block && i < a.head_dim; i += kLanes) {
-        store(out + i, add(load(out + i), bcast(term[m.value])));
-      }
-    });
+    unroll<M>([&](auto m) KVANT_ALWAYS { chunk.terms[at + m.value][c / a.block] = term[m.value]; });
   }
 }
 
@@ -264,9 +272,9 @@ KVANT_INLINE __m512i value_bytes(__m512i w) {
 }
 
 // A chunk's sums of one row and sixteen channels: acc = acc * factor + sums * scale.
-KVANT_INLINE void add_sums(float* acc, __m512i high, __m512i low, F factor, F scale) {
+KVANT_INLINE F add_sums(const float* acc, __m512i high, __m512i low, F factor, F scale) {
   const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
-  store(acc, fma({_mm512_cvtepi32_ps(sum)}, scale, mul(load(acc), factor)));
+  return fma({_mm512_cvtepi32_ps(sum)}, scale, mul(load(acc), factor));
 }
 
 // Divides `scratch` and starts with the first chunk.

@@ -13,12 +13,15 @@ namespace {
 #if defined(__AVX512F__)
 constexpr int kTileRows = 4;
 constexpr int kTileVectors = 4;
+constexpr int kSoftmaxRows = 8;
 #elif defined(__AVX2__)
 constexpr int kTileRows = 2;
 constexpr int kTileVectors = 2;
+constexpr int kSoftmaxRows = 2;
 #else
 constexpr int kTileRows = 1;
 constexpr int kTileVectors = 1;
+constexpr int kSoftmaxRows = 1;
 #endif
 
 constexpr float kInfinity = __builtin_huge_valf();
@@ -624,8 +627,8 @@ void softmax_rows(const SoftmaxArgs& a, int row, Fetcher& fetcher) {
       const F weight = exp_lanes(sub(load(x), bcast(base[m.value])));
       sum[m.value] = add(sum[m.value], weight);
       store(x, mul(weight, bcast(a.weight_scale)));
-      fetcher.step();
     });
+    fetcher.step(M);
   }
   sum_rows(sum, page_sum);
   unroll<M>([&](auto m) {
@@ -639,9 +642,9 @@ void softmax_rows(const SoftmaxArgs& a, int row, Fetcher& fetcher) {
 
 void softmax(const SoftmaxArgs& a) {
   const bool visible = all_visible(a);
-  Fetcher fetcher(a.fetch, (a.rows + steps_of(a.rows, kTileRows)) * a.num_tiles);
-  for (int r = 0; r < a.rows; r += kTileRows) {
-    with_count<kTileRows>(a.rows - r, [&](auto m) {
+  Fetcher fetcher(a.fetch, (a.rows + steps_of(a.rows, kSoftmaxRows)) * a.num_tiles);
+  for (int r = 0; r < a.rows; r += kSoftmaxRows) {
+    with_count<kSoftmaxRows>(a.rows - r, [&](auto m) {
       constexpr int M = decltype(m)::value;
       visible ? softmax_rows<M, false>(a, r, fetcher) : softmax_rows<M, true>(a, r, fetcher);
     });

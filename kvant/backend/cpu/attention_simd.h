@@ -469,14 +469,15 @@ KVANT_INLINE __m256 upper_half(F a) {
   return a.hi;
 #endif
 }
-// op over the lanes of each of M <= 4 rows, in an order that does not depend on M. Rows go
+// op over the lanes of each of M <= 8 rows, in an order that does not depend on M. Rows go
 // together: one alone is a chain of latencies.
-template <int M, typename Op8, typename Op4>
-KVANT_INLINE void reduce_rows(const F (&a)[M], float* out, Op8 op8, Op4 op4) {
-  static_assert(M <= 4);
+template <int First, int M, typename Op8, typename Op4>
+KVANT_INLINE void reduce_four(const F (&a)[M], float* out, Op8 op8, Op4 op4) {
   __m256 e[4];
-  for (int i = 0; i < 4; ++i)
-    e[i] = op8(lower_half(a[i < M ? i : 0]), upper_half(a[i < M ? i : 0]));
+  for (int i = 0; i < 4; ++i) {
+    const F& row = a[First + i < M ? First + i : First];
+    e[i] = op8(lower_half(row), upper_half(row));
+  }
   const __m256 x = op8(_mm256_unpacklo_ps(e[0], e[1]), _mm256_unpackhi_ps(e[0], e[1]));
   const __m256 y = op8(_mm256_unpacklo_ps(e[2], e[3]), _mm256_unpackhi_ps(e[2], e[3]));
   const __m256d low = _mm256_unpacklo_pd(_mm256_castps_pd(x), _mm256_castps_pd(y));
@@ -484,7 +485,13 @@ KVANT_INLINE void reduce_rows(const F (&a)[M], float* out, Op8 op8, Op4 op4) {
   const __m256 both = op8(_mm256_castpd_ps(low), _mm256_castpd_ps(high));
   alignas(16) float four[4];
   _mm_store_ps(four, op4(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
-  for (int i = 0; i < M; ++i) out[i] = four[i];
+  for (int i = 0; i < 4 && First + i < M; ++i) out[First + i] = four[i];
+}
+template <int M, typename Op8, typename Op4>
+KVANT_INLINE void reduce_rows(const F (&a)[M], float* out, Op8 op8, Op4 op4) {
+  static_assert(M <= 8);
+  reduce_four<0>(a, out, op8, op4);
+  if constexpr (M > 4) reduce_four<4>(a, out, op8, op4);
 }
 template <int M>
 KVANT_INLINE void sum_rows(const F (&a)[M], float* out) {

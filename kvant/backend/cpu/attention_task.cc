@@ -100,6 +100,10 @@ Task::Task(const Call& call, const AttentionItem& item, std::span<const int32_t>
   }
 }
 
+Task::~Task() {
+  if (tiles_begun_) call_.kernels.tiles->end();
+}
+
 void Task::load_queries(int64_t first_row, int num_tokens, int token_begin) {
   const auto* q = static_cast<const float*>(call_.args.q);
   const int64_t row_values = static_cast<int64_t>(call_.group) * call_.head_dim;
@@ -255,22 +259,23 @@ Task::ScoreTerms Task::score_page(const Pass& pass, const PageKind& kind, const 
 void Task::score_codes(const Pass& pass, const PageDecoder& decoder, const std::byte* unit,
                        const formats::UnitSections& sections) {
   const auto* scales = reinterpret_cast<const uint8_t*>(unit + sections.k_scales);
-  IntegerScoreArgs a{.q = rounded_queries(pass, decoder, scales)};
-  a.codes = reinterpret_cast<const uint8_t*>(unit + sections.k_codes);
-  a.scales = scales;
-  a.code = decoder.code;
-  a.scale = decoder.scale;
-  a.block = decoder.scale == PageScale::kChannelPair ? call_.head_dim : decoder.block;
-  a.s = memory_.s;
-  a.rows = pass.rows();
-  a.head_dim = call_.head_dim;
-  a.page_tokens = call_.view.page_tokens;
-  a.num_tiles = pass.num_tiles();
   const bool per_channel = decoder.scale == PageScale::kChannelPair;
-  a.fetch = part_of_next(per_channel ? kFetchedByRounding : 0, kFetchedByScores);
+  // All fields: g++ 12 clears others by an instruction that takes tens of cycles to begin.
+  IntegerScoreArgs a{.q = rounded_queries(pass, decoder, scales),
+                     .codes = reinterpret_cast<const uint8_t*>(unit + sections.k_codes),
+                     .scales = scales,
+                     .code = decoder.code,
+                     .scale = decoder.scale,
+                     .block = per_channel ? call_.head_dim : decoder.block,
+                     .s = memory_.s,
+                     .rows = pass.rows(),
+                     .head_dim = call_.head_dim,
+                     .page_tokens = call_.view.page_tokens,
+                     .num_tiles = pass.num_tiles(),
+                     .scratch = reinterpret_cast<uint8_t*>(memory_.page),
+                     .tile_rows = tile_rows_,
+                     .fetch = part_of_next(per_channel ? kFetchedByRounding : 0, kFetchedByScores)};
   if (per_channel && integers_in_tiles(pass.rows())) {
-    a.tile_rows = tile_rows_;
-    a.scratch = reinterpret_cast<uint8_t*>(memory_.page);
     call_.kernels.tiles->channel_scores(a);
   } else {
     call_.kernels.integer->scores(a);
@@ -322,28 +327,27 @@ const uint8_t* Task::pack_queries(const float* q, int rows, Code code) {
 // The pass's rows of q_integer. Scales per channel make them a matter of each page.
 IntegerRows Task::rounded_queries(const Pass& pass, const PageDecoder& decoder,
                                   const uint8_t* scales) {
-  RoundQueriesArgs a;
-  a.head_dim = call_.head_dim;
-  a.code = decoder.code;
+  const auto round = [&](const float* q, int rows, int block, const uint8_t* channel,
+                         const FetchPart& fetch) {
+    call_.kernels.integer->round_queries({.q = q,
+                                          .rows = rows,
+                                          .head_dim = call_.head_dim,
+                                          .code = decoder.code,
+                                          .block = block,
+                                          .channel = channel,
+                                          .out = memory_.q_integer,
+                                          .fetch = fetch});
+  };
   if (decoder.scale == PageScale::kChannelPair) {
-    a.q = memory_.q_stored + static_cast<int64_t>(pass.row_begin) * call_.head_dim;
-    a.rows = pass.rows();
-    a.block = call_.head_dim;
-    a.channel = scales;
-    a.fetch = part_of_next(0, kFetchedByRounding);
-    a.out = memory_.q_integer;
     rounded_block_ = 0;
-    call_.kernels.integer->round_queries(a);
+    round(memory_.q_stored + static_cast<int64_t>(pass.row_begin) * call_.head_dim, pass.rows(),
+          call_.head_dim, scales, part_of_next(0, kFetchedByRounding));
     return memory_.q_integer;
   }
   if (rounded_block_ != decoder.block || rounded_code_ != decoder.code) {
-    a.q = memory_.q_stored;
-    a.rows = rows();
-    a.block = decoder.block;
-    a.out = memory_.q_integer;
     rounded_block_ = decoder.block;
     rounded_code_ = decoder.code;
-    call_.kernels.integer->round_queries(a);
+    round(memory_.q_stored, rows(), decoder.block, nullptr, {});
   }
   return rows_from(memory_.q_integer, pass.row_begin, call_.head_dim);
 }
@@ -511,7 +515,10 @@ void Task::run_split(int64_t split, const PartialRows& out) {
   if (!sees_split(split)) return;
   for (int r = 0; r < rows(); ++r) std::fill_n(out.acc + r * out.stride, call_.width(), 0.0f);
   if (call_.pre_rope) split_rope(split);
-  if (call_.kernels.tiles != nullptr) call_.kernels.tiles->begin(tile_rows_);
+  if (call_.kernels.tiles != nullptr && !tiles_begun_) {
+    call_.kernels.tiles->begin(tile_rows_);
+    tiles_begun_ = true;
+  }
   const int64_t first = first_position();
   const int64_t end = first + item_.num_tokens;
   const int64_t page_begin = split * attention::kSplitTokens / view.page_tokens;
@@ -528,7 +535,6 @@ void Task::run_split(int64_t split, const PartialRows& out) {
       run_pass(pass, out);
     }
   }
-  if (call_.kernels.tiles != nullptr) call_.kernels.tiles->end();
 }
 
 void Task::clear_total(const PartialRows& total) const {

@@ -102,6 +102,7 @@ struct QueryFrame {
   bool operator==(const QueryFrame&) const = default;
 };
 
+// One at a time on a thread, whose matrix unit it sets up.
 class Task {
  public:
   // Loads the item's queries.
@@ -110,6 +111,9 @@ class Task {
   // them read whole and as stored: those of the item's sequence. `item` counts the tokens of all.
   Task(const Call& call, const AttentionItem& item, std::span<const int32_t> sequences,
        const WorkerMemory& memory);
+  ~Task();
+  Task(const Task&) = delete;
+  Task& operator=(const Task&) = delete;
 
   int rows() const { return item_.num_tokens * call_.group; }
 
@@ -173,6 +177,7 @@ class Task {
   int64_t ahead_of_ = -2;
   const std::byte* ahead_[kFetchStreams] = {};
   FetchAhead next_;  // parts of them
+  bool tiles_begun_ = false;
   QueryFrame frame_;
   bool frame_ready_ = false;
   // What q_integer holds of all rows in this frame, if anything.

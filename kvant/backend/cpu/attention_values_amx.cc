@@ -40,7 +40,7 @@ void unpack_values(const IntegerValueArgs& a, const ValueChunk& chunk, int group
 }
 
 // Up to tile_rows rows with N groups of sixteen channels.
-template <int N>
+template <Code C, int N>
 KVANT_OWN_FRAME void value_tiles(const IntegerValueArgs& a, const ValueChunk& chunk, int row,
                                  int rows, int group, Fetcher& fetcher) {
   alignas(64) int32_t sums[N][256];
@@ -51,8 +51,8 @@ KVANT_OWN_FRAME void value_tiles(const IntegerValueArgs& a, const ValueChunk& ch
     load_tile<0>(chunk.weights + int64_t{block} * a.tile_rows * kWeightBytes, 64);
     load_tile<1 + kC % 2>(a.unpacked + int64_t{group + n.value} * kTileBytes, 64);
     multiply_unsigned_bytes<kC>();
-    fetcher.step();
   });
+  fetcher.step(N);
   unroll<N>([&](auto n) KVANT_ALWAYS { store_tile<4 + decltype(n)::value>(sums[n.value], 64); });
   for (int r = 0; r < rows; ++r) {
     const F scale = bcast(chunk.weight_scale[r]);
@@ -60,8 +60,12 @@ KVANT_OWN_FRAME void value_tiles(const IntegerValueArgs& a, const ValueChunk& ch
     float* out = a.acc + (row + r) * a.acc_stride + group * kLanes;
     unroll<N>([&](auto n) KVANT_ALWAYS {
       const int32_t* sum = sums[n.value] + 2 * kLanes * r;
-      add_sums(out + n.value * kLanes, _mm512_load_si512(sum), _mm512_load_si512(sum + kLanes),
-               factor, scale);
+      float* to = out + n.value * kLanes;
+      F all = add_sums(to, _mm512_load_si512(sum), _mm512_load_si512(sum + kLanes), factor, scale);
+      if constexpr (C == Code::kU4) {
+        all = add(all, bcast(chunk.terms[r][(group + n.value) * kLanes / a.block]));
+      }
+      store(to, all);
     });
   }
 }
@@ -74,24 +78,18 @@ void value_chunk(const IntegerValueArgs& a, ValueChunk& chunk, Fetcher& fetcher)
   const int groups = a.head_dim / kLanes;
   for (int row = 0; row < a.rows; row += a.tile_rows) {
     const int rows = a.rows - row < a.tile_rows ? a.rows - row : a.tile_rows;
-    for (int r = 0; r < rows; r += kMaxRows) {
-      with_count<kMaxRows>(rows - r, [&](auto m) {
-        constexpr int M = decltype(m)::value;
-        prepare_weights<M>(a, chunk, row, r, a.tile_rows, fetcher);
-      });
-    }
+    with_count<kMaxTileRows>(rows, [&](auto m) {
+      constexpr int M = decltype(m)::value;
+      prepare_weights<M>(a, chunk, row, 0, a.tile_rows, fetcher);
+      if constexpr (C == Code::kU4) sum_zeros<M>(a, chunk, row, 0);
+    });
     for (int group = 0; group < groups;) {
       if (row == 0 && group > 0 && group % kBurst == 0) {
         unpack_values<C>(a, chunk, group, fetcher);
       }
       group += with_power<kMaxTiles>(groups - group, [&](auto n) {
-        value_tiles<decltype(n)::value>(a, chunk, row, rows, group, fetcher);
+        value_tiles<C, decltype(n)::value>(a, chunk, row, rows, group, fetcher);
       });
-    }
-    if (a.scale != PageScale::kF16Pair) continue;
-    for (int r = 0; r < rows; r += kMaxRows) {
-      with_count<kMaxRows>(rows - r,
-                           [&](auto m) { add_zeros<decltype(m)::value>(a, chunk, row + r); });
     }
   }
 }
@@ -105,7 +103,7 @@ void integer_values(const IntegerValueArgs& a) {
   ValueChunk chunk = first_chunk(a);
   const int chunks = (a.num_tiles * kLanes + kChunkTokens - 1) / kChunkTokens;
   const int scale_steps = a.scale == PageScale::kE4m3 ? num_blocks : 0;
-  const int weight_steps = a.rows + (a.rows + kMaxRows - 1) / kMaxRows * num_blocks;
+  const int weight_steps = a.rows + row_steps * num_blocks;
   Fetcher fetcher(a.fetch, chunks * (scale_steps + groups + weight_steps + row_steps * groups));
   for (; chunk.first_tile < a.num_tiles; chunk.first_tile += kChunkTokens / kLanes) {
     const int tiles = a.num_tiles - chunk.first_tile;
