@@ -102,8 +102,7 @@ KVANT_INLINE void unpack_keys(const DecodeArgs& side, int tile, int c, uint8_t* 
     const uint8_t* codes = side.codes + at * kLanes / 2;
     const uint8_t* scales = side.scales + at;
     for (int block = 0; block < 2; ++block) {
-      const __m512i token = load_u8(scales + block * kLanes).v;
-      const __m512i scale = scales_as_half(_mm512_or_si512(token, _mm512_slli_epi32(token, 16)));
+      const __m512i scale = scales_as_half(scales + block * kLanes);
       unroll<2>([&](auto word) KVANT_ALWAYS {
         const int i = 2 * block + word.value;
         unpack_e2m1(_mm512_loadu_si512(codes + 64 * i), rows + 256 * i,
