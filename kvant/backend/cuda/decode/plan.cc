@@ -22,7 +22,8 @@ struct Tile {
   int num_bf16 = 0;      // its last pages, read from the BF16 table
   int first_stored = 0;  // [first_stored, end_stored) of its list are pages as stored
   int end_stored = 0;
-  int64_t cost = 0;  // bytes of one KV head
+  int64_t own_cost = 0;  // bytes of one KV head: of the page that its tokens lie in, and the change
+  int64_t cost = 0;      // of all
   ReadElsewhere elsewhere;
 };
 
@@ -39,6 +40,13 @@ int64_t page_cost(const Segment& tile, int index, const std::vector<uint32_t>& e
                   const PlanShape& shape) {
   const bool stored = (page_entry(tile, index, entries) & 0xff) == cache::kKindStored;
   return stored ? shape.stored_bytes : shape.bf16_bytes;
+}
+
+// The tile's own page is read by 16 tokens, up to its last token.
+int64_t own_page_cost(const Segment& tile, int page_tokens, const PlanShape& shape) {
+  const int last = (tile.first_position + tile.num_tokens - 1) % page_tokens;
+  const int read = std::min(page_tokens, last / 16 * 16 + 16);
+  return shape.bf16_bytes * read / page_tokens;
 }
 
 class Planner {
@@ -115,7 +123,9 @@ class Planner {
     entry.elsewhere = elsewhere_;
     // Only the first page (a sink) and those of the BF16 table differ from the rest.
     const int num_stored = tile.page_end - entry.num_bf16;
-    entry.cost = entry.num_bf16 * shape_.bf16_bytes + num_stored * shape_.stored_bytes;
+    entry.own_cost = own_page_cost(tile, view_.page_tokens, shape_) + shape_.change_bytes;
+    entry.cost = entry.own_cost + (entry.num_bf16 - 1) * shape_.bf16_bytes +
+                 num_stored * shape_.stored_bytes;
     entry.end_stored = num_stored;
     if (num_stored > 0) {
       entry.cost += page_cost(tile, 0, plan_.entries, shape_) - shape_.stored_bytes;
@@ -133,7 +143,10 @@ class Planner {
     if (bytes >= tile.cost) return tile.all.page_end;
     const int64_t first = page_cost(tile.all, 0, plan_.entries, shape_);
     const int num_stored = tile.all.page_end - tile.num_bf16;
-    const int64_t stored_cost = tile.cost - tile.num_bf16 * shape_.bf16_bytes;
+    const int64_t own_start = tile.cost - tile.own_cost;
+    if (bytes >= own_start)
+      return tile.all.page_end - (2 * (bytes - own_start) >= tile.own_cost ? 0 : 1);
+    const int64_t stored_cost = own_start - (tile.num_bf16 - 1) * shape_.bf16_bytes;
     if (bytes >= stored_cost) {
       return num_stored +
              static_cast<int>((bytes - stored_cost + shape_.bf16_bytes / 2) / shape_.bf16_bytes);
@@ -284,8 +297,12 @@ class Planner {
       const int first_bf16 = segment.num_sink_pages - segment.first_page +
                              std::max(segment.first_bf16_page, segment.first_page);
       const int num_bf16 = std::max(0, segment.page_end - std::max(segment.page_begin, first_bf16));
-      costs.push_back(num_bf16 * shape_.bf16_bytes +
-                      (segment.page_end - segment.page_begin - num_bf16) * shape_.stored_bytes);
+      const bool has_own =
+          page_number(segment, segment.page_end - 1) == segment.first_position / view_.page_tokens;
+      costs.push_back((num_bf16 - (has_own ? 1 : 0)) * shape_.bf16_bytes +
+                      (has_own ? own_page_cost(segment, view_.page_tokens, shape_) : 0) +
+                      (segment.page_end - segment.page_begin - num_bf16) * shape_.stored_bytes +
+                      shape_.change_bytes);
       total += costs.back();
     }
     int64_t done = 0;

@@ -79,8 +79,9 @@ struct PlanShape {
   int num_workers = 1;       // teams on the device
   int block_workers = 1;     // of a block; divides num_workers
   int sink_tokens = 0;       // AttentionParams::sink_tokens
-  int64_t stored_bytes = 1;  // a page of one KV head, by kind: the cost of reading it
+  int64_t stored_bytes = 1;  // a page of one KV head, by kind: the cost of reading it whole
   int64_t bf16_bytes = 1;
+  int64_t change_bytes = 0;  // what a worker could read while it goes from one unit to the next
   std::span<const ReadElsewhere> elsewhere = {};  // [sequence], or empty
   // No segment has both pages as stored and pages in BF16: stored values are rotated back, or get
   // their bias, when results are merged.
