@@ -82,7 +82,13 @@ bool transforms_values(const SideFormat& v) {
 }
 
 constexpr int kReservedShared = 1024;  // bytes of each block, by the system
-constexpr int kWantedSlots = 3;
+// Slots of a ring whose slots take half a step. Where they take whole steps (ring.cuh): bytes of a
+// multiprocessor that are on their way beside the steps in work. With more of either the
+// multiprocessors drift apart, and the last one counts (docs/kernels/cuda-decode.md).
+constexpr int kHalfSlots = 3;
+constexpr int kBytesAhead = 36 << 10;
+// A change of units takes a team about three microseconds.
+constexpr int kChangeBytes = 16 << 10;
 
 const SideFormat& stored_keys(const AttentionArgs& args) {
   return args.view->kinds[cache::kKindStored].k_format[args.group_layer];
@@ -96,14 +102,21 @@ int angle_bytes(const AttentionArgs& args) {
   return stored_keys(args).pre_rope ? args.params.rope.rotary_dim / 2 * int{sizeof(float2)} : 0;
 }
 
-// A slot takes half of a page, or of a tile of 16-bit values.
-int slot_bytes_of(const AttentionArgs& args) {
-  const SideFormat& k = stored_keys(args);
-  int bytes = 16 * args.view->head_dim * 2;
-  if (k.base != stored_values(args).base || !is_16_bit(key_kernel(k.base))) {
-    const StoredSections sections =
-        sections_of(args.view->kinds[cache::kKindStored].units[args.group_layer], k);
-    bytes = std::max({bytes, sections.k_bytes, sections.v_bytes});
+// Stored pages are read by tiles, as open ones are.
+bool stored_by_tile(const AttentionArgs& args) {
+  return stored_keys(args).base == stored_values(args).base &&
+         is_16_bit(key_kernel(stored_keys(args).base));
+}
+
+// A slot takes a page or a tile of 16-bit values (ring.cuh), or half of it.
+int slot_bytes_of(const AttentionArgs& args, bool takes_steps) {
+  const int tile_bytes = 16 * args.view->head_dim * 2;
+  int bytes = takes_steps ? 2 * tile_bytes : tile_bytes;
+  if (!stored_by_tile(args)) {
+    const StoredSections sections = sections_of(
+        args.view->kinds[cache::kKindStored].units[args.group_layer], stored_keys(args));
+    bytes = takes_steps ? std::max(bytes, sections.k_bytes + sections.v_bytes)
+                        : std::max({bytes, sections.k_bytes, sections.v_bytes});
   }
   return bytes + (angle_bytes(args) + 127) / 128 * 128;
 }
@@ -114,20 +127,33 @@ struct Residency {
   int blocks = 0;
   int teams = 0;
   int slots = 0;
+  int slot_bytes = 0;
 };
-Residency residency_of(const DecodeVariant& variant, int slot_bytes) {
+Residency residency_of(const DecodeVariant& variant, int slot_bytes, int wanted_slots) {
   // The ring takes a result of the team when its last segment ends.
   const int result_bytes = variant.max_rows * (variant.head_dim + 4) * 4;
   Residency best;
+  best.slot_bytes = slot_bytes;
   for (int blocks = variant.blocks; blocks > 0; --blocks) {
     const int memory =
         device_traits().shared_per_sm / blocks - kReservedShared - variant.fixed_bytes;
     for (int teams = variant.teams; blocks * teams > best.blocks * best.teams; --teams) {
-      const int slots = std::min(kWantedSlots, (memory / teams - variant.team_bytes) / slot_bytes);
-      if (slots >= 2 && slots * slot_bytes >= result_bytes) best = {blocks, teams, slots};
+      const int slots = std::min(wanted_slots, (memory / teams - variant.team_bytes) / slot_bytes);
+      if (slots >= 2 && slots * slot_bytes >= result_bytes) {
+        best.blocks = blocks;
+        best.teams = teams;
+        best.slots = slots;
+      }
     }
   }
   return best;
+}
+
+Residency residency_of(const DecodeVariant& variant, const AttentionArgs& args) {
+  const int bytes = slot_bytes_of(args, variant.slots_take_steps);
+  if (!variant.slots_take_steps) return residency_of(variant, bytes, kHalfSlots);
+  const int ahead = kBytesAhead / (variant.blocks * variant.teams * bytes);
+  return residency_of(variant, bytes, std::clamp(1 + ahead, 2, kMaxSlots));
 }
 
 }  // namespace
@@ -201,10 +227,14 @@ Result<const DecodeVariant*> CudaAttention::choose_variant(const AttentionArgs& 
                   ? k.mean || transforms_keys(k) || args.params.rope.rotary_dim != view.head_dim
                   : k.mean && is_channel(query.key);
   const DecodeVariant* variant = find_variant(query);
+  if (variant != nullptr && residency_of(*variant, args).blocks == 0) {
+    query.any = true;  // its slots are smaller
+    variant = find_variant(query);
+  }
   if (variant == nullptr)
     return unsupported("head_dim " + std::to_string(view.head_dim) + " with " +
                        std::to_string(group) + " query heads per KV head");
-  if (residency_of(*variant, slot_bytes_of(args)).blocks == 0)
+  if (residency_of(*variant, args).blocks == 0)
     return unsupported(
         "pages of " + std::to_string(view.kinds[cache::kKindStored].units[args.group_layer].bytes) +
         " bytes per KV head; use smaller pages");
@@ -300,8 +330,8 @@ Status CudaAttention::configure(const AttentionArgs& args, int layer) {
     params_.pre_rope.rotation_scale =
         formats::rotation_scale(formats::rotation_block(view.head_dim));
   }
-  params_.slot_bytes = slot_bytes_of(args);
-  const Residency residency = residency_of(*variant_, params_.slot_bytes);
+  const Residency residency = residency_of(*variant_, args);
+  params_.slot_bytes = residency.slot_bytes;
   blocks_of_sm_ = residency.blocks;
   params_.teams = residency.teams;
   params_.num_slots = residency.slots;
@@ -344,6 +374,7 @@ Status CudaAttention::prepare(const AttentionArgs& args, cudaStream_t stream) {
   shape.sink_tokens = args.params.sink_tokens;
   shape.stored_bytes = stored.units[args.group_layer].bytes;
   shape.bf16_bytes = bf16.units[args.group_layer].bytes;
+  shape.change_bytes = kChangeBytes;
   shape.by_position = deterministic_;
   shape.values_apart = transforms_values(v_format_);
   shape.most_partials =

@@ -7,7 +7,7 @@ std::span<const DecodeVariant> bf16_variants() {
   using V = ValueKernel;
   static const DecodeVariant kVariants[] = {
       row<K::kBf16, V::kBf16, 128, 1, 2, 8, 1>(),
-      row<K::kBf16, V::kBf16, 64, 1, 2, 8, 1>(),
+      row<K::kBf16, V::kBf16, 64, 1, 2, 4, 2>(),
       row<K::kBf16, V::kBf16, 256, 1, 4, 2, 1>(),
       row<K::kF16, V::kF16, 128, 1, 2, 8, 1>(),
   };

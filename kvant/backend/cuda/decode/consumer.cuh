@@ -17,7 +17,9 @@ class Consumer {
   static constexpr int kTiles = Shape::kTiles;
 
  public:
-  __device__ __forceinline__ Consumer(const DecodeParams& params, const Ring& ring,
+  using TeamRing = Ring<Shape::kSlotsTakeSteps>;
+
+  __device__ __forceinline__ Consumer(const DecodeParams& params, const TeamRing& ring,
                                       std::byte* team_memory, BlockResult<Shape>* results, int team,
                                       int team_warp, int lane)
       : params_(params),
@@ -54,7 +56,7 @@ class Consumer {
     int flags;
     do {
       const Slot k = ring_.take();
-      const Slot v = ring_.take();
+      const Slot v = ring_.take_values(k);
       ring_.wait(k);
       const SlotInfo info = ring_.info(k);
       flags = info.flags;
@@ -179,7 +181,7 @@ class Consumer {
   __device__ __forceinline__ void run_page(Slot k, Slot v, int flags, int position) {
     const StoredSections& stored = params_.stored;
     const KeyPage keys = {ring_.data(k), stored.k_scales, stored.k_mean};
-    const std::byte* codes = ring_.data(v);
+    const std::byte* codes = ring_.values(v, params_.stored.k_bytes);
     if constexpr (Shape::kPreRope) rotate_page_queries(k);
     if constexpr (!Shape::kAny) {  // a page is one round of the team
       run_round(keys, codes, k, v, flags, position, warp_ * kTiles, true, true);
@@ -189,8 +191,8 @@ class Consumer {
         run_round(keys, codes, k, v, flags, position, first, first == warp_ * kTiles,
                   first + kTeam * kTiles >= tiles);
       if (warp_ * kTiles >= tiles) {  // fewer tiles than warps: nothing to do here
-        ring_.release(k, lane_);
-        ring_.wait(v);
+        ring_.release_keys(k, lane_);
+        ring_.wait_values(v);
       }
     }
     ring_.release(v, lane_);
@@ -212,11 +214,11 @@ class Consumer {
     }
     if constexpr (Shape::kPreRope) {
       const float unit = params_.scale_log2 * pre_rope_scores(keys, first, s);
-      if (is_last) ring_.release(k, lane_);
+      if (is_last) ring_.release_keys(k, lane_);
       weigh<kTiles>(s, offsets, flags, position + first * 16, unit, unit);
     } else {
       stored_scores(keys, first, s, offsets);
-      if (is_last) ring_.release(k, lane_);
+      if (is_last) ring_.release_keys(k, lane_);
       const float unit = params_.scale_log2 * now_->factors.key;
       weigh<kTiles>(s, offsets, flags, position + first * 16,
                     unit * (Shape::kAny ? 1.0f : key_unit(Shape::kKey, 0)),
@@ -225,7 +227,7 @@ class Consumer {
     WeightFragments<kNTiles> p[kTiles];
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) pack_f16(s[i], p[i]);
-    if (is_first) ring_.wait(v);
+    if (is_first) ring_.wait_values(v);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) add_stored(codes, first + i, p[i]);
   }
@@ -375,8 +377,8 @@ class Consumer {
 
   __device__ __forceinline__ void run_tile(Slot k, Slot v, int flags, int position) {
     if ((flags >> kStepTileShift) % kTeam != warp_) {
-      ring_.release(k, lane_);
-      ring_.wait(v);
+      ring_.release_keys(k, lane_);
+      ring_.wait_values(v);
       ring_.release(v, lane_);
       return;
     }
@@ -391,16 +393,17 @@ class Consumer {
     } else {
       tile_scores(ring_.data(k), is_f16, s[0]);
     }
-    ring_.release(k, lane_);
+    ring_.release_keys(k, lane_);
     ScoreOffsets<kNTiles> offsets;
 #pragma unroll
     for (int n = 0; n < kNTiles; ++n) offsets.at[n][0] = offsets.at[n][1] = 0.0f;
     weigh<1>(s, offsets, flags, position, params_.scale_log2, params_.scale_log2);
-    ring_.wait(v);
+    ring_.wait_values(v);
+    const std::byte* values = ring_.values(v, 16 * kHeadDim * 2);
     if (is_f16) {
       WeightFragments<kNTiles> p;
       pack_f16(s[0], p);
-      add_values<ValueKernel::kF16>(ring_.data(v), ring_.data(v), 0, lane_, p, sum_, zeros_);
+      add_values<ValueKernel::kF16>(values, values, 0, lane_, p, sum_, zeros_);
     } else {
       uint32_t weights[kNTiles][2][2];
       pack_bf16(s[0], weights);
@@ -414,7 +417,7 @@ class Consumer {
                     (token + 1 <= last_position() ? 0xffff0000u : 0u);
         }
       }
-      add_bf16(ring_.data(v), weights, keep[0], keep[1]);
+      add_bf16(values, weights, keep[0], keep[1]);
     }
     ring_.release(v, lane_);
   }
@@ -770,7 +773,7 @@ class Consumer {
   }
 
   const DecodeParams& params_;
-  Ring ring_;
+  TeamRing ring_;
   BlockResult<Shape>* results_;  // of the team: first and last segment
   const int team_;
   const int warp_;  // of the team

@@ -21,6 +21,7 @@ DecodeVariant row() {
   variant.page_tokens = Shape::kAny ? 0 : 64;
   variant.teams = Shape::kTeams;
   variant.blocks = Shape::kBlocks;
+  variant.slots_take_steps = Shape::kSlotsTakeSteps;
   variant.team_bytes = Shape::kTeamBytes;
   variant.fixed_bytes = kFixedBytes<Shape>;
   variant.kernel = reinterpret_cast<const void*>(&decode_kernel<Shape>);

@@ -2,17 +2,16 @@
 
 namespace kvant::backend::cuda {
 
-// The preset `4bit`. Scaling the queries takes each warp some time per page: a page per warp is
-// fastest.
+// The preset `4bit`.
 std::span<const DecodeVariant> int4_channel_variants() {
   using K = KeyKernel;
   using V = ValueKernel;
   static const DecodeVariant kVariants[] = {
-      row<K::kInt4Channel, V::kNvfp4, 128, 1, 1, 12, 1>(),
-      row<K::kInt4Channel, V::kNvfp4, 128, 2, 1, 8, 1>(),
-      row<K::kInt4Channel, V::kNvfp4, 64, 1, 1, 8, 2>(),
-      row<K::kInt4Channel, V::kNvfp4, 256, 1, 2, 4, 1>(),
-      row<K::kInt4Channel, V::kInt4, 128, 1, 1, 12, 1>(),
+      row<K::kInt4Channel, V::kNvfp4, 128, 1, 4, 4, 1>(),
+      row<K::kInt4Channel, V::kNvfp4, 128, 2, 2, 4, 1>(),
+      row<K::kInt4Channel, V::kNvfp4, 64, 1, 2, 4, 2>(),
+      row<K::kInt4Channel, V::kNvfp4, 256, 1, 4, 2, 1>(),
+      row<K::kInt4Channel, V::kInt4, 128, 1, 4, 4, 1>(),
   };
   return kVariants;
 }

@@ -7,9 +7,9 @@ std::span<const DecodeVariant> integer_variants() {
   using K = KeyKernel;
   using V = ValueKernel;
   static const DecodeVariant kVariants[] = {
-      row<K::kInt8, V::kInt8, 128, 1, 2, 8, 1>(),
-      row<K::kInt4, V::kInt4, 128, 1, 1, 12, 1>(),
-      row<K::kInt3Channel, V::kInt4, 128, 1, 1, 12, 1>(),
+      row<K::kInt8, V::kInt8, 128, 1, 4, 4, 1>(),
+      row<K::kInt4, V::kInt4, 128, 1, 4, 4, 1>(),
+      row<K::kInt3Channel, V::kInt4, 128, 1, 4, 4, 1>(),
   };
   return kVariants;
 }

@@ -77,7 +77,8 @@ __device__ __forceinline__ void merge_block(const DecodeParams& params,
 
 // A warp's part of what its team has to do. `own`: memory of the team beside its ring.
 template <typename Shape>
-__device__ __forceinline__ void run_segments(const DecodeParams& params, const Ring& ring,
+__device__ __forceinline__ void run_segments(const DecodeParams& params,
+                                             const Ring<Shape::kSlotsTakeSteps>& ring,
                                              std::byte* own, BlockResult<Shape> (&results)[2],
                                              int team, int warp, int lane) {
   const int worker = static_cast<int>(blockIdx.x) * params.teams + team;
@@ -106,8 +107,33 @@ inline constexpr int kFixedBytes = static_cast<int>(sizeof(RingState) * Shape::k
                                                         Shape::kTeams) +
                                    128;
 
-// A producer's warp would do; registers are given and taken by warpgroups. The host reads from the
-// compiled kernel what it was made for.
+// Up to four teams have a warp of producers each, which sleeps until a slot is empty. For more, one
+// warp works, a lane for each team, which looks at their slots in turn.
+template <typename Shape, typename RingOf>
+__device__ __forceinline__ void run_producers(const DecodeParams& params, const RingOf& ring_of,
+                                              int warp, int lane) {
+  constexpr bool kWarpEach = KVANT_MOVES_REGISTERS && Shape::kProducerWarpEach;
+  const int team = kWarpEach ? warp : lane;
+  if (team >= params.teams || (kWarpEach ? lane : warp) != 0) return;
+  Producer<Shape> producer(params, ring_of(team),
+                           static_cast<int>(blockIdx.x) * params.teams + team);
+  if constexpr (kWarpEach) {
+    while (producer.active()) {
+      producer.wait_for_slot();
+      producer.issue();
+    }
+  } else {
+    // A page lasts a team microseconds: looking every 200 ns is enough, and takes few issue slots
+    // from the consumers.
+    while (producer.active()) {
+      while (producer.active() && producer.slot_is_empty()) producer.issue();
+      __nanosleep(200);
+    }
+  }
+}
+
+// Where registers do not move, a single warp of producers is started; they are given and taken by
+// warpgroups. The host reads from the compiled kernel what it was made for.
 template <typename Shape>
 inline constexpr int kLaunchThreads = KVANT_MOVES_REGISTERS ? Shape::kThreads
                                                             : (Shape::kConsumerWarps + 1) * 32;
@@ -133,21 +159,12 @@ __global__ void __launch_bounds__(kLaunchThreads<Shape>, Shape::kBlocks)
 
   const int ring_bytes = params.num_slots * params.slot_bytes;
   const auto ring_of = [&](int team) {
-    return Ring{memory + team * ring_bytes, &rings[team], params.num_slots, params.slot_bytes};
+    return Ring<Shape::kSlotsTakeSteps>{memory + team * ring_bytes, &rings[team], params.num_slots,
+                                        params.slot_bytes};
   };
   if (warp >= Shape::kConsumerWarps) {
     ptx::decrease_registers<Shape::kProducerRegisters>();
-    // One lane per team. A page lasts a team microseconds: looking every 200 ns is enough, and
-    // takes few issue slots from the consumers.
-    if (warp == Shape::kConsumerWarps && lane < params.teams) {
-      Producer<Shape::kPreRope> producer(params, ring_of(lane),
-                                         static_cast<int>(blockIdx.x) * params.teams + lane,
-                                         Shape::kHeadDim);
-      while (producer.active()) {
-        while (producer.active() && producer.slot_is_empty()) producer.issue();
-        __nanosleep(200);
-      }
-    }
+    run_producers<Shape>(params, ring_of, warp - Shape::kConsumerWarps, lane);
   } else {
     ptx::increase_registers<Shape::kConsumerRegisters>();
     const int team = warp / Shape::kTeam;

@@ -11,6 +11,8 @@
 
 namespace kvant::backend::cuda {
 
+inline constexpr int kMaxSlots = 6;  // of a team's ring
+
 // One kind of page of one layer: unit = base + slot * page_bytes + kv_head * unit_bytes.
 struct PageSlab {
   const std::byte* base;

@@ -7,9 +7,9 @@ std::span<const DecodeVariant> mx_variants() {
   using K = KeyKernel;
   using V = ValueKernel;
   static const DecodeVariant kVariants[] = {
-      row<K::kMxfp4, V::kMxfp4, 128, 1, 2, 4, 2>(),
-      row<K::kMxfp8, V::kMxfp8, 128, 1, 2, 8, 1>(),
-      row<K::kE4m3, V::kNvfp4, 128, 1, 2, 4, 2>(),
+      row<K::kMxfp4, V::kMxfp4, 128, 1, 4, 4, 1>(),
+      row<K::kMxfp8, V::kMxfp8, 128, 1, 4, 4, 1>(),
+      row<K::kE4m3, V::kNvfp4, 128, 1, 4, 4, 1>(),
   };
   return kVariants;
 }

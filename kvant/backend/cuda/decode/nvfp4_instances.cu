@@ -6,9 +6,9 @@ std::span<const DecodeVariant> nvfp4_variants() {
   using K = KeyKernel;
   using V = ValueKernel;
   static const DecodeVariant kVariants[] = {
-      row<K::kNvfp4, V::kNvfp4, 128, 1, 2, 4, 2>(), row<K::kNvfp4, V::kNvfp4, 128, 2, 1, 8, 1>(),
-      row<K::kNvfp4, V::kNvfp4, 64, 1, 1, 8, 2>(),  row<K::kNvfp4, V::kNvfp4, 256, 1, 2, 4, 1>(),
-      row<K::kNvfp4, V::kE4m3, 128, 1, 2, 8, 1>(),
+      row<K::kNvfp4, V::kNvfp4, 128, 1, 4, 4, 1>(), row<K::kNvfp4, V::kNvfp4, 128, 2, 2, 4, 1>(),
+      row<K::kNvfp4, V::kNvfp4, 64, 1, 2, 4, 2>(),  row<K::kNvfp4, V::kNvfp4, 256, 1, 4, 2, 1>(),
+      row<K::kNvfp4, V::kE4m3, 128, 1, 4, 4, 1>(),
   };
   return kVariants;
 }

@@ -1,24 +1,23 @@
-// The ring of shared-memory slots between the producer warp and one team of consumer warps.
+// The ring of shared-memory slots between a producer and one team of consumer warps.
 //
-// A step of the walk is one half (keys or values) of a page, or of a tile of 16 tokens of a 16-bit
-// page: it takes one slot. Keys and values alternate. What the consumers must know of a step stands
-// in its SlotInfo, written before the copy starts.
+// A step of the walk is a page, or a tile of 16 tokens of a 16-bit page. It takes one slot, values
+// after keys; or two, one for its keys, one for its values. What the consumers must know of a step
+// stands in the SlotInfo of its keys, written before the copy starts.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
+#include "kvant/backend/cuda/decode/kernel_params.h"
 #include "kvant/backend/cuda/ptx.cuh"
 
 namespace kvant::backend::cuda {
-
-inline constexpr int kMaxSlots = 6;
 
 struct alignas(8) SlotInfo {
   int32_t flags;
   int32_t position;  // of the first token of the page or tile
 };
-inline constexpr int32_t kStepIsTile = 1;    // else a whole page
+inline constexpr int32_t kStepIsTile = 1;    // else a page
 inline constexpr int32_t kStepIsF16 = 2;     // of a tile: fp16 instead of BF16
 inline constexpr int32_t kStepIsMasked = 4;  // some query does not read some of its tokens
 inline constexpr int32_t kStepIsLast = 8;    // of its segment
@@ -36,6 +35,8 @@ struct RingState {
   SlotInfo infos[kMaxSlots];
 };
 
+// `kTakesSteps`: a slot takes keys and values.
+template <bool kTakesSteps>
 struct Ring {
   std::byte* slots;
   RingState* state;
@@ -48,11 +49,20 @@ struct Ring {
     if (++next.index == num_slots) next = {0, next.parity ^ 1};
     return slot;
   }
+  // The slot of the values whose keys are in `keys`.
+  __device__ __forceinline__ Slot take_values(Slot keys) { return kTakesSteps ? keys : take(); }
   __device__ __forceinline__ std::byte* data(Slot slot) const {
     return slots + slot.index * slot_bytes;
   }
+  // Values in their slot, after keys of so many bytes if those are there, too.
+  __device__ __forceinline__ std::byte* values(Slot slot, int key_bytes) const {
+    return data(slot) + (kTakesSteps ? key_bytes : 0);
+  }
   __device__ __forceinline__ void wait(Slot slot) const {
     ptx::mbarrier_wait(full(slot), slot.parity);
+  }
+  __device__ __forceinline__ void wait_values(Slot slot) const {
+    if (!kTakesSteps) wait(slot);
   }
   __device__ __forceinline__ uint32_t full(Slot slot) const {
     return ptx::shared_address(&state->full[slot.index]);
@@ -65,6 +75,10 @@ struct Ring {
   __device__ __forceinline__ void release(Slot slot, int lane) const {
     __syncwarp();
     if (lane == 0) ptx::mbarrier_arrive(empty(slot));
+  }
+  // By a warp that has read the keys.
+  __device__ __forceinline__ void release_keys(Slot slot, int lane) const {
+    if (!kTakesSteps) release(slot, lane);
   }
 };
 

@@ -47,6 +47,10 @@ struct DecodeShape {
       (kStartRegisters * (kConsumerWarps + 4) - kProducerRegisters * 4) / kConsumerWarps / 8 * 8;
   static constexpr bool kAny = kKeyKernel == KeyKernel::kAny;
   static constexpr bool kStoredByTile = is_16_bit(kKeyKernel) && is_16_bit(kValueKernel);
+  static constexpr bool kProducerWarpEach = kNumTeams <= 4;
+  // The ring's slots take keys and values (ring.cuh). Of 16-bit tiles each is for one warp, and
+  // kernels for any format must take large pages.
+  static constexpr bool kSlotsTakeSteps = !kAny && !kStoredByTile && kProducerWarpEach;
   static constexpr bool kMayBeF16 = kAny || kKeyKernel == KeyKernel::kF16;
   static constexpr bool kNeedsZeros = kAny || kValueKernel == ValueKernel::kInt4;
 

@@ -12,12 +12,13 @@ struct DecodeVariant {
   ValueKernel value;
   bool pre_rope;  // keys are stored before RoPE
   int head_dim;
-  int max_rows;     // query rows of a tile: 8 or 16
-  int page_tokens;  // 0: any
-  int teams;        // of a block: workers
-  int blocks;       // on a multiprocessor
-  int team_bytes;   // dynamic shared memory of a team besides its ring
-  int fixed_bytes;  // static shared memory of a block
+  int max_rows;           // query rows of a tile: 8 or 16
+  int page_tokens;        // 0: any
+  int teams;              // of a block: workers
+  int blocks;             // on a multiprocessor
+  bool slots_take_steps;  // keys and values of a page, not one of them (ring.cuh)
+  int team_bytes;         // dynamic shared memory of a team besides its ring
+  int fixed_bytes;        // static shared memory of a block
   const void* kernel;
 };
 
