@@ -62,12 +62,8 @@ KVANT_OWN_FRAME void value_tiles(const IntegerValueArgs& a, const ValueChunk& ch
       const F factor = bcast(chunk.first_tile == 0 ? a.factor[row + m.value] : 1.0f);
       float* out = a.acc + (row + m.value) * a.acc_stride + group * kLanes;
       unroll<N>([&](auto n) KVANT_ALWAYS {
-        float* to = out + n.value * kLanes;
-        F all = add_sums(to, high[m.value][n.value], low[m.value][n.value], factor, scale);
-        if constexpr (C == Code::kU4) {
-          all = add(all, bcast(chunk.terms[m.value][(group + n.value) / Format::B]));
-        }
-        store(to, all);
+        add_sums<C>(out + n.value * kLanes, high[m.value][n.value], low[m.value][n.value], factor,
+                    scale, chunk.terms[m.value][(group + n.value) / Format::B]);
       });
     });
     weights += N / kBlockGroups * kBlockBytes;
@@ -86,8 +82,8 @@ void value_chunk(const IntegerValueArgs& a, ValueChunk& chunk, Fetcher& fetcher)
   for (int r = 0; r < a.rows; r += kMaxRows) {
     with_count<kMaxRows>(a.rows - r, [&](auto m) {
       constexpr int M = decltype(m)::value;
-      prepare_weights<M>(a, chunk, r, 0, M, fetcher);
-      if constexpr (Format::C == Code::kU4) sum_zeros<M>(a, chunk, r, 0);
+      prepare_weights<M>(a, chunk, r, M, fetcher);
+      if constexpr (Format::C == Code::kU4) sum_zeros<M>(a, chunk, r);
       for (int group = 0; group < num_groups;) {
         with_power<groups_at_once(M)>(num_groups - group, [&](auto n) {
           constexpr int N = decltype(n)::value;

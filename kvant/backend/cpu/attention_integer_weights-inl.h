@@ -172,12 +172,12 @@ KVANT_INLINE F alternating(float x) {
 }
 
 // Weights of M rows times the tokens' powers, as integers of which the largest is 2^15 - 1; these
-// times the scales of each block, as bytes of rows `at` and after of the tile's `rows`.
+// times the scales of each block, as bytes of a tile of `rows`.
 template <int M>
-void prepare_weights(const IntegerValueArgs& a, ValueChunk& chunk, int row, int at, int rows,
+void prepare_weights(const IntegerValueArgs& a, ValueChunk& chunk, int row, int rows,
                      Fetcher& fetcher) {
   const int num_blocks = (a.head_dim + a.block - 1) / a.block;
-  const float* p = a.p + static_cast<int64_t>(row + at) * a.page_tokens + chunk.first_tile * kLanes;
+  const float* p = a.p + static_cast<int64_t>(row) * a.page_tokens + chunk.first_tile * kLanes;
   const auto weight_of = [&](auto m, auto tile) KVANT_ALWAYS {
     if (tile.value >= chunk.num_tiles) return zero();
     return mul(load(p + m.value * a.page_tokens + tile.value * kLanes), chunk.power[tile.value]);
@@ -211,11 +211,11 @@ void prepare_weights(const IntegerValueArgs& a, ValueChunk& chunk, int row, int 
       weight[tile.value] = _mm512_cvtps_epi32(mul(w, inverse).v);
     });
     to_words(weight, chunk.order, words[m.value]);
-    chunk.weight_scale[at + m.value] = unit * value_factor(a.code) * 0x1p15f;
+    chunk.weight_scale[m.value] = unit * value_factor(a.code) * 0x1p15f;
   });
   const __m512i halves = _mm512_load_si512(kUpperThenLower.at);
   for (int b = 0; b < num_blocks; ++b) {
-    uint8_t* to = chunk.weights + (static_cast<int64_t>(b) * rows + at) * kWeightBytes;
+    uint8_t* to = chunk.weights + static_cast<int64_t>(b) * rows * kWeightBytes;
     unroll<2>([&](auto h) KVANT_ALWAYS {
       const __m512i scale = _mm512_loadu_si512(chunk.scales + b * kChunkTokens + 32 * h.value);
       unroll<M>([&](auto m) KVANT_ALWAYS {
@@ -243,8 +243,7 @@ void prepare_scales(const IntegerValueArgs& a, ValueChunk& chunk, Fetcher& fetch
 
 // The sums over tokens of weights times zeros, which all channels of a block get, for M rows.
 template <int M>
-KVANT_INLINE void sum_zeros(const IntegerValueArgs& a, ValueChunk& chunk, int row, int at) {
-  row += at;
+KVANT_INLINE void sum_zeros(const IntegerValueArgs& a, ValueChunk& chunk, int row) {
   const float* p = a.p + static_cast<int64_t>(row) * a.page_tokens + chunk.first_tile * kLanes;
   for (int c = 0; c < a.head_dim; c += a.block) {
     const float* zeros = chunk.zeros + c / a.block * kChunkTokens;
@@ -258,7 +257,7 @@ KVANT_INLINE void sum_zeros(const IntegerValueArgs& a, ValueChunk& chunk, int ro
     }
     float term[M];
     sum_rows(sum, term);
-    unroll<M>([&](auto m) KVANT_ALWAYS { chunk.terms[at + m.value][c / a.block] = term[m.value]; });
+    unroll<M>([&](auto m) KVANT_ALWAYS { chunk.terms[m.value][c / a.block] = term[m.value]; });
   }
 }
 
@@ -271,10 +270,15 @@ KVANT_INLINE __m512i value_bytes(__m512i w) {
   return _mm512_permutexvar_epi8(low, _mm512_load_si512(C == Code::kU4 ? kSignedU4 : kSignedE2m1));
 }
 
-// A chunk's sums of one row and sixteen channels: acc = acc * factor + sums * scale.
-KVANT_INLINE F add_sums(const float* acc, __m512i high, __m512i low, F factor, F scale) {
+// A chunk's sums of one row and sixteen channels: acc = acc * factor + sums * scale, and the term
+// of the block if codes have zeros.
+template <Code C>
+KVANT_INLINE void add_sums(float* acc, __m512i high, __m512i low, F factor, F scale,
+                           const float& term) {
   const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
-  return fma({_mm512_cvtepi32_ps(sum)}, scale, mul(load(acc), factor));
+  F all = fma({_mm512_cvtepi32_ps(sum)}, scale, mul(load(acc), factor));
+  if constexpr (C == Code::kU4) all = add(all, bcast(term));
+  store(acc, all);
 }
 
 // Divides `scratch` and starts with the first chunk.

@@ -60,12 +60,8 @@ KVANT_OWN_FRAME void value_tiles(const IntegerValueArgs& a, const ValueChunk& ch
     float* out = a.acc + (row + r) * a.acc_stride + group * kLanes;
     unroll<N>([&](auto n) KVANT_ALWAYS {
       const int32_t* sum = sums[n.value] + 2 * kLanes * r;
-      float* to = out + n.value * kLanes;
-      F all = add_sums(to, _mm512_load_si512(sum), _mm512_load_si512(sum + kLanes), factor, scale);
-      if constexpr (C == Code::kU4) {
-        all = add(all, bcast(chunk.terms[r][(group + n.value) * kLanes / a.block]));
-      }
-      store(to, all);
+      add_sums<C>(out + n.value * kLanes, _mm512_load_si512(sum), _mm512_load_si512(sum + kLanes),
+                  factor, scale, chunk.terms[r][(group + n.value) * kLanes / a.block]);
     });
   }
 }
@@ -80,8 +76,8 @@ void value_chunk(const IntegerValueArgs& a, ValueChunk& chunk, Fetcher& fetcher)
     const int rows = a.rows - row < a.tile_rows ? a.rows - row : a.tile_rows;
     with_count<kMaxTileRows>(rows, [&](auto m) {
       constexpr int M = decltype(m)::value;
-      prepare_weights<M>(a, chunk, row, 0, a.tile_rows, fetcher);
-      if constexpr (C == Code::kU4) sum_zeros<M>(a, chunk, row, 0);
+      prepare_weights<M>(a, chunk, row, a.tile_rows, fetcher);
+      if constexpr (C == Code::kU4) sum_zeros<M>(a, chunk, row);
     });
     for (int group = 0; group < groups;) {
       if (row == 0 && group > 0 && group % kBurst == 0) {

@@ -102,17 +102,16 @@ int angle_bytes(const AttentionArgs& args) {
   return stored_keys(args).pre_rope ? args.params.rope.rotary_dim / 2 * int{sizeof(float2)} : 0;
 }
 
-// Stored pages are read by tiles, as open ones are.
-bool stored_by_tile(const AttentionArgs& args) {
-  return stored_keys(args).base == stored_values(args).base &&
-         is_16_bit(key_kernel(stored_keys(args).base));
+// Stored pages of these formats are read by tiles, as open ones are: they have nothing beside them.
+bool read_by_tile(const SideFormat& k, const SideFormat& v) {
+  return k.base == v.base && is_16_bit(key_kernel(k.base));
 }
 
 // A slot takes a page or a tile of 16-bit values (ring.cuh), or half of it.
 int slot_bytes_of(const AttentionArgs& args, bool takes_steps) {
   const int tile_bytes = 16 * args.view->head_dim * 2;
   int bytes = takes_steps ? 2 * tile_bytes : tile_bytes;
-  if (!stored_by_tile(args)) {
+  if (!read_by_tile(stored_keys(args), stored_values(args))) {
     const StoredSections sections = sections_of(
         args.view->kinds[cache::kKindStored].units[args.group_layer], stored_keys(args));
     bytes = takes_steps ? std::max(bytes, sections.k_bytes + sections.v_bytes)
@@ -170,9 +169,7 @@ CudaAttention::~CudaAttention() {
 
 Status CudaAttention::supports(const formats::CacheFormat& format, int head_dim, int group) const {
   const KeyKernel keys = key_kernel(format.k.base);
-  // Pages that are read by tiles of 16-bit values have nothing beside them.
-  const bool by_tile = format.k.base == format.v.base && is_16_bit(keys);
-  if ((by_tile && (format.k.mean || transforms_keys(format.k))) ||
+  if ((read_by_tile(format.k, format.v) && (format.k.mean || transforms_keys(format.k))) ||
       (is_16_bit(keys) && transforms_queries(format.k)))
     return unsupported(
         "+mean, +smooth, +rot or +bias of keys in 16 bits; use a format without them, or --device "
@@ -310,7 +307,7 @@ Status CudaAttention::configure(const AttentionArgs& args, int layer) {
   params_.stored = sections_of(stored.units[layer], k);
   params_.key_kernel = key_kernel(k.base);
   params_.value_kernel = value_kernel(v.base);
-  params_.stored_by_tile = k.base == v.base && is_16_bit(params_.key_kernel);
+  params_.stored_by_tile = read_by_tile(k, v);
   params_.stored_is_f16 = params_.key_kernel == KeyKernel::kF16;
   params_.page_tokens = view.page_tokens;
   params_.head_dim = view.head_dim;

@@ -45,8 +45,7 @@ int64_t page_cost(const Segment& tile, int index, const std::vector<uint32_t>& e
 // The tile's own page is read by 16 tokens, up to its last token.
 int64_t own_page_cost(const Segment& tile, int page_tokens, const PlanShape& shape) {
   const int last = (tile.first_position + tile.num_tokens - 1) % page_tokens;
-  const int read = std::min(page_tokens, last / 16 * 16 + 16);
-  return shape.bf16_bytes * read / page_tokens;
+  return shape.bf16_bytes * (last / 16 * 16 + 16) / page_tokens;
 }
 
 class Planner {
@@ -297,12 +296,11 @@ class Planner {
       const int first_bf16 = segment.num_sink_pages - segment.first_page +
                              std::max(segment.first_bf16_page, segment.first_page);
       const int num_bf16 = std::max(0, segment.page_end - std::max(segment.page_begin, first_bf16));
-      const bool has_own =
-          page_number(segment, segment.page_end - 1) == segment.first_position / view_.page_tokens;
-      costs.push_back((num_bf16 - (has_own ? 1 : 0)) * shape_.bf16_bytes +
-                      (has_own ? own_page_cost(segment, view_.page_tokens, shape_) : 0) +
+      costs.push_back(num_bf16 * shape_.bf16_bytes +
                       (segment.page_end - segment.page_begin - num_bf16) * shape_.stored_bytes +
                       shape_.change_bytes);
+      if (page_number(segment, segment.page_end - 1) == segment.first_position / view_.page_tokens)
+        costs.back() += own_page_cost(segment, view_.page_tokens, shape_) - shape_.bf16_bytes;
       total += costs.back();
     }
     int64_t done = 0;
