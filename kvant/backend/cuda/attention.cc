@@ -89,6 +89,8 @@ constexpr int kHalfSlots = 3;
 constexpr int kBytesAhead = 36 << 10;
 // A change of units takes a team about three microseconds.
 constexpr int kChangeBytes = 16 << 10;
+// Merging the results of blocks takes the device about three microseconds.
+constexpr int kMergeBytes = 64 << 10;
 
 const SideFormat& stored_keys(const AttentionArgs& args) {
   return args.view->kinds[cache::kKindStored].k_format[args.group_layer];
@@ -372,6 +374,7 @@ Status CudaAttention::prepare(const AttentionArgs& args, cudaStream_t stream) {
   shape.stored_bytes = stored.units[args.group_layer].bytes;
   shape.bf16_bytes = bf16.units[args.group_layer].bytes;
   shape.change_bytes = kChangeBytes;
+  shape.merge_bytes = kMergeBytes;
   shape.by_position = deterministic_;
   shape.values_apart = transforms_values(v_format_);
   shape.most_partials =

@@ -7,9 +7,8 @@ namespace kvant::backend::cuda {
 namespace {
 
 constexpr int kWarps = kCombineThreads / 32;
-constexpr int kBatch = 6;  // loads of a lane in flight
 
-// Merged state of all partials, known to every lane.
+// Merged state of all partials, known to every lane: each has those from `lane` on, 32 apart.
 __device__ __forceinline__ float2 merge_states(const float2* states, int count, int lane) {
   float2 merged = {kNoReference, 0.0f};
   for (int i = lane; i < count; i += 32) merged.x = fmaxf(merged.x, states[i].x);
@@ -24,51 +23,117 @@ __device__ __forceinline__ float2 merge_states(const float2* states, int count, 
   return merged;
 }
 
-// A block merges one query row of one unit, 128 / kGroups channels of it: a lane has a channel, and
-// kGroups groups of warps take turns with the partials, so that all of a row's loads are on their
-// way at once. So few registers and threads that it fits beside a decode block of the next layer.
-template <int kGroups>
+// How the four warps of a block share its work: a lane has kVec channels, kGroupWarps warps make a
+// row's channels (or a part of them), kGroups such groups take turns with the partials, and what
+// warps are left have other rows. So all of a row's loads are on their way at once, up to 24, and
+// where units have few partials there are few blocks: kernels behind this one begin when the last
+// of them has, beside decode blocks there is room for one on each multiprocessor.
+template <int kVecs, int kNumGroups, int kWarpsOfGroup>
+struct CombineShape {
+  static constexpr int kVec = kVecs;
+  static constexpr int kGroups = kNumGroups;
+  static constexpr int kGroupWarps = kWarpsOfGroup;
+  static constexpr int kRows = kWarps / (kGroups * kGroupWarps);
+  static constexpr int kChannels = kGroupWarps * 32 * kVec;
+  static constexpr int kBatch = kVec == 4 ? 3 : 6;  // loads of a lane in flight
+};
+// By the most partials of a unit.
+using Merge3 = CombineShape<4, 1, 1>;
+using Merge6 = CombineShape<2, 1, 2>;
+using Merge12 = CombineShape<1, 2, 2>;
+using MergeMany = CombineShape<1, 4, 1>;
+
+template <int kVec>
+struct Channels {
+  float x[kVec];
+};
+template <int kVec>
+__device__ __forceinline__ Channels<kVec> load_channels(const float* from) {
+  if constexpr (kVec == 4) {
+    const float4 v = __ldcg(reinterpret_cast<const float4*>(from));
+    return {{v.x, v.y, v.z, v.w}};
+  } else if constexpr (kVec == 2) {
+    const float2 v = __ldcg(reinterpret_cast<const float2*>(from));
+    return {{v.x, v.y}};
+  } else {
+    return {{__ldcg(from)}};
+  }
+}
+template <int kVec>
+__device__ __forceinline__ void store_channels(float* to, const Channels<kVec>& value) {
+  if constexpr (kVec == 4) {
+    *reinterpret_cast<float4*>(to) = make_float4(value.x[0], value.x[1], value.x[2], value.x[3]);
+  } else if constexpr (kVec == 2) {
+    *reinterpret_cast<float2*>(to) = make_float2(value.x[0], value.x[1]);
+  } else {
+    *to = value.x[0];
+  }
+}
+
+template <typename Shape>
 __global__ void __launch_bounds__(kCombineThreads, ptx::kThreadsOfSm / kCombineThreads)
     combine_kernel(const __grid_constant__ DecodeParams params) {
-  constexpr int kGroupWarps = kWarps / kGroups;
-  __shared__ float2 states[kMaxCombined];
-  __shared__ float sums[kGroups][kGroupWarps * 32];
+  constexpr int kVec = Shape::kVec;
+  constexpr int kBatch = Shape::kBatch;
+  constexpr int kGroups = Shape::kGroups;
+  __shared__ float2 states[kGroups > 1 ? kMaxCombined : 1];
+  __shared__ Channels<kVec> sums[kGroups][Shape::kGroupWarps * 32];
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
-  const int group = warp / kGroupWarps;
-  const int place = warp % kGroupWarps * 32 + lane;
+  const int group = warp / Shape::kGroupWarps % kGroups;
+  const int place = warp % Shape::kGroupWarps * 32 + lane;
   ptx::launch_dependents();
   const SplitUnit unit = params.split_units[blockIdx.x];
-  const int r = static_cast<int>(blockIdx.y);
-  if (r >= unit.num_rows) return;
-  const int channel = static_cast<int>(blockIdx.z) * kGroupWarps * 32 + place;
+  const int r = static_cast<int>(blockIdx.y) * Shape::kRows + warp / (kGroups * Shape::kGroupWarps);
+  if (r >= unit.num_rows) return;  // with several groups the block has one row
+  const int channel = static_cast<int>(blockIdx.z) * Shape::kChannels + place * kVec;
   const bool valid = channel < params.head_dim;
-  const int64_t first = static_cast<int64_t>(unit.first_partial) * params.max_rows + r;
-  const int64_t stride = static_cast<int64_t>(params.max_rows) * params.head_dim;
-  const float* partial = params.partial_sums + first * params.head_dim + (valid ? channel : 0);
-  const QueryRow at = query_row(params, unit.first_row, unit.kv_head, r);
+  // Registers are short: places are 32-bit numbers of values, of which there are far fewer.
+  const auto max_rows = static_cast<unsigned>(params.max_rows);
+  const auto head_dim = static_cast<unsigned>(params.head_dim);
+  const auto first =
+      static_cast<unsigned>(unit.first_partial) * max_rows + static_cast<unsigned>(r);
+  const unsigned from = first * head_dim + static_cast<unsigned>(valid ? channel : 0);
   ptx::wait_prerequisites();
 
-  float value[kBatch];
+  Channels<kVec> value[kBatch];
   const auto load = [&](int begin) {
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       const int i = (begin + b) * kGroups + group;
-      value[b] = i < unit.num_partials ? __ldcg(partial + i * stride) : 0.0f;
+      if (i < unit.num_partials)
+        value[b] = load_channels<kVec>(params.partial_sums + from +
+                                       static_cast<unsigned>(i) * max_rows * head_dim);
     }
   };
+  const auto state_of = [&](int i) {
+    return __ldcg(params.partial_states + first + static_cast<unsigned>(i) * max_rows);
+  };
   load(0);
-  for (int i = static_cast<int>(threadIdx.x); i < unit.num_partials; i += kCombineThreads)
-    states[i] = __ldcg(params.partial_states + first + static_cast<int64_t>(i) * params.max_rows);
-  __syncthreads();
-  const float2 state = merge_states(states, unit.num_partials, lane);
-  float sum = 0.0f;
+  float2 state;
+  float own = 0.0f;  // factor of the partial of this lane's number
+  if constexpr (kGroups > 1) {
+    for (int i = static_cast<int>(threadIdx.x); i < unit.num_partials; i += kCombineThreads)
+      states[i] = state_of(i);
+    __syncthreads();
+    state = merge_states(states, unit.num_partials, lane);
+  } else {
+    const bool has_one = lane < unit.num_partials;
+    const float2 mine = has_one ? state_of(lane) : make_float2(kNoReference, 0.0f);
+    state = merge_states(&mine, has_one ? 1 : 0, 0);
+    own = ptx::exp2_approx(mine.x - state.x);
+  }
+  Channels<kVec> sum = {};
   for (int begin = 0; begin * kGroups < unit.num_partials; begin += kBatch) {
     if (begin > 0) load(begin);
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       const int i = (begin + b) * kGroups + group;
-      if (i < unit.num_partials) sum = fmaf(value[b], ptx::exp2_approx(states[i].x - state.x), sum);
+      if (i >= unit.num_partials) break;
+      const float factor =
+          kGroups > 1 ? ptx::exp2_approx(states[i].x - state.x) : __shfl_sync(~0u, own, i);
+#pragma unroll
+      for (int c = 0; c < kVec; ++c) sum.x[c] = fmaf(value[b].x[c], factor, sum.x[c]);
     }
   }
   if constexpr (kGroups > 1) {
@@ -76,12 +141,18 @@ __global__ void __launch_bounds__(kCombineThreads, ptx::kThreadsOfSm / kCombineT
     __syncthreads();
     if (group != 0) return;
 #pragma unroll
-    for (int g = 1; g < kGroups; ++g) sum += sums[g][place];
+    for (int g = 1; g < kGroups; ++g) {
+#pragma unroll
+      for (int c = 0; c < kVec; ++c) sum.x[c] += sums[g][place].x[c];
+    }
   }
+  const QueryRow at = query_row(params, unit.first_row, unit.kv_head, r);
   const float scale = finish_row(params, at, state, channel == 0);
+#pragma unroll
+  for (int c = 0; c < kVec; ++c) sum.x[c] *= scale;
   if (valid)
-    params.out[(at.row * params.num_query_heads + at.head) * params.head_dim + channel] =
-        sum * scale;
+    store_channels(
+        params.out + (at.row * params.num_query_heads + at.head) * params.head_dim + channel, sum);
 }
 
 // A block merges one query row of one unit whose stored values are transformed.
@@ -145,16 +216,26 @@ CombineLaunch combine_values_launch(int num_units, int num_rows) {
   return launch;
 }
 
-CombineLaunch combine_launch(int num_units, int num_rows, int most_partials, int head_dim) {
-  const int groups = most_partials <= kBatch ? 1 : most_partials <= 2 * kBatch ? 2 : 4;
-  const int channels = kCombineThreads / groups;
+namespace {
+
+template <typename Shape>
+CombineLaunch launch_of(int num_units, int num_rows, int head_dim) {
+  const int rows = (num_rows + Shape::kRows - 1) / Shape::kRows;
+  const int parts = (head_dim + Shape::kChannels - 1) / Shape::kChannels;
   CombineLaunch launch;
-  launch.kernel = reinterpret_cast<const void*>(groups == 1   ? &combine_kernel<1>
-                                                : groups == 2 ? &combine_kernel<2>
-                                                              : &combine_kernel<4>);
-  launch.grid = dim3(static_cast<unsigned>(num_units), static_cast<unsigned>(num_rows),
-                     static_cast<unsigned>((head_dim + channels - 1) / channels));
+  launch.kernel = reinterpret_cast<const void*>(&combine_kernel<Shape>);
+  launch.grid = dim3(static_cast<unsigned>(num_units), static_cast<unsigned>(rows),
+                     static_cast<unsigned>(parts));
   return launch;
+}
+
+}  // namespace
+
+CombineLaunch combine_launch(int num_units, int num_rows, int most_partials, int head_dim) {
+  if (most_partials <= 3) return launch_of<Merge3>(num_units, num_rows, head_dim);
+  if (most_partials <= 6) return launch_of<Merge6>(num_units, num_rows, head_dim);
+  if (most_partials <= 12) return launch_of<Merge12>(num_units, num_rows, head_dim);
+  return launch_of<MergeMany>(num_units, num_rows, head_dim);
 }
 
 }  // namespace kvant::backend::cuda

@@ -154,13 +154,74 @@ class Planner {
     return 1 + static_cast<int>((bytes - first + shape_.stored_bytes / 2) / shape_.stored_bytes);
   }
 
+  // Where each worker's share of the bytes of all units ends: all shares are equal, or those of a
+  // block's workers, where blocks have whole units.
+  std::vector<int64_t> share_ends() const {
+    const auto num_workers = static_cast<size_t>(shape_.num_workers);
+    int64_t total = 0;
+    for (const Tile& tile : tiles_) total += tile.cost * view_.num_kv_heads;
+    std::vector<int64_t> block_ends = whole_unit_blocks(total);
+    std::vector<int64_t> ends(num_workers);
+    if (block_ends.empty()) {
+      // total < 2^45 bytes, workers < 2^13: no overflow.
+      for (size_t w = 0; w < num_workers; ++w)
+        ends[w] = total * static_cast<int64_t>(w + 1) / shape_.num_workers;
+      return ends;
+    }
+    const auto in_block = static_cast<size_t>(shape_.block_workers);
+    block_ends.resize(num_workers / in_block, total);
+    for (size_t w = 0; w < num_workers; ++w) {
+      const size_t block = w / in_block;
+      const int64_t begin = block == 0 ? 0 : block_ends[block - 1];
+      ends[w] = begin + (block_ends[block] - begin) * static_cast<int64_t>(w % in_block + 1) /
+                            shape_.block_workers;
+    }
+    return ends;
+  }
+
+  // Ends of blocks of whole units, the largest as small as can be; none if that takes longer than
+  // equal shares and merging the results of blocks.
+  std::vector<int64_t> whole_unit_blocks(int64_t total) const {
+    if (shape_.merge_bytes == 0 || shape_.values_apart || !shape_.elsewhere.empty()) return {};
+    int64_t low = total / (shape_.num_workers / shape_.block_workers);
+    int64_t high = low + shape_.merge_bytes;
+    for (const Tile& tile : tiles_) low = std::max(low, tile.cost);
+    if (low > high) return {};
+    std::vector<int64_t> best = fill_blocks(high);
+    for (int i = 0; !best.empty() && i < 5; ++i) {
+      const int64_t middle = (low + high) / 2;
+      std::vector<int64_t> ends = fill_blocks(middle);
+      if (ends.empty()) {
+        low = middle;
+      } else {
+        high = middle;
+        best = std::move(ends);
+      }
+    }
+    return best;
+  }
+
+  // Fills one block after the other with whole units of at most `limit` bytes together; empty if
+  // there are too few blocks.
+  std::vector<int64_t> fill_blocks(int64_t limit) const {
+    const auto num_blocks = static_cast<size_t>(shape_.num_workers / shape_.block_workers);
+    std::vector<int64_t> ends;
+    int64_t begin = 0, done = 0;
+    for (const Tile& tile : tiles_) {
+      for (int head = 0; head < view_.num_kv_heads; ++head) {
+        if (done + tile.cost - begin > limit) ends.push_back(begin = done);
+        if (ends.size() == num_blocks) return {};
+        done += tile.cost;
+      }
+    }
+    ends.push_back(done);
+    return ends;
+  }
+
   // Walks units and workers side by side; both ends of a worker's share are absolute, so that
   // rounding to pages does not add up.
   void cut() {
-    int64_t total = 0;
-    for (const Tile& tile : tiles_) total += tile.cost * view_.num_kv_heads;
-    // total < 2^45 bytes, workers < 2^13: no overflow.
-    const auto end_of = [&](int worker) { return total * (worker + 1) / shape_.num_workers; };
+    const std::vector<int64_t> ends = share_ends();
     int64_t done = 0;  // cost of all units before this one
     int worker = 0;
     int unit = 0;
@@ -170,8 +231,8 @@ class Planner {
         int page = 0;
         for (;;) {
           const bool last_worker = worker + 1 == shape_.num_workers;
-          const int end = last_worker ? tile.all.page_end
-                                      : std::max(page, pages_of(tile, end_of(worker) - done));
+          const int end =
+              last_worker ? tile.all.page_end : std::max(page, pages_of(tile, ends[worker] - done));
           if (end > page) {
             Segment segment = tile.all;
             segment.kv_head = head;
@@ -181,8 +242,7 @@ class Planner {
             add_segment(segment, tile, worker);
             page = end;
           }
-          if (page == tile.all.page_end && (last_worker || end_of(worker) > done + tile.cost))
-            break;
+          if (page == tile.all.page_end && (last_worker || ends[worker] > done + tile.cost)) break;
           ++worker;
           if (page == tile.all.page_end) break;
         }

@@ -174,6 +174,57 @@ TEST(DecodePlan, PartialResultsOfBlocksAreConsecutive) {
 }
 
 // Tiles end where pages end: all rows of a tile read the same pages in the same form.
+// Bytes of each block's share.
+std::vector<int64_t> block_loads(const DecodePlan& plan, const PlanShape& shape) {
+  std::vector<int64_t> loads(static_cast<size_t>(shape.num_workers / shape.block_workers));
+  for (int w = 0; w < shape.num_workers; ++w) {
+    const WorkerStart& start = plan.workers[w];
+    for (int i = 0; i < start.num_segments; ++i)
+      loads[w / shape.block_workers] += cost_of(plan.segments[start.first_segment + i], 64);
+  }
+  return loads;
+}
+
+TEST(DecodePlan, UnitsStayInBlocksWhereThatCostsLessThanMerging) {
+  PlanShape shape = shape_of(4, 8, 132 * 4);
+  shape.merge_bytes = 64 << 10;
+  struct Case {
+    std::vector<int64_t> lengths;
+    bool whole;
+  };
+  // Three KV heads each. 88 sequences are two units a block, 45 one for most blocks.
+  for (const Case& c :
+       {Case{{1}, true}, Case{{257}, true}, Case{{385, 200, 65}, true}, Case{{1025}, false},
+        Case{std::vector<int64_t>(88, 1025), true}, Case{std::vector<int64_t>(45, 257), true},
+        Case{std::vector<int64_t>(45, 4097), false}, Case{{131073}, false},
+        Case{{131073, 257, 257}, false}}) {
+    const Sequences sequences = make_sequences(c.lengths, 1, 64);
+    const DecodePlan plan = make_decode_plan(sequences.group, shape);
+    check_cover(plan, shape.num_workers);
+    EXPECT_EQ(plan.split_units.empty(), c.whole) << c.lengths.size() << " x " << c.lengths[0];
+    EXPECT_EQ(plan.num_partials == 0, c.whole);
+    const std::vector<int64_t> loads = block_loads(plan, shape);
+    const int64_t equal = std::accumulate(loads.begin(), loads.end(), int64_t{0}) / 132;
+    EXPECT_LE(*std::max_element(loads.begin(), loads.end()),
+              equal + (c.whole ? shape.merge_bytes : 2 * 32768));
+    for (const Segment& segment : plan.segments) {
+      if (c.whole) {
+        EXPECT_EQ(segment.partial, -1);
+      }
+    }
+  }
+}
+
+TEST(DecodePlan, WholeUnitsAreSpreadOverBlocks) {
+  PlanShape shape = shape_of(4, 8, 132 * 4);
+  shape.merge_bytes = 64 << 10;
+  const Sequences sequences = make_sequences(std::vector<int64_t>(40, 257), 1, 64);
+  const DecodePlan plan = make_decode_plan(sequences.group, shape);
+  const std::vector<int64_t> loads = block_loads(plan, shape);
+  // 120 units have a block each.
+  EXPECT_EQ(std::count_if(loads.begin(), loads.end(), [](int64_t load) { return load > 0; }), 120);
+}
+
 TEST(DecodePlan, TilesDoNotCrossPages) {
   const Sequences sequences = make_sequences({200}, 75, 64);
   const DecodePlan plan = make_decode_plan(sequences.group, shape_of(4, 8, 4));
