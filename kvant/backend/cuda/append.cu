@@ -3,14 +3,15 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "kvant/backend/cuda/launch.h"
-#include "kvant/backend/cuda/quant/append_rows.cuh"
-#include "kvant/backend/cuda/quant/close_kernel.cuh"
+#include "kvant/backend/cuda/quant/append_kernels.cuh"
+#include "kvant/backend/cuda/quant/close_kernels.cuh"
 #include "kvant/backend/cuda/status.h"
 #include "kvant/backend/cuda/step_tables.h"
 #include "kvant/formats/sections.h"
@@ -43,6 +44,8 @@ class DeviceParams {
     return reinterpret_cast<const DeviceSideParams*>(device_);
   }
   const DeviceSideParams* values() const { return keys() + num_kv_heads_; }
+  // Whether all global scales are powers of two.
+  bool short_scales() const { return short_scales_; }
 
   const GroupView* view = nullptr;
   int layer = 0;
@@ -51,6 +54,7 @@ class DeviceParams {
   std::vector<float> terms_;  // of all heads, keys then values: g, and the vectors it has
   std::vector<uint8_t> has_;  // per head: bit 0 bias, bit 1 smooth
   int num_kv_heads_ = 0;
+  bool short_scales_ = false;
   int64_t capacity_ = 0;
   std::byte* device_ = nullptr;
 };
@@ -58,10 +62,13 @@ class DeviceParams {
 Status DeviceParams::update(const GroupView& view, int layer, cudaStream_t stream) {
   std::vector<float> terms;
   std::vector<uint8_t> has;
+  bool short_scales = true;
   const cache::LayerParams& params = view.layers[layer];
   for (const auto& side : {params.k, params.v}) {
     for (const SideParams& p : side.first(view.num_kv_heads)) {
       terms.push_back(p.global_scale);
+      int exponent = 0;
+      short_scales = short_scales && std::frexp(p.global_scale, &exponent) == 0.5f;
       if (p.bias != nullptr) terms.insert(terms.end(), p.bias, p.bias + view.head_dim);
       if (p.smooth != nullptr) terms.insert(terms.end(), p.smooth, p.smooth + view.head_dim);
       has.push_back(
@@ -96,6 +103,7 @@ Status DeviceParams::update(const GroupView& view, int layer, cudaStream_t strea
   terms_ = std::move(terms);
   has_ = std::move(has);
   num_kv_heads_ = view.num_kv_heads;
+  short_scales_ = short_scales;
   return {};
 }
 
@@ -188,11 +196,7 @@ Result<std::unique_ptr<CacheAppend>> CacheAppend::create() {
   KVANT_TRY(cuda_status(cudaMallocHost(&s.host_counters, sizeof(EncodeCounters)),
                         "allocating pinned counters"));
   KVANT_TRY(cuda_status(cudaMemset(s.counters, 0, sizeof(EncodeCounters)), "clearing counters"));
-  const int most =
-      std::min(quant::close_scratch_bytes(128, 512), device_traits().shared_per_block - 1024);
-  KVANT_TRY(cuda_status(
-      cudaFuncSetAttribute(quant::close_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
-      "raising shared memory of the close kernel"));
+  KVANT_TRY(quant::allow_shared_memory());
   return Result<std::unique_ptr<CacheAppend>>(std::move(append));
 }
 
@@ -248,8 +252,12 @@ Status CacheAppend::launch(const AppendArgs& args, const AppendRotation& rotatio
   }
   const int num_sides = table.num_closes * view.num_kv_heads * 2;
   if (num_sides == 0) return {};
-  const int scratch = quant::close_scratch_bytes(view.page_tokens, view.head_dim);
-  return launch_overlapped("close_kernel", quant::close_kernel,
+  const CloseSide& k = rows.sides[0];
+  const CloseSide& v = rows.sides[1];
+  const auto kernel = quant::find_close_kernel(k.format, v.format, params->short_scales());
+  const int scratch = quant::close_scratch_bytes(view.page_tokens, view.head_dim,
+                                                 std::max(k.map.code_bits, v.map.code_bits));
+  return launch_overlapped("close_kernel", kernel,
                            {static_cast<unsigned>(num_sides), quant::kCloseThreads,
                             static_cast<size_t>(scratch), stream},
                            CloseArgs{rows, table.closes});

@@ -1,10 +1,9 @@
 // Writing new rows into BF16 pages (`sm90` order), a warp per run of tokens, KV head and side.
 #pragma once
 
-#include "kvant/backend/cuda/append.h"
-#include "kvant/backend/cuda/dense/rotate.cuh"
-#include "kvant/backend/cuda/quant/close_general.cuh"
+#include "kvant/backend/cuda/quant/close_args.cuh"
 #include "kvant/backend/cuda/quant/numbers.cuh"
+#include "kvant/base/small_floats.h"
 
 namespace kvant::backend::cuda::quant {
 
@@ -40,7 +39,7 @@ __device__ __forceinline__ int bf16_index(bool values, int head_dim, int token, 
 }
 
 // Some tokens of a tile, element by element. Returns how many are not finite (of this lane).
-__device__ __noinline__ int append_some(RowRun run, bool values, int head_dim, int lane) {
+__device__ __noinline__ inline int append_some(RowRun run, bool values, int head_dim, int lane) {
   int non_finite = 0;
   auto* halves = reinterpret_cast<uint16_t*>(run.codes);
   const int quads = head_dim / 4;
@@ -86,34 +85,88 @@ __device__ __forceinline__ uint4 load_fragment(const RowRun& run, int step, int 
   }
 }
 
-// All 16 tokens of a tile. Returns whether something is not finite: NaNs are then to be written
-// again, with the payload that to_bf16 keeps.
+__device__ __forceinline__ uint32_t largest_magnitudes(uint32_t largest, const uint4& words) {
+  return __vmaxu2(largest, __vmaxu2(__vmaxu2(words.x & 0x7fff7fffu, words.y & 0x7fff7fffu),
+                                    __vmaxu2(words.z & 0x7fff7fffu, words.w & 0x7fff7fffu)));
+}
+
+// Where a word of a fragment lies in shared memory.
+__device__ __forceinline__ uint32_t* source_word(uint4* shared, int fragment, int lane, int reg) {
+  return reinterpret_cast<uint32_t*>(shared + source_chunk(fragment, lane)) + reg;
+}
+
+// All 16 tokens of a tile to shared memory, whole rows at a time: a lane has four channels of some
+// tokens, and what shares a word or two words of a fragment is in the same lane.
 template <bool kValues>
+__device__ __forceinline__ void stage_tile(const RowRun& run, int head_dim, int first_fragment,
+                                           int lane, uint4* shared) {
+  for (int channel = 4 * lane; channel < head_dim; channel += 4 * kLanes) {
+    const int fragment = first_fragment + channel / kTile;
+    const int in_step = channel % kTile;
+    const float* from = run.rows + channel;
+    const auto row = [&](int token) {
+      return __ldg(reinterpret_cast<const float4*>(from + token * run.stride));
+    };
+#pragma unroll 2
+    for (int n = 0; n < kTile / 4; ++n) {
+      if constexpr (kValues) {  // a word: tokens 2t and 2t + 1 of a channel
+        const int t = n;
+        const float4 rows[4] = {row(2 * t), row(2 * t + 1), row(2 * t + 8), row(2 * t + 9)};
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float4& a = rows[2 * half];
+          const float4& b = rows[2 * half + 1];
+          const uint32_t words[4] = {ptx::bf16x2_of_f32(a.x, b.x), ptx::bf16x2_of_f32(a.y, b.y),
+                                     ptx::bf16x2_of_f32(a.z, b.z), ptx::bf16x2_of_f32(a.w, b.w)};
+#pragma unroll
+          for (int c = 0; c < 4; ++c)
+            *source_word(shared, fragment, 4 * (in_step % 8 + c) + t, 2 * half + in_step / 8) =
+                words[c];
+        }
+      } else {  // a word: channels 2t and 2t + 1; the next one is of the token eight on
+#pragma unroll
+        for (int g = 2 * n; g < 2 * n + 2; ++g) {
+          const float4 a = row(g);
+          const float4 b = row(g + 8);
+          const int place = 4 * g + in_step % 8 / 2;
+          const int reg = in_step / 8 * 2;
+          *reinterpret_cast<uint2*>(source_word(shared, fragment, place, reg)) =
+              make_uint2(ptx::bf16x2_of_f32(a.x, a.y), ptx::bf16x2_of_f32(b.x, b.y));
+          *reinterpret_cast<uint2*>(source_word(shared, fragment, place + 1, reg)) =
+              make_uint2(ptx::bf16x2_of_f32(a.z, a.w), ptx::bf16x2_of_f32(b.z, b.w));
+        }
+      }
+    }
+  }
+  __syncwarp();
+}
+
+// All 16 tokens of a tile, with kStaged to shared memory, too. Returns whether something is not
+// finite: NaNs are then to be written again, with the payload that to_bf16 keeps.
+template <bool kValues, bool kStaged>
 __device__ __forceinline__ bool append_tile(const RowRun& run, int head_dim, int lane,
                                             uint4* shared) {
   const int num_steps = head_dim / kTile;
   const int first = run.token / kTile * num_steps;
   auto* out = reinterpret_cast<uint4*>(run.codes) + first * kLanes + lane;
   uint32_t largest = 0;
+  if constexpr (kStaged) stage_tile<kValues>(run, head_dim, first, lane, shared);
 #pragma unroll 4
   for (int step = 0; step < num_steps; ++step) {
-    const uint4 words = load_fragment<kValues>(run, step, lane);
-    largest = __vmaxu2(largest, __vmaxu2(__vmaxu2(words.x & 0x7fff7fffu, words.y & 0x7fff7fffu),
-                                         __vmaxu2(words.z & 0x7fff7fffu, words.w & 0x7fff7fffu)));
+    const uint4 words = kStaged ? shared[source_chunk(first + step, lane)]
+                                : load_fragment<kValues>(run, step, lane);
+    largest = largest_magnitudes(largest, words);
     out[step * kLanes] = words;
-    if (shared != nullptr) shared[source_chunk(first + step, lane)] = words;
   }
   return (largest & 0xffffu) >= 0x7f80u || largest >> 16 >= 0x7f80u;
 }
 
-inline constexpr int kAppendThreads = 128;
-
-// A warp. `shared`: see append_tile; only for whole tiles.
-template <bool kValues>
+// A warp. With kStaged also to `shared`, and the run is a whole tile.
+template <bool kValues, bool kStaged>
 __device__ __forceinline__ void append_run(const AppendRowsArgs& args, const RowRun& run, int lane,
                                            uint4* shared) {
   if (run.count == kTile) {
-    const bool bad = append_tile<kValues>(run, args.head_dim, lane, shared);
+    const bool bad = append_tile<kValues, kStaged>(run, args.head_dim, lane, shared);
     if (!__any_sync(0xffffffffu, bad)) return;
     __syncwarp();
   }
@@ -121,156 +174,13 @@ __device__ __forceinline__ void append_run(const AppendRowsArgs& args, const Row
       __reduce_add_sync(0xffffffffu, append_some(run, kValues, args.head_dim, lane));
   if (non_finite > 0 && lane == 0)
     atomicAdd(&args.counters->non_finite, static_cast<unsigned long long>(non_finite));
-  if (shared == nullptr) return;
+  if constexpr (!kStaged) return;
   __syncwarp();
   const int num_steps = args.head_dim / kTile;
   const int first = run.token / kTile * num_steps;
   const auto* from = reinterpret_cast<const uint4*>(run.codes) + first * kLanes + lane;
   for (int step = 0; step < num_steps; ++step)
     shared[source_chunk(first + step, lane)] = __ldcg(from + step * kLanes);
-}
-
-__global__ void __launch_bounds__(kAppendThreads)
-    append_rows_kernel(const __grid_constant__ AppendRowsArgs args) {
-  ptx::launch_dependents();
-  ptx::wait_prerequisites();
-  const int warp = static_cast<int>((blockIdx.x * kAppendThreads + threadIdx.x) / kLanes);
-  const int lane = static_cast<int>(threadIdx.x % kLanes);
-  const bool values = warp % 2 == 1;
-  const int unit = warp / 2;
-  if (unit >= args.num_items * args.num_kv_heads) return;
-  const AppendItem item = args.items[unit / args.num_kv_heads];
-  const RowRun run = find_run(args, item, unit % args.num_kv_heads, values);
-  if (values) {
-    append_run<true>(args, run, lane, nullptr);
-  } else {
-    append_run<false>(args, run, lane, nullptr);
-  }
-}
-
-// Rotates one head's vector in place; a warp.
-__device__ __forceinline__ void rotate_head(float* x, const float* table, int rotary_dim,
-                                            int lane) {
-  const int half = rotary_dim / 2;
-  for (int i = lane; i < half; i += kLanes) rotate_pair(x, table, half, i);
-}
-
-// The warps of append_rows_kernel, keys rotated first, and a warp for each query head.
-__global__ void __launch_bounds__(kAppendThreads)
-    rotate_append_kernel(const __grid_constant__ AppendRowsArgs args,
-                         const __grid_constant__ AppendRotation rotation) {
-  ptx::launch_dependents();
-  const int warp = static_cast<int>((blockIdx.x * kAppendThreads + threadIdx.x) / kLanes);
-  const int lane = static_cast<int>(threadIdx.x % kLanes);
-  const bool values = warp % 2 == 1;
-  const int unit = warp / 2;
-  const int num_units = args.num_items * args.num_kv_heads;
-  if (unit >= num_units) {
-    const int head = warp - 2 * num_units;
-    ptx::wait_prerequisites();
-    if (head >= rotation.num_rows * rotation.num_query_heads) return;
-    rotate_head(rotation.q + static_cast<int64_t>(head) * args.head_dim,
-                rotation.table + head / rotation.num_query_heads * rotation.rotary_dim,
-                rotation.rotary_dim, lane);
-    return;
-  }
-  const AppendItem item = args.items[unit / args.num_kv_heads];
-  const int kv_head = unit % args.num_kv_heads;
-  const RowRun run = find_run(args, item, kv_head, values);
-  ptx::wait_prerequisites();
-  if (values) {
-    append_run<true>(args, run, lane, nullptr);
-    return;
-  }
-  if (rotation.rotate_keys) {
-    for (int token = 0; token < item.count; ++token) {
-      const int64_t row = item.row + token;
-      rotate_head(rotation.k + (row * args.num_kv_heads + kv_head) * args.head_dim,
-                  rotation.table + row * rotation.rotary_dim, rotation.rotary_dim, lane);
-    }
-    __syncwarp();
-  }
-  append_run<false>(args, run, lane, nullptr);
-}
-
-// ---- +strict ----
-
-template <typename F>
-__device__ void round_row(const SideMap& map, bool four_over_six, float g, float* x,
-                          float* rounded) {
-  const int length = map.num_blocks == 0 ? kTile : map.block_size;
-  for (int first = static_cast<int>(threadIdx.x) * length; first < map.head_dim;
-       first += static_cast<int>(blockDim.x) * length) {
-    const int n = min(length, map.head_dim - first);
-    const uint32_t scale = scale_of_block<F>(x + first, n, g, four_over_six);
-    for (int i = first; i < first + n; ++i)
-      rounded[i] = F::decode(F::encode(x[i], scale, g), scale, g);
-  }
-}
-
-// Rounds the row in `x` through the codec of its side; a warp.
-__device__ inline void round_strict(const CloseSide& side, const DeviceSideParams& params, float* x,
-                                    float* rounded) {
-  const int d = side.map.head_dim;
-  const bool smooth = side.format.smooth && params.smooth != nullptr;
-  const bool bias = side.format.bias && params.bias != nullptr;
-  for (int c = threadIdx.x; c < d; c += blockDim.x) {
-    if (smooth) x[c] = x[c] / params.smooth[c];
-  }
-  if (side.format.rotate) rotate_rows(x, 1, d, side.rotation_scale);
-  for (int c = threadIdx.x; c < d; c += blockDim.x) {
-    if (bias) x[c] = __fadd_rn(x[c], -params.bias[c]);
-  }
-  __syncthreads();
-  switch (side.map.base) {
-#define KVANT_FORMAT(number, Type, header)                                                  \
-  case formats::FormatId::k##Type:                                                          \
-    if constexpr (formats::Type::kInfo.axis != formats::BlockAxis::kToken)                  \
-      round_row<formats::Type>(side.map, side.format.four_over_six, params.global_scale, x, \
-                               rounded);                                                    \
-    break;
-#include "kvant/formats/formats.def"
-#undef KVANT_FORMAT
-  }
-  __syncthreads();
-  for (int c = threadIdx.x; c < d; c += blockDim.x) {
-    if (bias) rounded[c] = __fadd_rn(rounded[c], params.bias[c]);
-  }
-  if (side.format.rotate) rotate_rows(rounded, 1, d, side.rotation_scale);
-  __syncthreads();
-  for (int c = threadIdx.x; c < d; c += blockDim.x) {
-    if (smooth) rounded[c] = __fmul_rn(rounded[c], params.smooth[c]);
-  }
-  __syncthreads();
-}
-
-// A warp per run, head and side, token by token: for comparisons, not for speed.
-__global__ void __launch_bounds__(kLanes)
-    append_strict_kernel(const __grid_constant__ AppendRowsArgs args) {
-  ptx::launch_dependents();
-  ptx::wait_prerequisites();
-  __shared__ __align__(16) float x[512];
-  __shared__ __align__(16) float rounded[512];
-  const bool values = blockIdx.x % 2 == 1;
-  const int unit = static_cast<int>(blockIdx.x / 2);
-  const int lane = static_cast<int>(threadIdx.x);
-  const AppendItem item = args.items[unit / args.num_kv_heads];
-  const RowRun run = find_run(args, item, unit % args.num_kv_heads, values);
-  const CloseSide& side = args.sides[values ? 1 : 0];
-  int non_finite = 0;
-  for (int token = 0; token < run.count; ++token) {
-    for (int c = lane; c < args.head_dim; c += kLanes) {
-      x[c] = run.rows[token * run.stride + c];
-      non_finite += is_non_finite_bf16(x[c]);
-    }
-    __syncthreads();
-    round_strict(side, side.params[unit % args.num_kv_heads], x, rounded);
-    append_some({rounded, 0, run.token + token, 1, run.codes}, values, args.head_dim, lane);
-    __syncthreads();
-  }
-  non_finite = __reduce_add_sync(0xffffffffu, non_finite);
-  if (non_finite > 0 && lane == 0)
-    atomicAdd(&args.counters->non_finite, static_cast<unsigned long long>(non_finite));
 }
 
 }  // namespace kvant::backend::cuda::quant

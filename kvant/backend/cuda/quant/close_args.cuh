@@ -66,9 +66,10 @@ struct CloseArgs {
 };
 
 // Where the 16 bytes of a lane of a BF16 fragment lie in shared memory: permuted within the
-// fragment so that neither threads that read along lanes (K) nor along k-steps (V) meet in a bank.
+// fragment so that neither threads that read along lanes (K) nor along k-steps (V) meet in a bank,
+// and of those that write a token's row no more than two.
 __device__ __forceinline__ int source_chunk(int fragment, int lane) {
-  return fragment * kLanes + (lane ^ (lane >> 3 & 3) ^ ((fragment & 1) << 2));
+  return fragment * kLanes + (lane ^ (lane >> 3 & 3) ^ ((fragment & 1) << 2) ^ (fragment >> 1 & 3));
 }
 
 // One side of one unit: what a thread block closes.

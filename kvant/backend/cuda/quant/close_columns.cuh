@@ -19,9 +19,9 @@ __device__ inline bool close_int4_channel(const CloseUnit& unit, uint32_t* scrat
   const int num_steps = map.head_dim / kTile;
   const int num_tiles = map.page_tokens / kTile;
   const int num_pairs = map.head_dim / 2;
-  uint32_t* low_keys = scratch;  // [tile][pair of channels]: order keys of BF16
-  uint32_t* high_keys = low_keys + num_tiles * num_pairs;
-  uint32_t* scales = high_keys + num_tiles * num_pairs;  // [channel]: scale and zero
+  uint32_t* lows = scratch;  // [tile][pair of channels], BF16
+  uint32_t* highs = lows + num_tiles * num_pairs;
+  uint32_t* scales = highs + num_tiles * num_pairs;  // [channel]: scale and zero
   const int num_tasks = num_tiles * num_steps * 4;
   bool bad = false;
   for (int task = threadIdx.x; task < num_tasks; task += kCloseThreads) {
@@ -30,45 +30,41 @@ __device__ inline bool close_int4_channel(const CloseUnit& unit, uint32_t* scrat
         static_cast<int>(static_cast<unsigned>(task) / 4 / static_cast<unsigned>(num_steps));
     const int step = task / 4 - tile * num_steps;
     const int fragment = tile * num_steps + step;
-    uint32_t low[2] = {0x7fff7fffu, 0x7fff7fffu};
-    uint32_t high[2] = {0x80008000u, 0x80008000u};
+    uint32_t low[2] = {kInfinities, kInfinities};
+    uint32_t high[2] = {kInfinities | kSigns, kInfinities | kSigns};
 #pragma unroll 2
     for (int i = 0; i < 8; ++i) {
       const uint4 word = unit.source[source_chunk(fragment, 4 * i + t)];
-      const uint32_t a = order_keys(word.x), b = order_keys(word.y);
-      const uint32_t c = order_keys(word.z), d = order_keys(word.w);
-      low[0] = __vmins2(low[0], __vmins2(a, b));
-      high[0] = __vmaxs2(high[0], __vmaxs2(a, b));
-      low[1] = __vmins2(low[1], __vmins2(c, d));
-      high[1] = __vmaxs2(high[1], __vmaxs2(c, d));
+      low[0] = min_bf16x2(low[0], min_bf16x2(word.x, word.y));
+      high[0] = max_bf16x2(high[0], max_bf16x2(word.x, word.y));
+      low[1] = min_bf16x2(low[1], min_bf16x2(word.z, word.w));
+      high[1] = max_bf16x2(high[1], max_bf16x2(word.z, word.w));
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int pair = tile * num_pairs + step * 8 + half * 4 + t;
-      low_keys[pair] = low[half];
-      high_keys[pair] = high[half];
+      lows[pair] = low[half];
+      highs[pair] = high[half];
     }
   }
   __syncthreads();
   for (int pair = threadIdx.x; pair < num_pairs; pair += kCloseThreads) {
-    uint32_t low = low_keys[pair];
-    uint32_t high = high_keys[pair];
+    uint32_t low = lows[pair];
+    uint32_t high = highs[pair];
     for (int tile = 1; tile < num_tiles; ++tile) {
-      low = __vmins2(low, low_keys[tile * num_pairs + pair]);
-      high = __vmaxs2(high, high_keys[tile * num_pairs + pair]);
+      low = min_bf16x2(low, lows[tile * num_pairs + pair]);
+      high = max_bf16x2(high, highs[tile * num_pairs + pair]);
     }
-    const uint32_t min_words = order_keys(low);
-    const uint32_t max_words = order_keys(high);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float least = i == 0 ? low_float(min_words) : high_float(min_words);
-      const float most = i == 0 ? low_float(max_words) : high_float(max_words);
+      const float least = i == 0 ? low_float(low) : high_float(low);
+      const float most = i == 0 ? low_float(high) : high_float(high);
       const float limit = formats::Int4::max_magnitude(1.0f);
       bad |= !is_plain(fabsf(least), limit) || !is_plain(fabsf(most), limit);
       BlockRange range;
       range.min_key = order_key(least);
       range.max_key = order_key(most);
-      scales[2 * pair + i] = Int4Codec(1.0f).make_scale(range).stored;
+      scales[2 * pair + i] = Int4Codec<true>(1.0f).make_scale(range).stored;
     }
   }
   __syncthreads();
@@ -85,9 +81,9 @@ __device__ inline bool close_int4_channel(const CloseUnit& unit, uint32_t* scrat
           __byte_perm(first.x, first.y, 0x7632), __byte_perm(first.x, first.y, 0x5410),
           __byte_perm(second.x, second.y, 0x7632), __byte_perm(second.x, second.y, 0x5410));
     }
-    const Int4Codec::Scale scale[4] = {Int4Codec::scale_of(first.x), Int4Codec::scale_of(first.y),
-                                       Int4Codec::scale_of(second.x),
-                                       Int4Codec::scale_of(second.y)};
+    const Int4Codec<true>::Scale scale[4] = {
+        Int4Codec<true>::scale_of(first.x), Int4Codec<true>::scale_of(first.y),
+        Int4Codec<true>::scale_of(second.x), Int4Codec<true>::scale_of(second.y)};
 #pragma unroll 1
     for (int i = 0; i < 8; ++i) {
       const uint4 in = unit.source[source_chunk(fragment, 4 * i + t)];
@@ -95,9 +91,9 @@ __device__ inline bool close_int4_channel(const CloseUnit& unit, uint32_t* scrat
 #pragma unroll
       for (int reg = 0; reg < 4; ++reg) {
         const uint32_t word = component(in, reg);
-        const uint32_t code = Int4Codec::code(low_float(word), scale[reg / 2 * 2]) +
-                              (Int4Codec::code(high_float(word), scale[reg / 2 * 2 + 1]) << 16);
-        codes += code << (4 * reg);
+        codes |= Int4Codec<true>::codes(low_float(word), high_float(word), scale[reg / 2 * 2],
+                                        scale[reg / 2 * 2 + 1])
+                 << (4 * reg);
       }
       store_codes<1>(unit.codes, num_steps, tile, step, 4 * i + t, &codes);
     }

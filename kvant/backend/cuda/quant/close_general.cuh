@@ -14,18 +14,18 @@ namespace kvant::backend::cuda::quant {
 // Shared memory of a block, in this order.
 struct GeneralScratch {
   float* x;          // [16][head_dim]: a tile of tokens
-  uint32_t* out;     // codes of the tile, `sm90` order
   float* mean;       // [head_dim]
   uint32_t* scales;  // [head_dim], ":channel" formats
+  uint32_t* out;     // codes of the tile, `sm90` order
 
   __device__ GeneralScratch(std::byte* shared, int head_dim)
       : x(reinterpret_cast<float*>(shared)),
-        out(reinterpret_cast<uint32_t*>(x + kTile * head_dim)),
-        mean(reinterpret_cast<float*>(out + kTile * head_dim / 2)),
-        scales(reinterpret_cast<uint32_t*>(mean + head_dim)) {}
+        mean(x + kTile * head_dim),
+        scales(reinterpret_cast<uint32_t*>(mean + head_dim)),
+        out(scales + head_dim) {}
 };
-inline int general_scratch_bytes(int head_dim) {
-  return kTile * head_dim * 4 + kTile * head_dim * 2 + head_dim * 8;
+inline int general_scratch_bytes(int head_dim, int code_bits) {
+  return kTile * head_dim * 4 + head_dim * 8 + kTile * head_dim * code_bits / 8;
 }
 
 // In place on rows [num_rows][head_dim] in shared memory; all threads of the block.

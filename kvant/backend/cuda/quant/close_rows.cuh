@@ -100,8 +100,8 @@ template <typename Codec, bool kValues>
 __device__ __forceinline__ void find_ranges(const RowSource<kValues, false>& from,
                                             BlockRange* ranges) {
   uint32_t amax[2] = {};
-  uint32_t low_keys[2] = {0x7fff7fffu, 0x7fff7fffu};
-  uint32_t high_keys[2] = {0x80008000u, 0x80008000u};
+  uint32_t low[2] = {kInfinities, kInfinities};
+  uint32_t high[2] = {kInfinities | kSigns, kInfinities | kSigns};
 #pragma unroll 2
   for (int i = 0; i < RowThread<kValues>::kWords; ++i) {
     const uint4 word = from.word(i);
@@ -111,8 +111,8 @@ __device__ __forceinline__ void find_ranges(const RowSource<kValues, false>& fro
       const uint32_t bits = component(word, reg);
       amax[at] = __vmaxu2(amax[at], bits & 0x7fff7fffu);
       if constexpr (Codec::kAffine) {
-        low_keys[at] = __vmins2(low_keys[at], order_keys(bits));
-        high_keys[at] = __vmaxs2(high_keys[at], order_keys(bits));
+        low[at] = min_bf16x2(low[at], bits);
+        high[at] = max_bf16x2(high[at], bits);
       }
     }
   }
@@ -122,10 +122,10 @@ __device__ __forceinline__ void find_ranges(const RowSource<kValues, false>& fro
     halves[0].amax = low_float(amax[at]);
     halves[1].amax = high_float(amax[at]);
     if constexpr (Codec::kAffine) {
-      halves[0].min_key = order_key(low_float(order_keys(low_keys[at])));
-      halves[0].max_key = order_key(low_float(order_keys(high_keys[at])));
-      halves[1].min_key = order_key(high_float(order_keys(low_keys[at])));
-      halves[1].max_key = order_key(high_float(order_keys(high_keys[at])));
+      halves[0].min_key = order_key(low_float(low[at]));
+      halves[0].max_key = order_key(low_float(high[at]));
+      halves[1].min_key = order_key(high_float(low[at]));
+      halves[1].max_key = order_key(high_float(high[at]));
     }
     if constexpr (kValues) {
       ranges[2 * at] = halves[0];
@@ -159,8 +159,8 @@ struct ErrorSums {
   float e[4];
 };
 
-// Encodes one word of codes and sums its errors: channels i and i + 8 together (of K also i + 1 and
-// i + 9), as the tree begins.
+// Encodes a word's magnitudes and sums its errors: channels i and i + 8 together (of K also i + 1
+// and i + 9), as the tree begins.
 template <typename Codec, bool kValues, bool kMean>
 __device__ __forceinline__ ErrorSums try_scales(const Codec& codec,
                                                 const RowSource<kValues, kMean>& from,
@@ -175,22 +175,33 @@ __device__ __forceinline__ ErrorSums try_scales(const Codec& codec,
     const int first = kValues ? 2 * half : half;
     const typename Codec::Scale& low = scales[Thread::token_of(first, 0)];
     const typename Codec::Scale& high = scales[Thread::token_of(first, 1)];
-    const uint32_t mask = Codec::sign_mask(low, high);
     float errors[2][2];
 #pragma unroll
     for (int second = 0; second < 2; ++second) {
       const int reg = first + second * (kValues ? 1 : 2);
       const Pair x = from.pair(word, i, reg);
-      const float a = codec.value(x.low, low);
-      const float b = codec.value(x.high, high);
-      put_e2m1(&codes, reg, ptx::f16x2_of_f32(a, b), x.signs, mask);
-      errors[second][0] = codec.squared_error(x.low, a, low);
-      errors[second][1] = codec.squared_error(x.high, b, high);
+      const uint32_t values = codec.values(x.low, x.high, low, high);
+      codes |= values >> (3 * reg);
+      errors[second][0] = codec.error(x.low, f16_value(values & 0xffffu), low);
+      errors[second][1] = codec.error(x.high, f16_value(values >> 16), high);
     }
-    sums.e[2 * half] = __fadd_rn(errors[0][0], errors[1][0]);
-    sums.e[2 * half + 1] = __fadd_rn(errors[0][1], errors[1][1]);
+    sums.e[2 * half] = Codec::sum_of_squares(errors[0][0], errors[1][0]);
+    sums.e[2 * half + 1] = Codec::sum_of_squares(errors[0][1], errors[1][1]);
   }
   return sums;
+}
+
+// The word's signs where E2M1 codes have them.
+template <bool kValues, bool kMean>
+__device__ __forceinline__ uint32_t signs_of(const RowSource<kValues, kMean>& from,
+                                             const uint4& word, int i) {
+  uint32_t signs = 0;
+#pragma unroll
+  for (int reg = 0; reg < 4; ++reg) {
+    const int shift = 15 - e2m1_sign_bit(reg);
+    signs |= from.pair(word, i, reg).signs >> shift & kSigns >> shift;
+  }
+  return signs;
 }
 
 __device__ __forceinline__ ErrorSums add_sums(const ErrorSums& a, const ErrorSums& b) {
@@ -199,28 +210,42 @@ __device__ __forceinline__ ErrorSums add_sums(const ErrorSums& a, const ErrorSum
 }
 
 // Bits of a word of E2M1 codes that belong to a token of the thread.
+struct TokenBits {
+  uint32_t magnitudes = 0;
+  uint32_t signs = 0;
+};
 template <bool kValues>
-__device__ __forceinline__ constexpr uint32_t token_bits(int token) {
-  uint32_t bits = 0;
+__device__ __forceinline__ constexpr TokenBits token_bits(int token) {
+  TokenBits bits;
   for (int reg = 0; reg < 4; ++reg) {
     for (int parity = 0; parity < 2; ++parity) {
       if (RowThread<kValues>::token_of(reg, parity) != token) continue;
-      bits |= (1u << e2m1_sign_bit(reg) | 7u << e2m1_field_bit(reg)) << (16 * parity);
+      bits.magnitudes |= 7u << e2m1_field_bit(reg) << (16 * parity);
+      bits.signs |= 1u << e2m1_sign_bit(reg) << (16 * parity);
     }
   }
   return bits;
 }
 
-// Keeps the better scale of each token, and in the place of each word of the source its codes with
-// both; returns the bits that are to be taken from the second. Errors are added as codecs.md
-// section 3 says: i and i + 8,
-// + 4, + 2, + 1. Words come in the order of reversed bits, so that what is added next is always the
-// newest sum of as many.
+// Which bits of a word come from the magnitudes of the second scale, and which signs count.
+struct Choice {
+  uint32_t second = 0;
+  uint32_t signs = 0;
+
+  __device__ __forceinline__ uint32_t pick(const uint4& codes) const {
+    return (codes.x & ~second) | (codes.y & second) | (codes.z & signs);
+  }
+};
+
+// Keeps the better scale of each token, and in the place of each word of the source its magnitudes
+// with both and its signs. Errors are added as codecs.md section 3 says: i and i + 8, + 4, + 2,
+// + 1. Words come in the order of reversed bits, so that what is added next is always the newest
+// sum of as many.
 template <typename Codec, bool kValues, bool kMean>
-__device__ __forceinline__ uint32_t choose_scales(const Codec& codec,
-                                                  const RowSource<kValues, kMean>& from,
-                                                  const BlockRange* ranges,
-                                                  typename Codec::Scale* scales) {
+__device__ __forceinline__ Choice choose_scales(const Codec& codec,
+                                                const RowSource<kValues, kMean>& from,
+                                                const BlockRange* ranges,
+                                                typename Codec::Scale* scales) {
   using Thread = RowThread<kValues>;
   typename Codec::Scale four[Thread::kTokens];
   bool allowed[Thread::kTokens];
@@ -239,7 +264,7 @@ __device__ __forceinline__ uint32_t choose_scales(const Codec& codec,
     uint32_t six_codes, four_codes;
     ErrorSums six = try_scales(codec, from, word, i, scales, six_codes);
     ErrorSums other = try_scales(codec, from, word, i, four, four_codes);
-    *reinterpret_cast<uint2*>(&from.word(i)) = make_uint2(six_codes, four_codes);
+    from.word(i) = make_uint4(six_codes, four_codes, signs_of(from, word, i), 0);
     if (n % 2 == 0) {
       six_held[0] = six;
       four_held[0] = other;
@@ -264,16 +289,18 @@ __device__ __forceinline__ uint32_t choose_scales(const Codec& codec,
       four_sums = add_sums(four_sums, other);
     }
   }
-  uint32_t choice = 0;
+  Choice choice;
 #pragma unroll
   for (int token = 0; token < Thread::kTokens; ++token) {
     const float six =
         kValues ? six_sums.e[token] : __fadd_rn(six_sums.e[2 * token], six_sums.e[2 * token + 1]);
     const float other = kValues ? four_sums.e[token]
                                 : __fadd_rn(four_sums.e[2 * token], four_sums.e[2 * token + 1]);
-    if (!allowed[token] || !(other < six)) continue;
-    scales[token].stored = four[token].stored;
-    choice |= token_bits<kValues>(token);
+    if (allowed[token] && other < six) {
+      scales[token] = four[token];
+      choice.second |= token_bits<kValues>(token).magnitudes;
+    }
+    if (scales[token].by.d != 0.0f) choice.signs |= token_bits<kValues>(token).signs;
   }
   return choice;
 }
@@ -321,25 +348,23 @@ __device__ __forceinline__ void store_codes(uint8_t* codes, int num_steps, int t
   }
 }
 
-// One side of one unit. `mean` is in shared memory, fp32 [head_dim] (kMean only). Returns whether
-// a block was not one for these instructions: then what was written is to be written again.
+// A tile of one side of one unit; a warp. `mean` is in shared memory, fp32 [head_dim] (kMean only).
+// Returns whether a block was not one for these instructions: then what was written is to be
+// written again.
 template <typename Codec, bool kValues, bool kMean>
-__device__ bool close_rows(const CloseUnit& unit, const float* mean) {
+__device__ __forceinline__ bool close_tile(const CloseUnit& unit, const float* mean, int tile,
+                                           int lane) {
   using Thread = RowThread<kValues>;
   const SideMap& map = unit.side.map;
   const Codec codec(unit.params.global_scale);
   const int num_steps = map.head_dim / kTile;
   const int padded_steps = Codec::kBlockSteps == 2 ? (num_steps + 1) / 2 * 2 : num_steps;
-  const int num_tasks = map.page_tokens / kTile * padded_steps * Thread::kGroup;
   bool bad = false;
 #pragma unroll 1
-  for (int begin = 0; begin < num_tasks; begin += kCloseThreads) {
-    const int task = begin + static_cast<int>(threadIdx.x);
-    const auto group = static_cast<unsigned>(task) / Thread::kGroup;
-    const int index = task % Thread::kGroup;
-    const int tile = static_cast<int>(group / static_cast<unsigned>(padded_steps));
-    const int step = static_cast<int>(group) - tile * padded_steps;
-    const bool present = task < num_tasks && step < num_steps;
+  for (int begin = 0; begin < padded_steps; begin += kLanes / Thread::kGroup) {
+    const int step = begin + lane / Thread::kGroup;
+    const int index = lane % Thread::kGroup;
+    const bool present = step < num_steps;
     if constexpr (Codec::kBlockSteps != 2) {
       if (!present) continue;
     }
@@ -356,13 +381,13 @@ __device__ bool close_rows(const CloseUnit& unit, const float* mean) {
       bad |= !codec.fits(ranges[token], scales[token]);
     }
     if (!present) continue;
-    [[maybe_unused]] uint32_t choice = 0;
+    [[maybe_unused]] Choice choice;
     if constexpr (Codec::kFourOverSix) choice = choose_scales(codec, from, ranges, scales);
-#pragma unroll 1
+#pragma unroll 2
     for (int i = 0; i < Thread::kWords; ++i) {
       const uint4 word = from.word(i);
       uint32_t words[Codec::kWords] = {};
-      if constexpr (Codec::kFourOverSix) words[0] = (word.x & ~choice) | (word.y & choice);
+      if constexpr (Codec::kFourOverSix) words[0] = choice.pick(word);
 #pragma unroll
       for (int reg = 0; reg < 4 && !Codec::kFourOverSix; ++reg) {
         const Pair x = from.pair(word, i, reg);

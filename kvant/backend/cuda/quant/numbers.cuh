@@ -96,15 +96,31 @@ __device__ __forceinline__ float round_e2m1(float a) {
   return fminf(__fadd_rn(__fadd_rn(a, magic), -magic), 6.0f * kE2m1Unit);
 }
 
-// clamp(RNE(q)) in the low bits of the result: an integer plus the bits of `kMagic`.
+// The same of two fp16: code in bits 11..9 of each half. As fp16 a number times 2^-14 has E2M1's
+// own exponents, subnormals included, so that a mantissa of one bit is a multiple of 2^9 of its
+// bits.
+__device__ __forceinline__ uint32_t round_e2m1_pair(uint32_t pair) {
+  const uint32_t odd = pair >> 9 & 0x00010001u;
+  return __vminu2(pair + 0x00ff00ffu + odd, 0x0e000e00u) & 0x0e000e00u;
+}
+
+// RNE(q) in the low 16 bits of the result, with a sign; |q| < 2^15.
 inline constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
+__device__ __forceinline__ uint32_t round_integer(float q) {
+  return as_bits(__fadd_rn(q, kMagic));
+}
+// The same of a clamped q.
 __device__ __forceinline__ uint32_t round_integer(float q, float low, float high) {
   return as_bits(__fadd_rn(fminf(fmaxf(q, low), high), kMagic));
 }
 
 // ---- order ----
 
-// Integers in the order of the floats, -0 below +0: formats::order_key, on fp32 and on two BF16.
+// Of two BF16.
+inline constexpr uint32_t kSigns = 0x80008000u;
+inline constexpr uint32_t kInfinities = 0x7f807f80u;
+
+// Integers in the order of the floats, -0 below +0: formats::order_key.
 __device__ __forceinline__ int32_t order_key(float x) {
   const int32_t bits = __float_as_int(x);
   return bits ^ (bits >> 31 & 0x7fffffff);
@@ -112,8 +128,17 @@ __device__ __forceinline__ int32_t order_key(float x) {
 __device__ __forceinline__ float from_order_key(int32_t key) {
   return __int_as_float(key ^ (key >> 31 & 0x7fffffff));
 }
-__device__ __forceinline__ uint32_t order_keys(uint32_t word) {
-  return word ^ ((word >> 15 & 0x00010001u) * 0x7fffu);
+
+// Of two BF16: NaN if one is, and -0 below +0.
+__device__ __forceinline__ uint32_t min_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t least;
+  asm("min.NaN.bf16x2 %0,%1,%2;" : "=r"(least) : "r"(a), "r"(b));
+  return least;
+}
+__device__ __forceinline__ uint32_t max_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t most;
+  asm("max.NaN.bf16x2 %0,%1,%2;" : "=r"(most) : "r"(a), "r"(b));
+  return most;
 }
 
 }  // namespace kvant::backend::cuda::quant

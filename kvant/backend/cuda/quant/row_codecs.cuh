@@ -8,7 +8,8 @@
 //   Scale       what encodes a block; make_scale(range) from its largest magnitude (or its range)
 //   fits        whether the instructions of numbers.cuh give the scalar codec's bits for that block
 //   emit        codes of a pair, added to the words of the pair's lane
-// Bits equal those of formats/*.h.
+// and kOfBf16 tells whether the numbers are those of the page itself, not less a mean. Bits equal
+// those of formats/*.h.
 #pragma once
 
 #include "kvant/backend/cuda/quant/numbers.cuh"
@@ -50,7 +51,7 @@ __device__ __forceinline__ void put_e2m1(uint32_t* words, int reg, uint32_t magn
 
 // ---- policies ----
 
-template <typename F>
+template <typename F, bool kOfBf16>
 struct Float8Codec {
   static constexpr int kWords = 2;
   static constexpr int kBlockSteps = 0;
@@ -84,7 +85,7 @@ struct Float8Codec {
   }
 };
 
-template <typename F>
+template <typename F, bool kOfBf16>
 struct MicroscalingCodec {
   static constexpr bool kE2m1 = F::kInfo.element == formats::Element::kE2m1;
   static constexpr int kWords = kE2m1 ? 1 : 2;
@@ -107,7 +108,13 @@ struct MicroscalingCodec {
   }
   __device__ void emit(uint32_t* words, int reg, uint32_t signs, float low, float high,
                        const Scale& low_scale, const Scale& high_scale) const {
-    if constexpr (kE2m1) {
+    if constexpr (kE2m1 && kOfBf16) {
+      // 8 bits of mantissa: as fp16 the product lies on its side of every boundary.
+      put_e2m1(words, reg,
+               round_e2m1_pair(ptx::f16x2_of_f32(fabsf(low) * low_scale.factor,
+                                                 fabsf(high) * high_scale.factor)),
+               signs, 0x80008000u);
+    } else if constexpr (kE2m1) {
       const float a = round_e2m1(fabsf(low) * low_scale.factor);
       const float b = round_e2m1(fabsf(high) * high_scale.factor);
       put_e2m1(words, reg, ptx::f16x2_of_f32(a, b), signs, 0x80008000u);
@@ -117,6 +124,7 @@ struct MicroscalingCodec {
   }
 };
 
+template <bool kOfBf16>
 struct Int8Codec {
   static constexpr int kWords = 2;
   static constexpr int kBlockSteps = 2;
@@ -145,6 +153,7 @@ struct Int8Codec {
 };
 
 // Also the step of ":channel" formats with 4 bits.
+template <bool kOfBf16>
 struct Int4Codec {
   static constexpr int kWords = 1;
   static constexpr int kBlockSteps = 2;
@@ -169,18 +178,22 @@ struct Int4Codec {
     const float high = from_order_key(range.max_key);
     return scale_of(f16_saturated((high - low) / 15.0f) | f16_saturated(low) << 16);
   }
-  __device__ static uint32_t code(float x, const Scale& scale) {
-    return round_integer(short_quotient(__fadd_rn(x, -scale.zero), scale.by), 0.0f, 15.0f) -
-           as_bits(kMagic);
+  // The codes of two numbers, in the halves of a word.
+  __device__ static uint32_t codes(float low, float high, const Scale& low_scale,
+                                   const Scale& high_scale) {
+    const uint32_t a = round_integer(short_quotient(__fadd_rn(low, -low_scale.zero), low_scale.by));
+    const uint32_t b =
+        round_integer(short_quotient(__fadd_rn(high, -high_scale.zero), high_scale.by));
+    return __vmins2(__vmaxs2(__byte_perm(a, b, 0x5410), 0u), 0x000f000fu);
   }
   __device__ void emit(uint32_t* words, int reg, uint32_t, float low, float high,
                        const Scale& low_scale, const Scale& high_scale) const {
-    words[0] += (code(low, low_scale) + (code(high, high_scale) << 16)) << (4 * reg);
+    words[0] |= codes(low, high, low_scale, high_scale) << (4 * reg);
   }
 };
 
 // kShort: g is a power of two, so that d has as few bits as its E4M3 scale.
-template <bool kSearch, bool kShort>
+template <bool kSearch, bool kShort, bool kOfBf16>
 struct Nvfp4Codec {
   static constexpr int kWords = 1;
   static constexpr int kBlockSteps = 1;
@@ -194,12 +207,19 @@ struct Nvfp4Codec {
   };
   float g;
   float limit;
+  Divisor six;  // 6 g
 
   __device__ explicit Nvfp4Codec(float global_scale)
-      : g(global_scale), limit(formats::Nvfp4::max_magnitude(global_scale)) {}
+      : g(global_scale),
+        limit(formats::Nvfp4::max_magnitude(global_scale)),
+        six(make_divisor(6.0f * global_scale)) {}
 
   __device__ bool fits(const BlockRange& range, const Scale& scale) const {
-    return is_plain(range.amax, limit) && in_range(scale.by.d) && g >= 0x1p-60f && g <= 0x1p60f;
+    // Squares of errors are to be neither subnormal nor infinite.
+    const bool squares_fit =
+        !kSearch || scale.by.d == 0.0f || (scale.by.d >= 0x1p-30f && scale.by.d <= 0x1p60f);
+    return is_plain(range.amax, limit) && in_range(scale.by.d) && squares_fit && g >= 0x1p-60f &&
+           g <= 0x1p60f;
   }
   __device__ Scale scale_of(float ratio) const {
     const uint32_t code = ptx::e4m3x2_of_f32(ratio, 0.0f) & 0xffu;
@@ -207,7 +227,7 @@ struct Nvfp4Codec {
     return {code, s * 0x1p14f, make_divisor(__fmul_rn(s, g) * 0x1p14f)};
   }
   __device__ Scale make_scale(const BlockRange& range) const {
-    return scale_of(range.amax / (6.0f * g));
+    return scale_of(kShort ? short_quotient(range.amax, six) : range.amax / (6.0f * g));
   }
   // The candidate that ends at 4; its ratio says whether it is allowed.
   __device__ float four_ratio(const BlockRange& range) const { return range.amax / (4.0f * g); }
@@ -216,19 +236,37 @@ struct Nvfp4Codec {
   __device__ float value(float x, const Scale& scale) const {
     return round_e2m1(kShort ? short_quotient(fabsf(x), scale.by) : quotient(fabsf(x), scale.by));
   }
-  // `value` is value(x).
-  __device__ float squared_error(float x, float value, const Scale& scale) const {
+  // Of two numbers, as fp16. A number of 8 bits and a boundary of at most 3 times a divisor of 4
+  // are equal or 2^-8 of them apart: their quotient keeps its side of the boundary as fp16, where
+  // it has 10 bits behind the point, and the reciprocal's error does not show.
+  __device__ uint32_t values(float low, float high, const Scale& low_scale,
+                             const Scale& high_scale) const {
+    if constexpr (kShort && kOfBf16) {
+      return round_e2m1_pair(ptx::f16x2_of_f32(__fmul_rn(fabsf(low), low_scale.by.r),
+                                               __fmul_rn(fabsf(high), high_scale.by.r)));
+    } else {
+      return ptx::f16x2_of_f32(value(low, low_scale), value(high, high_scale));
+    }
+  }
+  // What x lacks; `value` is its own.
+  __device__ float error(float x, float value, const Scale& scale) const {
+    if constexpr (kShort && kOfBf16) return fmaf(-value, scale.by.d, fabsf(x));  // exact
     const float decoded =
         kShort ? __fmul_rn(value, scale.by.d) : __fmul_rn(__fmul_rn(value, scale.s), g);
-    const float error = __fadd_rn(fabsf(x), -decoded);
-    return __fmul_rn(error, error);
+    return __fadd_rn(fabsf(x), -decoded);
+  }
+  // The sum of two errors' squares, each rounded. Of BF16 numbers they need no rounding: an error
+  // has at most 11 bits.
+  __device__ static float sum_of_squares(float a, float b) {
+    if constexpr (kShort && kOfBf16) return fmaf(a, a, __fmul_rn(b, b));
+    return __fadd_rn(__fmul_rn(a, a), __fmul_rn(b, b));
   }
   __device__ static uint32_t sign_mask(const Scale& low, const Scale& high) {
     return (low.by.d == 0.0f ? 0u : 0x8000u) | (high.by.d == 0.0f ? 0u : 0x80000000u);
   }
   __device__ void emit(uint32_t* words, int reg, uint32_t signs, float low, float high,
                        const Scale& low_scale, const Scale& high_scale) const {
-    put_e2m1(words, reg, ptx::f16x2_of_f32(value(low, low_scale), value(high, high_scale)), signs,
+    put_e2m1(words, reg, values(low, high, low_scale, high_scale), signs,
              sign_mask(low_scale, high_scale));
   }
 };
