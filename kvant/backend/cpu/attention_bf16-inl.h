@@ -73,24 +73,13 @@ KVANT_INLINE __m512i scales_as_half(const uint8_t* scales) {
   return _mm512_multishift_epi64_epi8(_mm512_load_si512(kScaleBegins.at), load_u8(scales).v);
 }
 
-// Where the bytes of a word of eight nibbles begin so that nibble J of each four is in front.
-template <int J>
-constexpr Order<uint8_t, 64> begins_of_nibble() {
+// Of each byte the lower one of its pair, in lanes of sixteen.
+constexpr Order<uint8_t, 64> lower_bytes() {
   Order<uint8_t, 64> order{};
-  for (int i = 0; i < 64; ++i) order.at[i] = static_cast<uint8_t>(i % 8 / 2 * 16 + 4 * J);
+  for (int i = 0; i < 64; ++i) order.at[i] = static_cast<uint8_t>(i % 16 / 2 * 2);
   return order;
 }
-template <int J>
-constexpr Order<uint8_t, 64> kNibbleBegins = begins_of_nibble<J>();
-
-// Sixteen-bit words whose upper bytes are `table` at nibble J of each word of four; lower bytes are
-// 0. (vpermw would be two instructions in one. A shift would take the port that multiplies, the
-// only one that does while tiles are used.)
-template <int J>
-KVANT_INLINE __m512i upper_bytes_of(__m512i w, __m512i table) {
-  if constexpr (J != 2) w = _mm512_multishift_epi64_epi8(_mm512_load_si512(kNibbleBegins<J>.at), w);
-  return _mm512_maskz_permutexvar_epi8(0xaaaaaaaaaaaaaaaa, w, table);
-}
+constexpr Order<uint8_t, 64> kLowerByte = lower_bytes();
 
 // 2^8 times E2M1 in f16: lower bytes are 0.
 #define KVANT_E2M1_HALF                                                                            \
@@ -101,14 +90,20 @@ alignas(64) constexpr int8_t kE2m1Half[64] = {KVANT_E2M1_HALF, KVANT_E2M1_HALF, 
                                               KVANT_E2M1_HALF};
 #undef KVANT_E2M1_HALF
 
-// Words of eight E2M1 as four rows of B: nibbles J and J + 4, times `scale(J)`, f16 like they are.
-template <typename Scale>
-KVANT_INLINE void unpack_e2m1(__m512i words, uint8_t* rows, Scale&& scale) {
+// Words of eight E2M1 as four rows of B: nibbles J and J + 4, times `scale`, f16 like they are. Of
+// the two ports for such instructions one shifts, the other looks up and moves bytes; while tiles
+// are used only the former multiplies. So this shares them out.
+KVANT_INLINE void unpack_e2m1(__m512i words, uint8_t* rows, __m512i scale) {
   const __m512i table = _mm512_load_si512(kE2m1Half);
-  unroll<4>([&](auto pair) KVANT_ALWAYS {
-    constexpr int J = decltype(pair)::value;
-    const __m512i half = upper_bytes_of<J>(words, table);
-    _mm512_store_si512(rows + 64 * J, as_bf16(mul_halves(half, scale(pair))));
+  const __m512i even = _mm512_permutexvar_epi8(words, table);  // bytes of nibbles 0, 2, 4, 6
+  const __m512i odd = _mm512_permutexvar_epi8(_mm512_srli_epi16(words, 4), table);
+  const __m512i upper = _mm512_set1_epi16(-256);
+  const __m512i half[4] = {
+      _mm512_slli_epi16(even, 8),
+      _mm512_maskz_shuffle_epi8(0xaaaaaaaaaaaaaaaa, odd, _mm512_load_si512(kLowerByte.at)),
+      _mm512_and_si512(even, upper), _mm512_and_si512(odd, upper)};
+  unroll<4>([&](auto j) KVANT_ALWAYS {
+    _mm512_store_si512(rows + 64 * j.value, as_bf16(mul_halves(half[j.value], scale)));
   });
 }
 

@@ -11,6 +11,7 @@
 #include "kvant/backend/cpu/attention_bf16-inl.h"
 #include "kvant/backend/cpu/attention_fetch-inl.h"
 #include "kvant/backend/cpu/attention_kernels.h"
+#include "kvant/backend/cpu/attention_shape-inl.h"
 #include "kvant/backend/cpu/attention_simd.h"
 
 namespace kvant::backend::cpu::amx {
@@ -79,10 +80,10 @@ constexpr int kDepthsAhead = C == Code::kE2m1 ? 2 : 1;
 // ---- scores ----
 
 // Channels [c, c + 32) of sixteen tokens as a tile of B.
-template <Code C>
-KVANT_INLINE void unpack_keys(const DecodeArgs& side, int tile, int c, uint8_t* rows,
-                              Fetcher& fetcher) {
-  const int64_t at = static_cast<int64_t>(tile) * side.head_dim + c;  // times 16 values
+template <Code C, typename Page>
+KVANT_INLINE void unpack_keys(const DecodeArgs& side, const Page& page, int tile, int c,
+                              uint8_t* rows, Fetcher& fetcher) {
+  const int64_t at = static_cast<int64_t>(tile) * page.head_dim + c;  // times 16 values
   if constexpr (C == Code::kE4m3) {
     const uint8_t* codes = side.codes + at * kLanes;
     const auto unpack = [&](auto&& scale) KVANT_ALWAYS {
@@ -105,8 +106,7 @@ KVANT_INLINE void unpack_keys(const DecodeArgs& side, int tile, int c, uint8_t* 
       const __m512i scale = scales_as_half(scales + block * kLanes);
       unroll<2>([&](auto word) KVANT_ALWAYS {
         const int i = 2 * block + word.value;
-        unpack_e2m1(_mm512_loadu_si512(codes + 64 * i), rows + 256 * i,
-                    [&](auto) KVANT_ALWAYS { return scale; });
+        unpack_e2m1(_mm512_loadu_si512(codes + 64 * i), rows + 256 * i, scale);
       });
     }
     fetcher.step(8);
@@ -119,26 +119,26 @@ struct KeyTiles {
   const float* factor = nullptr;  // what each token's sums have to be multiplied by; null: 1
 };
 
-template <Code C, int N>
-KVANT_OWN_FRAME void score_rows(const DecodeArgs& side, const ScoreArgs& a, int row, int tile,
-                                const KeyTiles& keys, Fetcher& fetcher) {
+template <Code C, int N, typename Page>
+KVANT_OWN_FRAME void score_rows(const DecodeArgs& side, const ScoreArgs& a, const Page& page,
+                                int row, int tile, const KeyTiles& keys, Fetcher& fetcher) {
   constexpr bool kStored = C == Code::kBf16;
   alignas(64) float sums[N * 256];
   const uint8_t* queries =
-      a.q_tiles + int64_t{row / a.tile_rows} * (a.head_dim / kDepth) * kTileBytes;
-  const int64_t depth_bytes = kStored ? kTileBytes : int64_t{a.num_tiles} * kTileBytes;
-  const int64_t tile_bytes = kStored ? int64_t{a.head_dim} * (kLanes * 2) : kTileBytes;
+      a.q_tiles + int64_t{row / a.tile_rows} * (page.head_dim / kDepth) * kTileBytes;
+  const int64_t depth_bytes = kStored ? kTileBytes : int64_t{page.num_tiles} * kTileBytes;
+  const int64_t tile_bytes = kStored ? int64_t{page.head_dim} * (kLanes * 2) : kTileBytes;
   const uint8_t* first = (kStored ? side.codes : keys.unpacked) + tile * tile_bytes;
   const bool unpacks = !kStored && row == 0;
   const auto unpack = [&](int depth) KVANT_ALWAYS {
     if constexpr (!kStored) {
       uint8_t* to = keys.unpacked + depth * depth_bytes + tile * tile_bytes;
       for (int n = 0; n < N; ++n) {
-        unpack_keys<C>(side, tile + n, depth * kDepth, to + n * tile_bytes, fetcher);
+        unpack_keys<C>(side, page, tile + n, depth * kDepth, to + n * tile_bytes, fetcher);
       }
     }
   };
-  const int depths = a.head_dim / kDepth;
+  const int depths = page.head_dim / kDepth;
   for (int i = 0; unpacks && i < kDepthsAhead<C> && i < depths; ++i) unpack(i);
   clear_sums<N>();
   for (int depth = 0; depth < depths; ++depth) {
@@ -148,11 +148,11 @@ KVANT_OWN_FRAME void score_rows(const DecodeArgs& side, const ScoreArgs& a, int 
   }
   store_sums<N>(sums);
   const int rows = a.rows - row < a.tile_rows ? a.rows - row : a.tile_rows;
-  for (int r = 0; r < rows; ++r) {
-    float* s = a.s + static_cast<int64_t>(row + r) * a.page_tokens + tile * kLanes;
+  const float *upper = sums, *lower = sums + a.tile_rows * kLanes;
+  float* s = a.s + static_cast<int64_t>(row) * page.page_tokens + tile * kLanes;
+  for (int r = 0; r < rows; ++r, upper += kLanes, lower += kLanes, s += page.page_tokens) {
     unroll<N>([&](auto n) KVANT_ALWAYS {
-      const float* sum = sums + n.value * 256 + r * kLanes;
-      F score = add(load(sum), load(sum + a.tile_rows * kLanes));
+      F score = add(load(upper + n.value * 256), load(lower + n.value * 256));
       if constexpr (!kStored) score = mul(score, load(keys.factor + (tile + n.value) * kLanes));
       store(s + n.value * kLanes, score);
     });
@@ -177,47 +177,56 @@ void load_factors(const DecodeArgs& side, int num_tiles, float* factor) {
   }
 }
 
-template <Code C>
-void scores_of(const DecodeArgs& side, const ScoreArgs& a) {
+template <Code C, typename Page>
+void scores_of(const DecodeArgs& side, const ScoreArgs& a, const Page& page) {
   const int row_steps = (a.rows + a.tile_rows - 1) / a.tile_rows;
-  const int unpack_steps = C == Code::kBf16 ? 0 : a.num_tiles * (a.head_dim / 4);
-  Fetcher fetcher(a.fetch,
-                  unpack_steps + kProductSteps * row_steps * a.num_tiles * (a.head_dim / kDepth));
+  const int unpack_steps = C == Code::kBf16 ? 0 : page.num_tiles * (page.head_dim / 4);
+  Fetcher fetcher(a.fetch, unpack_steps + kProductSteps * row_steps * page.num_tiles *
+                                              (page.head_dim / kDepth));
   alignas(64) float factor[kMaxPageTokens];
   KeyTiles keys;
   if constexpr (C != Code::kBf16) {
-    load_factors<C>(side, a.num_tiles, factor);
+    load_factors<C>(side, page.num_tiles, factor);
     keys = {reinterpret_cast<uint8_t*>(side.out), factor};
   }
-  for (int tile = 0; tile < a.num_tiles; tile += kMaxTiles) {
+  for (int tile = 0; tile < page.num_tiles; tile += kMaxTiles) {
     for (int row = 0; row < a.rows; row += a.tile_rows) {
-      with_count<kMaxTiles>(a.num_tiles - tile, [&](auto n) {
-        score_rows<C, decltype(n)::value>(side, a, row, tile, keys, fetcher);
+      with_count<kMaxTiles>(page.num_tiles - tile, [&](auto n) {
+        score_rows<C, decltype(n)::value>(side, a, page, row, tile, keys, fetcher);
       });
     }
   }
 }
 
 void scores(const DecodeArgs& side, const ScoreArgs& a) {
-  with_tile_code(side.code,
-                 [&](auto c) { scores_of<static_cast<Code>(decltype(c)::value)>(side, a); });
+  with_tile_code(side.code, [&](auto c) {
+    with_page(a, [&](const auto& page) {
+      scores_of<static_cast<Code>(decltype(c)::value)>(side, a, page);
+    });
+  });
 }
 
 // ---- values ----
 
+// The page's tokens up to the last that has a weight.
+template <typename Page>
+constexpr int tokens_of(const Page& page, const ValueArgs& a) {
+  return kIsWhole<Page> ? page.page_tokens : a.token_end;
+}
+
 // Tokens [t, t + 32) of a group of sixteen channels as a tile of B; those from token_end on, which
 // may be anything, are zeros. `scale(i, row)` has tokens i and i + 1 in the order of B's rows.
-template <Code C, typename Scale>
-KVANT_INLINE void unpack_values(const DecodeArgs& side, const ValueArgs& a, int group, int t,
-                                uint8_t* rows, Fetcher& fetcher, Scale&& scale) {
+template <Code C, typename Page, typename Scale>
+KVANT_INLINE void unpack_values(const DecodeArgs& side, const ValueArgs& a, const Page& page,
+                                int group, int t, uint8_t* rows, Fetcher& fetcher, Scale&& scale) {
   constexpr int kInWord = C == Code::kE4m3 ? 4 : 2;
-  const int64_t at = static_cast<int64_t>(group) * a.page_tokens + t;
+  const int64_t at = static_cast<int64_t>(group) * page.page_tokens + t;
   const uint8_t* codes = side.codes + at / kInWord * 64;
   unroll<kDepth / kInWord>([&](auto i) KVANT_ALWAYS {
     constexpr int kFirst = decltype(i)::value * kInWord;
     uint8_t* to = rows + kFirst * 32;
     __m512i words = _mm512_loadu_si512(codes + 64 * i.value);
-    const int left = a.token_end - t - kFirst;
+    const int left = tokens_of(page, a) - t - kFirst;
     if (left < kInWord) {
       const int mask = left > 0 ? (1 << (32 / kInWord * left)) - 1 : 0;
       words = _mm512_and_si512(words, _mm512_set1_epi32(mask));
@@ -235,19 +244,19 @@ KVANT_INLINE void unpack_values(const DecodeArgs& side, const ValueArgs& a, int 
 
 // Weights of up to tile_rows rows as A, [tokens / 32][1024 bytes] like pack_rows(); times the
 // tokens' scales. Rows that are not there are zeros from before.
-template <Code C>
-void pack_weights(const ValueArgs& a, int row, int rows, int tokens, const float* scale,
-                  uint8_t* tiles) {
-  for (int t = 0; t < tokens; t += kDepth, tiles += kTileBytes) {
+template <Code C, typename Page>
+KVANT_INLINE void pack_weights(const ValueArgs& a, const Page& page, int row, int rows,
+                               const float* scale, uint8_t* tiles) {
+  for (int t = 0; t < tokens_of(page, a); t += kDepth, tiles += kTileBytes) {
     for (int r = 0; r < rows; ++r) {
       F x[2];
       unroll<2>([&](auto i) KVANT_ALWAYS {
         const int first = t + i.value * kLanes;
-        const int left = a.token_end - first;
+        const int left = tokens_of(page, a) - first;
         const auto valid = static_cast<__mmask16>(left >= kLanes ? 0xffff
                                                   : left > 0     ? (1 << left) - 1
                                                                  : 0);
-        const float* p = a.p + static_cast<int64_t>(row + r) * a.page_tokens + first;
+        const float* p = a.p + static_cast<int64_t>(row + r) * page.page_tokens + first;
         x[i.value].v = _mm512_maskz_loadu_ps(valid, p);
         if (scale != nullptr) {
           x[i.value] = mul(x[i.value], {_mm512_maskz_loadu_ps(valid, scale + first)});
@@ -262,7 +271,6 @@ struct ValueTiles {
   uint8_t* unpacked = nullptr;  // [head_dim / 16][tokens / 32][1024], as KeyTiles; null: as stored
   const uint8_t* weights = nullptr;
   const uint16_t* exponents = nullptr;  // of load_exponents()
-  int tokens = 0;                       // in whole tiles
   float factor = 1.0f;
 };
 
@@ -277,34 +285,36 @@ void load_exponents(const DecodeArgs& side, uint16_t* exponents) {
 }
 
 // N groups of sixteen channels of up to tile_rows rows.
-template <Code C, int N>
-KVANT_OWN_FRAME void value_rows(const DecodeArgs& side, const ValueArgs& a, int row, int group,
-                                const ValueTiles& values, Fetcher& fetcher) {
+template <Code C, int N, typename Page>
+KVANT_OWN_FRAME void value_rows(const DecodeArgs& side, const ValueArgs& a, const Page& page,
+                                int row, int group, const ValueTiles& values, Fetcher& fetcher) {
   alignas(64) float sums[N * 256];
   const bool stored = values.unpacked == nullptr;
-  const int64_t group_bytes = int64_t{stored ? a.page_tokens : values.tokens} * (kLanes * 2);
+  const int tokens = (tokens_of(page, a) + kDepth - 1) / kDepth * kDepth;
+  const int64_t group_bytes = int64_t{stored ? page.page_tokens : tokens} * (kLanes * 2);
   const uint8_t* first = (stored ? side.codes : values.unpacked) + group * group_bytes;
   const bool unpacks = !stored && row == 0;
   const auto unpack = [&](int t) KVANT_ALWAYS {
     uint8_t* to = values.unpacked + group * group_bytes + t / kDepth * kTileBytes;
     for (int n = 0; n < N; ++n, to += group_bytes) {
       if (values.exponents == nullptr) {
-        unpack_values<C>(side, a, group + n, t, to, fetcher,
+        unpack_values<C>(side, a, page, group + n, t, to, fetcher,
                          [](int, __m512i bf16) KVANT_ALWAYS { return bf16; });
       } else {
-        const uint16_t* of = values.exponents + (group + n) / 2 * a.page_tokens + t;
-        unpack_values<C>(side, a, group + n, t, to, fetcher, [&](int i, __m512i bf16) KVANT_ALWAYS {
-          int32_t pair;
-          __builtin_memcpy(&pair, of + i, sizeof(pair));
-          return add_exponents(bf16, _mm512_set1_epi32(pair));
-        });
+        const uint16_t* of = values.exponents + (group + n) / 2 * page.page_tokens + t;
+        unpack_values<C>(side, a, page, group + n, t, to, fetcher,
+                         [&](int i, __m512i bf16) KVANT_ALWAYS {
+                           int32_t pair;
+                           __builtin_memcpy(&pair, of + i, sizeof(pair));
+                           return add_exponents(bf16, _mm512_set1_epi32(pair));
+                         });
       }
     }
   };
   clear_sums<N>();
   if (unpacks) unpack(0);
-  for (int t = 0; t < values.tokens; t += kDepth) {
-    if (unpacks && t + kDepth < values.tokens) unpack(t + kDepth);
+  for (int t = 0; t < tokens; t += kDepth) {
+    if (unpacks && t + kDepth < tokens) unpack(t + kDepth);
     const int64_t at = t / kDepth * kTileBytes;
     multiply_tiles<N>(values.weights + at, first + at, group_bytes, fetcher);
   }
@@ -322,13 +332,13 @@ KVANT_OWN_FRAME void value_rows(const DecodeArgs& side, const ValueArgs& a, int 
   }
 }
 
-template <Code C>
-void values_of(const DecodeArgs& side, const ValueArgs& a) {
-  const int groups = a.head_dim / kLanes;
+template <Code C, typename Page>
+void values_of(const DecodeArgs& side, const ValueArgs& a, const Page& page) {
+  const int groups = page.head_dim / kLanes;
   const int row_steps = (a.rows + a.tile_rows - 1) / a.tile_rows;
+  const int depths = (tokens_of(page, a) + kDepth - 1) / kDepth;
   ValueTiles values;
-  values.tokens = (a.token_end + kDepth - 1) / kDepth * kDepth;
-  const bool unpacks = C != Code::kBf16 || values.tokens != a.token_end;
+  const bool unpacks = C != Code::kBf16 || depths * kDepth != tokens_of(page, a);
   if (unpacks) values.unpacked = reinterpret_cast<uint8_t*>(side.out);
   const auto* scale =
       side.scale == PageScale::kF32 ? reinterpret_cast<const float*>(side.scales) : nullptr;
@@ -341,24 +351,33 @@ void values_of(const DecodeArgs& side, const ValueArgs& a) {
   alignas(64) uint8_t weights[kMaxPageTokens / kDepth * kTileBytes];
   values.weights = weights;
   if (a.rows % a.tile_rows != 0) {
-    __builtin_memset(weights, 0, static_cast<size_t>(values.tokens / kDepth) * kTileBytes);
+    __builtin_memset(weights, 0, static_cast<size_t>(depths) * kTileBytes);
   }
-  Fetcher fetcher(a.fetch, (unpacks ? groups * values.tokens / 2 : 0) +
-                               kProductSteps * row_steps * groups * (values.tokens / kDepth));
+  Fetcher fetcher(a.fetch, (unpacks ? groups * depths * kDepth / 2 : 0) +
+                               kProductSteps * row_steps * groups * depths);
   for (int row = 0; row < a.rows; row += a.tile_rows) {
     const int rows = a.rows - row < a.tile_rows ? a.rows - row : a.tile_rows;
-    pack_weights<C>(a, row, rows, values.tokens, scale, weights);
+    pack_weights<C>(a, page, row, rows, scale, weights);
     for (int group = 0; group < groups;) {
       group += with_power<kMaxTiles>(groups - group, [&](auto n) {
-        value_rows<C, decltype(n)::value>(side, a, row, group, values, fetcher);
+        value_rows<C, decltype(n)::value>(side, a, page, row, group, values, fetcher);
       });
     }
   }
 }
 
+template <Code C>
+void values_with_page(const DecodeArgs& side, const ValueArgs& a) {
+  if (a.page_tokens == 64 && a.token_end == 64) {
+    if (a.head_dim == 128) return values_of<C>(side, a, WholePage<128>{});
+    if (a.head_dim == 64) return values_of<C>(side, a, WholePage<64>{});
+  }
+  values_of<C>(side, a, AnyPage{a.head_dim, a.page_tokens, 0});
+}
+
 void values(const DecodeArgs& side, const ValueArgs& a) {
-  if (side.code == Code::kE4m3) return values_of<Code::kE4m3>(side, a);
-  values_of<Code::kBf16>(side, a);
+  if (side.code == Code::kE4m3) return values_with_page<Code::kE4m3>(side, a);
+  values_with_page<Code::kBf16>(side, a);
 }
 
 // ---- state ----

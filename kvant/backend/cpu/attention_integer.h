@@ -25,12 +25,12 @@ enum class PageScale : uint8_t;
 
 // Query rows as integers: x = scale * (256 * hi + lo), channels in the order of K's words.
 struct IntegerRows {
-  int8_t* hi = nullptr;    // [rows][head_dim]
+  int8_t* hi = nullptr;    // [rows][head_dim]; or tiles of both (RoundQueriesArgs), aligned to 64
   int8_t* lo = nullptr;    // [rows][head_dim]
   float* scale = nullptr;  // [rows]
   // Of each block of K, [rows][head_dim / 16]: the sum of the integers times minus the codes'
   // offset, as 256 * start + (rest >> 24 unsigned), and that sum itself. With scales per channel
-  // there is one block, and its sum is q . zero.
+  // nothing is taken back, and the sum is q . zero, [rows].
   int32_t* start = nullptr;
   int32_t* rest = nullptr;
   float* sum = nullptr;
@@ -55,6 +55,7 @@ struct FetchPart {
 
 // Query rows of a tile of a matrix unit: four where there are no more, else eight.
 constexpr int kMaxTileRows = 8;
+constexpr int kQueryTileBytes = 1024;
 
 struct RoundQueriesArgs {
   const float* q = nullptr;  // [rows][head_dim]
@@ -63,11 +64,15 @@ struct RoundQueriesArgs {
   Code code{};
   int block = 0;                     // of K; head_dim for scales per channel
   const uint8_t* channel = nullptr;  // f16 scales of the channels, then their zeros; or null
+  // Not 0: out.hi takes [row / 8][64 channels][upper bytes of tile_rows rows, then lower ones]
+  // [64 bytes], kQueryTileBytes for each 64 channels; bytes of rows that are not there are any.
+  int tile_rows = 0;
   IntegerRows out;
   FetchPart fetch = {};
 };
 
-// s[r][t] = q[r] . k[t] for t in [0, 16 * num_tiles); without q . zero of channels.
+// s[r][t] = q[r] . k[t] for t in [0, 16 * num_tiles); without q . zero of channels. Tiles take
+// queries in tiles.
 struct IntegerScoreArgs {
   IntegerRows q;
   const uint8_t* codes = nullptr;
@@ -90,9 +95,7 @@ struct IntegerValueArgs {
   const float* p = nullptr;  // [rows][page_tokens]; of tokens from 16 * num_tiles on: not read
   const uint8_t* codes = nullptr;
   const uint8_t* scales = nullptr;
-  Code code{};
-  PageScale scale{};
-  int block = 0;
+  PageScale scale{};  // says what codes are, too
   const float* factor = nullptr;
   float* acc = nullptr;
   int64_t acc_stride = 0;
@@ -113,6 +116,11 @@ struct IntegerKernels {
 };
 
 constexpr int kMaxHeadDim = 256;
+
+// What the bytes of `rows` rounded queries need.
+constexpr int64_t query_integer_bytes(int rows, int head_dim) {
+  return int64_t{(rows + 7) / 8 * 8} * ((head_dim + 63) / 64 * 64) * 2;
+}
 
 // What values() needs, aligned to 64.
 constexpr int64_t integer_scratch_bytes(int head_dim) {

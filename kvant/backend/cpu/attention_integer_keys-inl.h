@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kvant/backend/cpu/attention_integer-inl.h"
+#include "kvant/backend/cpu/attention_shape-inl.h"
 
 namespace kvant::backend::cpu::avx512 {
 namespace {
@@ -44,17 +45,32 @@ __m512i packed_order(Code code) {
                                .at);
 }
 
+// Where the bytes of rounded queries go: rows of head_dim bytes, or of tiles of A.
+struct QueryBytes {
+  int64_t row;    // from a row to the next
+  int64_t chunk;  // from 64 channels to the next
+  int64_t low;    // from upper bytes to lower ones
+  bool whole;     // chunks are written whole, with zeros behind the last channels
+};
+template <typename Page>
+KVANT_INLINE QueryBytes query_bytes(const RoundQueriesArgs& a, const Page& page) {
+  if (!kIsWhole<Page> && a.tile_rows == 0) {
+    return {page.head_dim, 64, a.out.lo - a.out.hi, false};
+  }
+  return {64, kQueryTileBytes, a.tile_rows * 64, true};
+}
+
 // 64 integers of at most 16 bits as their low bytes, signed, and what remains, divided by 256.
-KVANT_INLINE void store_bytes(const __m512i* x, __m512i order, __mmask64 valid, int8_t* lo,
-                              int8_t* hi) {
+KVANT_INLINE void store_bytes(const __m512i* x, __m512i order, __mmask64 mask, int8_t* hi,
+                              int8_t* lo) {
   const __m512i a = _mm512_packs_epi32(x[0], x[1]);
   const __m512i b = _mm512_packs_epi32(x[2], x[3]);
   const __m512i low = _mm512_set1_epi16(255), half = _mm512_set1_epi16(128);
   const __m512i lows = _mm512_packus_epi16(_mm512_and_si512(a, low), _mm512_and_si512(b, low));
   const __m512i highs = _mm512_packs_epi16(_mm512_srai_epi16(_mm512_add_epi16(a, half), 8),
                                            _mm512_srai_epi16(_mm512_add_epi16(b, half), 8));
-  _mm512_mask_storeu_epi8(lo, valid, _mm512_permutexvar_epi8(order, lows));
-  _mm512_mask_storeu_epi8(hi, valid, _mm512_permutexvar_epi8(order, highs));
+  _mm512_mask_storeu_epi8(lo, mask, _mm512_permutexvar_epi8(order, lows));
+  _mm512_mask_storeu_epi8(hi, mask, _mm512_permutexvar_epi8(order, highs));
 }
 
 // Rows that are rounded together: finding the largest of one is a chain of latencies.
@@ -66,19 +82,23 @@ KVANT_INLINE F larger_magnitude(F a, F b) {
 }
 
 // Rounds M rows of `x` [M][head_dim], `largest` magnitudes of each in its lanes.
-template <int M>
-KVANT_INLINE void round_rows(const RoundQueriesArgs& a, const float* x, const F (&largest)[M],
-                             int row, __m512i order) {
-  const int d = a.head_dim;
-  float all_max[M], inverse[M];
-  max_rows(largest, all_max);
-  unroll<M>([&](auto m) KVANT_ALWAYS {
-    const float amax = all_max[m.value];
-    inverse[m.value] = amax > 0.0f ? kLargestQuery / amax : 0.0f;
-    a.out.scale[row + m.value] = amax / kLargestQuery * code_factor(a.code);
-  });
-  for (int c = 0; c < d; c += 64) {
-    const __mmask64 valid = d - c >= 64 ? ~__mmask64{0} : (__mmask64{1} << (d - c)) - 1;
+template <int M, typename Page>
+KVANT_INLINE void round_rows(const RoundQueriesArgs& a, const Page& page, const float* x,
+                             const F (&largest)[M], int row, __m512i order) {
+  const int64_t d = page.head_dim;
+  const __m256 amax = lower_half(max_rows(largest)), most = _mm256_set1_ps(kLargestQuery);
+  const __mmask8 positive = _mm256_cmp_ps_mask(amax, _mm256_setzero_ps(), _CMP_GT_OQ);
+  alignas(32) float inverse[kRoundedRows];
+  _mm256_store_ps(inverse, _mm256_maskz_div_ps(positive, most, amax));
+  _mm256_mask_storeu_ps(
+      a.out.scale + row, (1 << M) - 1,
+      _mm256_mul_ps(_mm256_div_ps(amax, most), _mm256_set1_ps(code_factor(a.code))));
+  const QueryBytes bytes = query_bytes(a, page);
+  const int64_t chunks = (d + 63) / 64;
+  int8_t* hi = a.out.hi + (a.tile_rows == 0 ? row * d : row / kRoundedRows * chunks * bytes.chunk);
+  for (int64_t c = 0; c < d; c += 64, hi += bytes.chunk) {
+    const __mmask64 mask =
+        bytes.whole || d - c >= 64 ? ~__mmask64{0} : (__mmask64{1} << (d - c)) - 1;
     unroll<M>([&](auto m) KVANT_ALWAYS {
       const float* from = x + m.value * d + c;
       __m512i integers[4];
@@ -89,8 +109,8 @@ KVANT_INLINE void round_rows(const RoundQueriesArgs& a, const float* x, const F 
               _mm512_cvtps_epi32(mul(load(from + i.value * kLanes), bcast(inverse[m.value])).v);
         }
       });
-      const int64_t at = static_cast<int64_t>(row + m.value) * d + c;
-      store_bytes(integers, order, valid, a.out.lo + at, a.out.hi + at);
+      int8_t* to = hi + m.value * bytes.row;
+      store_bytes(integers, order, mask, to, to + bytes.low);
     });
   }
 }
@@ -125,11 +145,11 @@ void sum_blocks(const RoundQueriesArgs& a, int row) {
 }
 
 // x = q times the channels' scales, and q . zero into a.out.sum.
-template <int M>
-KVANT_INLINE void multiply_channels(const RoundQueriesArgs& a, int row, float* x, F (&largest)[M],
-                                    Fetcher& fetcher) {
-  const int d = a.head_dim;
-  const float* q = a.q + static_cast<int64_t>(row) * d;
+template <int M, typename Page>
+KVANT_INLINE void multiply_channels(const RoundQueriesArgs& a, const Page& page, int row, float* x,
+                                    F (&largest)[M], Fetcher& fetcher) {
+  const int64_t d = page.head_dim;
+  const float* q = a.q + row * d;
   F sum[M];
   unroll<M>([&](auto m) KVANT_ALWAYS { sum[m.value] = largest[m.value] = zero(); });
   for (int c = 0; c < d; c += kLanes) {
@@ -144,36 +164,48 @@ KVANT_INLINE void multiply_channels(const RoundQueriesArgs& a, int row, float* x
     });
     fetcher.step();
   }
-  float dot[M];
-  sum_rows(sum, dot);
-  unroll<M>([&](auto m) KVANT_ALWAYS {
-    const int64_t at = (row + m.value) * (d / kLanes);
-    a.out.sum[at] = dot[m.value];
-    a.out.start[at] = a.out.rest[at] = 0;
-  });
+  store_first<M>(a.out.sum + row, sum_rows(sum));
 }
 
-void round_queries(const RoundQueriesArgs& a) {
+template <bool kChannels, typename Page>
+KVANT_INLINE void round_page(const RoundQueriesArgs& a, const Page& page) {
   const __m512i order = packed_order(a.code);
   const int row_steps = (a.rows + kRoundedRows - 1) / kRoundedRows;
-  Fetcher fetcher(a.fetch, row_steps * (a.head_dim / kLanes));
+  Fetcher fetcher(a.fetch, row_steps * (page.head_dim / kLanes));
   for (int r = 0; r < a.rows; r += kRoundedRows) {
     with_count<kRoundedRows>(a.rows - r, [&](auto m) {
       constexpr int M = decltype(m)::value;
       alignas(64) float products[M * kMaxHeadDim];
-      const float* x = a.q + static_cast<int64_t>(r) * a.head_dim;
+      const float* x = a.q + static_cast<int64_t>(r) * page.head_dim;
       F largest[M];
-      if (a.channel != nullptr) {
-        multiply_channels<M>(a, r, products, largest, fetcher);
+      if constexpr (kChannels) {
+        multiply_channels<M>(a, page, r, products, largest, fetcher);
         x = products;
       } else {
-        find_largest<M>(x, a.head_dim, largest);
+        find_largest<M>(x, page.head_dim, largest);
       }
-      round_rows<M>(a, x, largest, r, order);
+      round_rows<M>(a, page, x, largest, r, order);
     });
   }
+}
+
+void round_queries(const RoundQueriesArgs& a) {
+  const AnyPage any{a.head_dim, 0, 0};
   if (a.channel == nullptr) {
+    round_page<false>(a, any);
     for (int r = 0; r < a.rows; ++r) sum_blocks(a, r);
+    return;
+  }
+  if (a.tile_rows == 0) {  // nothing is taken back
+    const int64_t stride = a.head_dim / kLanes;
+    for (int64_t r = 0; r < a.rows; ++r) a.out.start[r * stride] = a.out.rest[r * stride] = 0;
+  }
+  if (a.head_dim == 128 && a.tile_rows != 0) {
+    round_page<true>(a, WholePage<128>{});
+  } else if (a.head_dim == 64 && a.tile_rows != 0) {
+    round_page<true>(a, WholePage<64>{});
+  } else {
+    round_page<true>(a, any);
   }
 }
 

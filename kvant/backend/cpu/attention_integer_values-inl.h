@@ -6,25 +6,18 @@
 namespace kvant::backend::cpu::avx512 {
 namespace {
 
-// V's formats: blocks of B groups of sixteen channels share a scale.
-template <Code C_, int B_>
-struct ValueFormat {
-  static constexpr Code C = C_;
-  static constexpr int B = B_;
-  static constexpr int kTokens = C == Code::kS8 ? 4 : 8;  // in a word
-};
-
 // M query rows with N groups of sixteen channels at a time, from `group` to `end`.
-template <typename Format, int M, int N>
-KVANT_OWN_FRAME void value_tiles(const IntegerValueArgs& a, const ValueChunk& chunk, int row,
-                                 int group, int end, Fetcher& fetcher) {
-  constexpr Code C = Format::C;
-  constexpr int kTokens = Format::kTokens;
-  constexpr int kBlockGroups = Format::B > N ? N : Format::B;  // of a tile
+template <typename Side, int M, int N>
+KVANT_OWN_FRAME void value_tiles(const IntegerValueArgs& a, int num_tiles, const ValueChunk& chunk,
+                                 int row, int group, int end, Fetcher& fetcher) {
+  constexpr Code C = Side::C;
+  constexpr int kTokens = Side::kTokens;
+  constexpr int kOfBlock = Side::kBlock / kLanes;            // groups of a block
+  constexpr int kBlockGroups = kOfBlock > N ? N : kOfBlock;  // of a tile
   constexpr int kBlockBytes = M * kWeightBytes;
   const int64_t group_bytes = static_cast<int64_t>(a.page_tokens) / kTokens * 64;
   const uint8_t* codes = a.codes + group * group_bytes + chunk.first_tile * (kLanes / kTokens * 64);
-  const uint8_t* weights = chunk.weights + group / Format::B * kBlockBytes;
+  const uint8_t* weights = chunk.weights + group / kOfBlock * kBlockBytes;
   for (; group < end; group += N, codes += N * group_bytes) {
     __m512i high[M][N], low[M][N];
     unroll<M>([&](auto m) KVANT_ALWAYS {
@@ -32,7 +25,7 @@ KVANT_OWN_FRAME void value_tiles(const IntegerValueArgs& a, const ValueChunk& ch
         high[m.value][n.value] = low[m.value][n.value] = _mm512_setzero_si512();
       });
     });
-    for (int tile = 0; tile < chunk.num_tiles; ++tile) {
+    for (int tile = 0; tile < num_tiles; ++tile) {
       unroll<kLanes / kTokens>([&](auto w) KVANT_ALWAYS {
         __m512i words[N];
         unroll<N>([&](auto n) KVANT_ALWAYS {
@@ -63,7 +56,7 @@ KVANT_OWN_FRAME void value_tiles(const IntegerValueArgs& a, const ValueChunk& ch
       float* out = a.acc + (row + m.value) * a.acc_stride + group * kLanes;
       unroll<N>([&](auto n) KVANT_ALWAYS {
         add_sums<C>(out + n.value * kLanes, high[m.value][n.value], low[m.value][n.value], factor,
-                    scale, chunk.terms[m.value][(group + n.value) / Format::B]);
+                    scale, chunk.terms[m.value][(group + n.value) / kOfBlock]);
       });
     });
     weights += N / kBlockGroups * kBlockBytes;
@@ -75,20 +68,21 @@ constexpr int groups_at_once(int rows) {
   return rows == 1 ? 8 : rows == 2 ? 4 : 2;
 }
 
-template <typename Format>
-void value_chunk(const IntegerValueArgs& a, ValueChunk& chunk, Fetcher& fetcher) {
-  prepare_scales(a, chunk, fetcher);
-  const int num_groups = a.head_dim / kLanes;
+template <typename Side>
+void value_chunk(const IntegerValueArgs& a, const AnyPage& page, ValueChunk& chunk,
+                 Fetcher& fetcher) {
+  prepare_scales<Side>(a, page, chunk, fetcher);
+  const int num_groups = a.head_dim / kLanes, num_tiles = tiles_of_chunk(page, chunk);
   for (int r = 0; r < a.rows; r += kMaxRows) {
     with_count<kMaxRows>(a.rows - r, [&](auto m) {
       constexpr int M = decltype(m)::value;
-      prepare_weights<M>(a, chunk, r, M, fetcher);
-      if constexpr (Format::C == Code::kU4) sum_zeros<M>(a, chunk, r);
+      prepare_weights<Side, M>(a, page, chunk, r, M, fetcher);
+      if constexpr (Side::C == Code::kU4) sum_zeros<Side, M>(a, page, chunk, r);
       for (int group = 0; group < num_groups;) {
         with_power<groups_at_once(M)>(num_groups - group, [&](auto n) {
           constexpr int N = decltype(n)::value;
           const int end = num_groups - (num_groups - group) % N;
-          value_tiles<Format, M, N>(a, chunk, r, group, end, fetcher);
+          value_tiles<Side, M, N>(a, num_tiles, chunk, r, group, end, fetcher);
           group = end;
         });
       }
@@ -96,28 +90,27 @@ void value_chunk(const IntegerValueArgs& a, ValueChunk& chunk, Fetcher& fetcher)
   }
 }
 
-void values(const IntegerValueArgs& a) {
-  const int num_blocks = (a.head_dim + a.block - 1) / a.block;
-  ValueChunk chunk = first_chunk(a);
+template <typename Side>
+void values_of(const IntegerValueArgs& a) {
+  const AnyPage page{a.head_dim, a.page_tokens, a.num_tiles};
+  const int num_blocks = Side::blocks_of(page);
+  ValueChunk chunk;
+  begin_chunks<Side>(a, page, chunk);
   const int last_rows = a.rows % kMaxRows == 0 ? kMaxRows : a.rows % kMaxRows;
   const int groups = groups_at_once(a.rows < kMaxRows ? last_rows : kMaxRows);
   const int row_steps = (a.rows + kMaxRows - 1) / kMaxRows;
   const int chunks = (a.num_tiles * kLanes + kChunkTokens - 1) / kChunkTokens;
-  const int scale_steps = a.scale == PageScale::kE4m3 ? num_blocks : 0;
+  const int scale_steps = Side::S == PageScale::kE4m3 ? num_blocks : 0;
   const int weight_steps = a.rows + num_blocks * row_steps;
   const int product_steps = a.num_tiles * row_steps * ((a.head_dim / kLanes + groups - 1) / groups);
   Fetcher fetcher(a.fetch, chunks * (scale_steps + weight_steps) + product_steps);
-  for (int first = 0; first < a.num_tiles; first += kChunkTokens / kLanes) {
-    chunk.first_tile = first;
-    const int tiles = a.num_tiles - first;
-    chunk.num_tiles = tiles < kChunkTokens / kLanes ? tiles : kChunkTokens / kLanes;
-    switch (a.scale) {
-      case PageScale::kE4m3: value_chunk<ValueFormat<Code::kE2m1, 1>>(a, chunk, fetcher); break;
-      case PageScale::kE8m0: value_chunk<ValueFormat<Code::kE2m1, 2>>(a, chunk, fetcher); break;
-      case PageScale::kF16Pair: value_chunk<ValueFormat<Code::kU4, 2>>(a, chunk, fetcher); break;
-      default: value_chunk<ValueFormat<Code::kS8, 2>>(a, chunk, fetcher); break;
-    }
+  for (; chunk.first_tile < a.num_tiles; chunk.first_tile += kChunkTokens / kLanes) {
+    value_chunk<Side>(a, page, chunk, fetcher);
   }
+}
+
+void values(const IntegerValueArgs& a) {
+  with_value_side(a, [&](auto side) { values_of<decltype(side)>(a); });
 }
 
 }  // namespace

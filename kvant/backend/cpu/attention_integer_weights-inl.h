@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kvant/backend/cpu/attention_integer-inl.h"
+#include "kvant/backend/cpu/attention_shape-inl.h"
 
 namespace kvant::backend::cpu::avx512 {
 namespace {
@@ -12,76 +13,94 @@ constexpr float kLargestWeight = 32767.0f;
 constexpr float kValueOffset = 8.0f;  // of 4-bit unsigned codes, which goes into their zeros
 constexpr int kWeightBytes = 2 * kChunkTokens;  // upper bytes, then lower ones
 
-// Up to 64 tokens of a page. Words and bytes have tokens in the order of V's bytes
-// (value_bytes()).
+// What V's codes are, with what scales: each combination that formats have.
+template <Code C_, PageScale S_>
+struct ValueSide {
+  static constexpr Code C = C_;
+  static constexpr PageScale S = S_;
+  static constexpr int kBlock = S == PageScale::kE4m3 ? 16 : 32;  // channels of a scale
+  static constexpr int kTokens = C == Code::kS8 ? 4 : 8;          // in a word
+  template <typename Page>
+  static constexpr int blocks_of(const Page& page) {
+    return (page.head_dim + kBlock - 1) / kBlock;
+  }
+};
+
+// Up to 64 tokens of a page. Words have tokens in the order in which packing leaves them
+// (to_words()), bytes in that of V's bytes (value_bytes()).
 struct ValueChunk {
   int first_tile = 0;
-  int num_tiles = 0;                 // with weights
-  int16_t* scales = nullptr;         // [blocks][64], at most 2^15 - 1
-  float* zeros = nullptr;            // [blocks][64], in token order
-  F power[kChunkTokens / kLanes];    // of each token: what its scales have to be multiplied by
-  __m512i order;                     // for store_words()
-  uint8_t* weights = nullptr;        // of a tile of rows: [blocks][rows][2][64]
-  float weight_scale[kMaxTileRows];  // of those rows
+  int16_t* scales = nullptr;       // [blocks][64], at most 2^15 - 1
+  float* zeros = nullptr;          // [blocks][64], in token order
+  F power[kChunkTokens / kLanes];  // of each token: what its scales have to be multiplied by
+  __m512i order;                   // of 32 words: their upper bytes, then their lower ones
+  uint8_t* weights = nullptr;      // of a tile of rows: [blocks][rows][2][64]
+  alignas(32) float weight_scale[kMaxTileRows];  // of those rows
   float terms[kMaxTileRows]
              [kMaxHeadDim / 16];  // of rows and blocks: the sums of weights times zeros
 };
+
+// Where the chunk begins in the page, and its tiles that have weights: whole pages are one chunk.
+template <typename Page>
+constexpr int first_of_chunk(const Page&, const ValueChunk& chunk) {
+  return kIsWhole<Page> ? 0 : chunk.first_tile;
+}
+template <typename Page>
+constexpr int tiles_of_chunk(const Page& page, const ValueChunk& chunk) {
+  const int tiles = page.num_tiles - first_of_chunk(page, chunk);
+  return tiles < kChunkTokens / kLanes ? tiles : kChunkTokens / kLanes;
+}
 
 // Token of place i % 8 of eight when V's words are taken apart four tokens at a time.
 constexpr int token_of_place(int tokens_in_word, int i) {
   return tokens_in_word == 8 ? i % 4 * 2 + i / 4 : i;
 }
 
-// Where packs_epi32 leaves each token of 32.
-template <int kTokens>
-constexpr Order<int16_t, 32> order_of_words() {
-  Order<int16_t, 32> order{};
-  for (int i = 0; i < 32; ++i) {
-    const int t = i / 8 * 8 + token_of_place(kTokens, i % 8);
-    order.at[i] = static_cast<int16_t>(t % 16 / 4 * 8 + t / 16 * 4 + t % 4);
-  }
-  return order;
+// Where to_words() leaves token `t` of 32.
+constexpr int place_of_token(int t) {
+  return t % 16 / 4 * 8 + t / 16 * 4 + t % 4;
 }
-alignas(64) constexpr Order<int16_t, 32> kWordsOfFour = order_of_words<4>();
-alignas(64) constexpr Order<int16_t, 32> kWordsOfEight = order_of_words<8>();
 
-// Bytes of 64 tokens in the order of words of eight.
+// From words of 32 tokens to bytes in the order of V's.
+template <int kTokens>
 constexpr Order<int8_t, 64> order_of_bytes() {
   Order<int8_t, 64> order{};
-  for (int i = 0; i < 64; ++i) {
-    order.at[i] = static_cast<int8_t>(i / 8 * 8 + token_of_place(8, i % 8));
+  for (int i = 0; i < 32; ++i) {
+    const int word = place_of_token(i / 8 * 8 + token_of_place(kTokens, i % 8));
+    order.at[i] = static_cast<int8_t>(2 * word + 1);
+    order.at[32 + i] = static_cast<int8_t>(2 * word);
   }
   return order;
 }
-alignas(64) constexpr Order<int8_t, 64> kBytesOfEight = order_of_bytes();
+alignas(64) constexpr Order<int8_t, 64> kBytesOfFour = order_of_bytes<4>();
+alignas(64) constexpr Order<int8_t, 64> kBytesOfEight = order_of_bytes<8>();
 
-// The upper bytes of 32 words, then the lower ones.
-constexpr Order<int8_t, 64> order_of_halves() {
+// From bytes of 64 tokens in order to the order of words.
+constexpr Order<int8_t, 64> order_of_scales() {
   Order<int8_t, 64> order{};
-  for (int i = 0; i < 64; ++i) {
-    order.at[i] = static_cast<int8_t>(i < 32 ? 2 * i + 1 : 2 * (i - 32));
-  }
+  for (int t = 0; t < 64; ++t)
+    order.at[t / 32 * 32 + place_of_token(t % 32)] = static_cast<int8_t>(t);
   return order;
 }
-alignas(64) constexpr Order<int8_t, 64> kUpperThenLower = order_of_halves();
+alignas(64) constexpr Order<int8_t, 64> kWordsOfScales = order_of_scales();
 
-// Four vectors of 32-bit integers, in token order, as 64 words in the order of V's bytes.
-KVANT_INLINE void to_words(const __m512i* v, __m512i order, __m512i* words) {
-  unroll<2>([&](auto half) KVANT_ALWAYS {
-    constexpr int h = decltype(half)::value;
-    words[h] = _mm512_permutexvar_epi16(order, _mm512_packs_epi32(v[2 * h], v[2 * h + 1]));
-  });
+// Four vectors of 32-bit integers, in token order, as 64 words.
+KVANT_INLINE void to_words(const __m512i* v, __m512i* words) {
+  words[0] = _mm512_packs_epi32(v[0], v[1]);
+  words[1] = _mm512_packs_epi32(v[2], v[3]);
 }
 
 // E4M3 scales, in integers: a scale is m 2^(e - 10) with m < 16, and 2^11 m 2^(e - E) is exact down
 // to 2^-11 of the token's largest exponent E. The power is 2^(E - 21).
-void prepare_e4m3_scales(const IntegerValueArgs& a, ValueChunk& chunk, Fetcher& fetcher) {
-  const int num_blocks = (a.head_dim + a.block - 1) / a.block;
-  const int tokens = a.page_tokens < kChunkTokens ? a.page_tokens : kChunkTokens;
+template <typename Page>
+KVANT_INLINE void prepare_e4m3_scales(const IntegerValueArgs& a, const Page& page,
+                                      ValueChunk& chunk, Fetcher& fetcher) {
+  const int num_blocks = page.head_dim / 16;
+  const int tokens = page.page_tokens < kChunkTokens ? page.page_tokens : kChunkTokens;
   const __mmask64 valid = tokens == 64 ? ~__mmask64{0} : (__mmask64{1} << tokens) - 1;
-  const uint8_t* codes = a.scales + chunk.first_tile * kLanes;
+  const uint8_t* codes = a.scales + first_of_chunk(page, chunk) * kLanes;
   const auto load_codes = [&](int b) KVANT_ALWAYS {
-    return _mm512_maskz_loadu_epi8(valid, codes + static_cast<int64_t>(b) * a.page_tokens);
+    return _mm512_maskz_loadu_epi8(valid, codes + static_cast<int64_t>(b) * page.page_tokens);
   };
   __m512i largest = _mm512_setzero_si512();
   for (int b = 0; b < num_blocks; ++b) largest = _mm512_max_epu8(largest, load_codes(b));
@@ -93,7 +112,7 @@ void prepare_e4m3_scales(const IntegerValueArgs& a, ValueChunk& chunk, Fetcher& 
         _mm512_max_epi32(shr(load_u8(bytes + tile.value * kLanes), 3).v, _mm512_set1_epi32(1));
     chunk.power[tile.value] = as_float(shl({_mm512_add_epi32(e, _mm512_set1_epi32(127 - 21))}, 23));
   });
-  const __m512i by_words = _mm512_load_si512(kBytesOfEight.at);
+  const __m512i by_words = _mm512_load_si512(kWordsOfScales.at);
   const auto widen = [&](__m512i x, int half) KVANT_ALWAYS {
     return _mm512_cvtepu8_epi16(half == 0 ? _mm512_castsi512_si256(x)
                                           : _mm512_extracti64x4_epi64(x, 1));
@@ -101,6 +120,7 @@ void prepare_e4m3_scales(const IntegerValueArgs& a, ValueChunk& chunk, Fetcher& 
   const auto exponent = [&](__m512i x)
                             KVANT_ALWAYS { return _mm512_max_epi16(_mm512_srli_epi16(x, 3), one); };
   largest = _mm512_permutexvar_epi8(by_words, largest);
+  int16_t* scales = chunk.scales;
   const __m512i top[2] = {exponent(widen(largest, 0)), exponent(widen(largest, 1))};
   for (int b = 0; b < num_blocks; ++b) {
     const __m512i x = _mm512_permutexvar_epi8(by_words, load_codes(b));
@@ -111,21 +131,24 @@ void prepare_e4m3_scales(const IntegerValueArgs& a, ValueChunk& chunk, Fetcher& 
       const __m512i mantissa = _mm512_sub_epi16(w, _mm512_slli_epi16(_mm512_sub_epi16(e, one), 3));
       const __m512i scale =
           _mm512_srlv_epi16(_mm512_slli_epi16(mantissa, 11), _mm512_sub_epi16(top[half.value], e));
-      _mm512_storeu_si512(chunk.scales + b * kChunkTokens + 32 * half.value, scale);
+      _mm512_storeu_si512(scales + b * kChunkTokens + 32 * half.value, scale);
     });
     if (b % 4 == 3) fetcher.step(4);
   }
 }
 
 // Any other scales: rounded to 2^-14 of the token's power of two, which the power has 2^-14 times.
-template <PageScale S>
-void prepare_float_scales(const IntegerValueArgs& a, ValueChunk& chunk) {
-  const int num_blocks = (a.head_dim + a.block - 1) / a.block;
-  const int page_tiles = (a.page_tokens < kChunkTokens ? a.page_tokens : kChunkTokens) / kLanes;
-  const int64_t block_bytes = static_cast<int64_t>(a.page_tokens) * scale_stride(S);
+template <typename Side, typename Page>
+KVANT_INLINE void prepare_float_scales(const IntegerValueArgs& a, const Page& page,
+                                       ValueChunk& chunk) {
+  constexpr PageScale S = Side::S;
+  const int num_blocks = Side::blocks_of(page);
+  const int page_tiles =
+      (page.page_tokens < kChunkTokens ? page.page_tokens : kChunkTokens) / kLanes;
+  const int64_t block_bytes = static_cast<int64_t>(page.page_tokens) * scale_stride(S);
   const auto side_of = [&](int b, int tile) KVANT_ALWAYS {
-    return load_scales(S, a.scales + b * block_bytes, (chunk.first_tile + tile) * kLanes,
-                       2 * a.page_tokens);
+    return load_scales(S, a.scales + b * block_bytes, (first_of_chunk(page, chunk) + tile) * kLanes,
+                       2 * page.page_tokens);
   };
   F inverse[4];
   for (int tile = 0; tile < 4; ++tile) {
@@ -152,7 +175,7 @@ void prepare_float_scales(const IntegerValueArgs& a, ValueChunk& chunk) {
               fma(side.scale, bcast(kValueOffset), side.zero));
       }
     }
-    to_words(scale, chunk.order, words);
+    to_words(scale, words);
     unroll<2>([&](auto h) KVANT_ALWAYS {
       _mm512_storeu_si512(chunk.scales + b * kChunkTokens + 32 * h.value, words[h.value]);
     });
@@ -173,14 +196,21 @@ KVANT_INLINE F alternating(float x) {
 
 // Weights of M rows times the tokens' powers, as integers of which the largest is 2^15 - 1; these
 // times the scales of each block, as bytes of a tile of `rows`.
-template <int M>
-void prepare_weights(const IntegerValueArgs& a, ValueChunk& chunk, int row, int rows,
-                     Fetcher& fetcher) {
-  const int num_blocks = (a.head_dim + a.block - 1) / a.block;
-  const float* p = a.p + static_cast<int64_t>(row) * a.page_tokens + chunk.first_tile * kLanes;
+template <typename Side, int M, typename Page>
+void prepare_weights(const IntegerValueArgs& a, const Page& page, ValueChunk& chunk, int row,
+                     int rows, Fetcher& fetcher) {
+  const int num_blocks = Side::blocks_of(page);
+  const int num_tiles = tiles_of_chunk(page, chunk);
+  const int64_t stride = page.page_tokens;
+  const float* p = a.p + row * stride + first_of_chunk(page, chunk) * kLanes;
+  // Copies: stores of bytes could change what `chunk` has.
+  const F power[4] = {chunk.power[0], chunk.power[1], chunk.power[2], chunk.power[3]};
+  const __m512i order = chunk.order;
+  const int16_t* scales = chunk.scales;
+  uint8_t* to = chunk.weights;
   const auto weight_of = [&](auto m, auto tile) KVANT_ALWAYS {
-    if (tile.value >= chunk.num_tiles) return zero();
-    return mul(load(p + m.value * a.page_tokens + tile.value * kLanes), chunk.power[tile.value]);
+    if (tile.value >= num_tiles) return zero();
+    return mul(load(p + m.value * stride + tile.value * kLanes), power[tile.value]);
   };
   constexpr bool kKeeps = M <= kMaxRows;  // in registers
   F x[kKeeps ? M : 1][4];
@@ -194,12 +224,16 @@ void prepare_weights(const IntegerValueArgs& a, ValueChunk& chunk, int row, int 
     });
   });
   fetcher.step(M);
-  float all_max[M];
-  max_rows(largest, all_max);
+  const __m256 unit =
+      _mm256_mul_ps(lower_half(max_rows(largest)), _mm256_set1_ps(1.0f / kLargestWeight));
+  const __mmask8 counts = _mm256_cmp_ps_mask(unit, _mm256_set1_ps(0x1p-100f), _CMP_GT_OQ);
+  alignas(32) float inverse[kMaxTileRows];
+  _mm256_store_ps(inverse, _mm256_maskz_div_ps(counts, _mm256_set1_ps(1.0f), unit));
+  _mm256_store_ps(chunk.weight_scale,
+                  _mm256_mul_ps(unit, _mm256_set1_ps(value_factor(Side::C) * 0x1p15f)));
   __m512i words[M][2];
   unroll<M>([&](auto m) KVANT_ALWAYS {
-    const float unit = all_max[m.value] * (1.0f / kLargestWeight);
-    const F inverse = alternating(unit > 0x1p-100f ? 1.0f / unit : 0.0f);
+    const F of_row = alternating(inverse[m.value]);
     __m512i weight[4];
     unroll<4>([&](auto tile) KVANT_ALWAYS {
       F w;
@@ -208,20 +242,17 @@ void prepare_weights(const IntegerValueArgs& a, ValueChunk& chunk, int row, int 
       } else {
         w = weight_of(m, tile);
       }
-      weight[tile.value] = _mm512_cvtps_epi32(mul(w, inverse).v);
+      weight[tile.value] = _mm512_cvtps_epi32(mul(w, of_row).v);
     });
-    to_words(weight, chunk.order, words[m.value]);
-    chunk.weight_scale[m.value] = unit * value_factor(a.code) * 0x1p15f;
+    to_words(weight, words[m.value]);
   });
-  const __m512i halves = _mm512_load_si512(kUpperThenLower.at);
-  for (int b = 0; b < num_blocks; ++b) {
-    uint8_t* to = chunk.weights + static_cast<int64_t>(b) * rows * kWeightBytes;
+  for (int b = 0; b < num_blocks; ++b, to += rows * kWeightBytes, scales += kChunkTokens) {
     unroll<2>([&](auto h) KVANT_ALWAYS {
-      const __m512i scale = _mm512_loadu_si512(chunk.scales + b * kChunkTokens + 32 * h.value);
+      const __m512i scale = _mm512_loadu_si512(scales + 32 * h.value);
       unroll<M>([&](auto m) KVANT_ALWAYS {
         const __m512i product =
             _mm512_abs_epi16(_mm512_mulhrs_epi16(words[m.value][h.value], scale));
-        const __m512i bytes = _mm512_permutexvar_epi8(halves, product);
+        const __m512i bytes = _mm512_permutexvar_epi8(order, product);
         uint8_t* upper = to + m.value * kWeightBytes + 32 * h.value;
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(upper), _mm512_castsi512_si256(bytes));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(upper + kChunkTokens),
@@ -232,32 +263,36 @@ void prepare_weights(const IntegerValueArgs& a, ValueChunk& chunk, int row, int 
   }
 }
 
-void prepare_scales(const IntegerValueArgs& a, ValueChunk& chunk, Fetcher& fetcher) {
-  switch (a.scale) {
-    case PageScale::kE4m3: return prepare_e4m3_scales(a, chunk, fetcher);
-    case PageScale::kE8m0: return prepare_float_scales<PageScale::kE8m0>(a, chunk);
-    case PageScale::kF16Pair: return prepare_float_scales<PageScale::kF16Pair>(a, chunk);
-    default: prepare_float_scales<PageScale::kF16>(a, chunk);
+template <typename Side, typename Page>
+KVANT_INLINE void prepare_scales(const IntegerValueArgs& a, const Page& page, ValueChunk& chunk,
+                                 Fetcher& fetcher) {
+  if constexpr (Side::S == PageScale::kE4m3) {
+    prepare_e4m3_scales(a, page, chunk, fetcher);
+  } else {
+    prepare_float_scales<Side>(a, page, chunk);
   }
 }
 
 // The sums over tokens of weights times zeros, which all channels of a block get, for M rows.
-template <int M>
-KVANT_INLINE void sum_zeros(const IntegerValueArgs& a, ValueChunk& chunk, int row) {
-  const float* p = a.p + static_cast<int64_t>(row) * a.page_tokens + chunk.first_tile * kLanes;
-  for (int c = 0; c < a.head_dim; c += a.block) {
-    const float* zeros = chunk.zeros + c / a.block * kChunkTokens;
+template <typename Side, int M, typename Page>
+KVANT_INLINE void sum_zeros(const IntegerValueArgs& a, const Page& page, ValueChunk& chunk,
+                            int row) {
+  const int num_tiles = tiles_of_chunk(page, chunk);
+  const int64_t stride = page.page_tokens;
+  const float* p = a.p + row * stride + first_of_chunk(page, chunk) * kLanes;
+  for (int block = 0; block < Side::blocks_of(page); ++block) {
+    const float* zeros = chunk.zeros + block * kChunkTokens;
     F sum[M];
     unroll<M>([&](auto m) KVANT_ALWAYS { sum[m.value] = zero(); });
-    for (int tile = 0; tile < chunk.num_tiles; ++tile) {
+    for (int tile = 0; tile < num_tiles; ++tile) {
       const F z = load(zeros + tile * kLanes);
       unroll<M>([&](auto m) KVANT_ALWAYS {
-        sum[m.value] = fma(load(p + m.value * a.page_tokens + tile * kLanes), z, sum[m.value]);
+        sum[m.value] = fma(load(p + m.value * stride + tile * kLanes), z, sum[m.value]);
       });
     }
-    float term[M];
-    sum_rows(sum, term);
-    unroll<M>([&](auto m) KVANT_ALWAYS { chunk.terms[m.value][c / a.block] = term[m.value]; });
+    alignas(64) float term[kLanes];
+    store(term, sum_rows(sum));
+    unroll<M>([&](auto m) KVANT_ALWAYS { chunk.terms[m.value][block] = term[m.value]; });
   }
 }
 
@@ -282,20 +317,26 @@ KVANT_INLINE void add_sums(float* acc, __m512i high, __m512i low, F factor, F sc
 }
 
 // Divides `scratch` and starts with the first chunk.
-ValueChunk first_chunk(const IntegerValueArgs& a) {
-  const int num_blocks = (a.head_dim + a.block - 1) / a.block;
-  ValueChunk chunk;
-  uint8_t* at = a.scratch;
-  const auto take = [&](int64_t bytes) {
-    uint8_t* result = at;
-    at += (bytes + 63) / 64 * 64;
-    return result;
-  };
-  chunk.weights = take(int64_t{num_blocks} * kMaxTileRows * kWeightBytes);
-  chunk.scales = reinterpret_cast<int16_t*>(take(int64_t{num_blocks} * kChunkTokens * 2));
-  chunk.zeros = reinterpret_cast<float*>(take(int64_t{num_blocks} * kChunkTokens * 4));
-  chunk.order = _mm512_load_si512((a.code == Code::kS8 ? kWordsOfFour : kWordsOfEight).at);
-  return chunk;
+template <typename Side, typename Page>
+KVANT_INLINE void begin_chunks(const IntegerValueArgs& a, const Page& page, ValueChunk& chunk) {
+  const int64_t num_blocks = Side::blocks_of(page);
+  chunk.first_tile = 0;
+  chunk.weights = a.scratch;
+  chunk.scales =
+      reinterpret_cast<int16_t*>(chunk.weights + num_blocks * kMaxTileRows * kWeightBytes);
+  chunk.zeros = reinterpret_cast<float*>(chunk.scales + num_blocks * kChunkTokens);
+  chunk.order = _mm512_load_si512((Side::C == Code::kS8 ? kBytesOfFour : kBytesOfEight).at);
+}
+
+// Calls f(ValueSide) for the codes and scales of `a`.
+template <typename Fn>
+KVANT_INLINE void with_value_side(const IntegerValueArgs& a, Fn&& f) {
+  switch (a.scale) {
+    case PageScale::kE4m3: return f(ValueSide<Code::kE2m1, PageScale::kE4m3>{});
+    case PageScale::kE8m0: return f(ValueSide<Code::kE2m1, PageScale::kE8m0>{});
+    case PageScale::kF16Pair: return f(ValueSide<Code::kU4, PageScale::kF16Pair>{});
+    default: f(ValueSide<Code::kS8, PageScale::kF16>{});
+  }
 }
 
 }  // namespace

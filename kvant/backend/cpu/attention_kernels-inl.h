@@ -4,6 +4,7 @@
 #include "kvant/backend/cpu/attention_fetch-inl.h"
 #include "kvant/backend/cpu/attention_kernels.h"
 #include "kvant/backend/cpu/attention_scales-inl.h"
+#include "kvant/backend/cpu/attention_shape-inl.h"
 #include "kvant/backend/cpu/attention_simd.h"
 
 namespace kvant::backend::cpu::KVANT_LEVEL {
@@ -582,25 +583,38 @@ KVANT_INLINE uint16_t visible_lanes(const SoftmaxArgs& a, int64_t position, int 
 
 // Whether every row sees every token of the tiles.
 bool all_visible(const SoftmaxArgs& a) {
+  if (a.all_see) return true;
   const int64_t last = a.first_position + (a.rows - 1) / a.group;
   return a.page_begin + a.num_tiles * kLanes <= a.first_position + 1 &&
          (a.window <= 0 || last - a.window < a.page_begin);
 }
 
+// How scores become weights, known when kernels are compiled.
+template <bool Masked, bool Capped>
+struct Softmax {
+  static constexpr bool kMasked = Masked;
+  static constexpr bool kCapped = Capped;
+};
+
 // M rows from `row` on go together: one alone is a chain of latencies.
-template <int M, bool Masked>
-void softmax_rows(const SoftmaxArgs& a, int row, Fetcher& fetcher) {
-  float* s = a.s + static_cast<int64_t>(row) * a.page_tokens;
+template <typename How, int M, typename Page>
+void softmax_rows(const SoftmaxArgs& a, const Page& page, int row, Fetcher& fetcher) {
+  const int64_t stride = page.page_tokens;
+  float* s = a.s + row * stride;
+  // Copies: stores of scores could change what `a` points to.
+  const F multiplier = bcast(a.multiplier), weight_scale = bcast(a.weight_scale);
+  alignas(64) float offset[kLanes];
+  store(offset, mul(load_first<M>(a.offset + row), bcast(a.offset_scale)));
   F largest[M];
   unroll<M>([&](auto m) { largest[m.value] = bcast(-kInfinity); });
-  for (int tile = 0; tile < a.num_tiles; ++tile) {
+  for (int tile = 0; tile < page.num_tiles; ++tile) {
     unroll<M>([&](auto m) {
-      float* x = s + m.value * a.page_tokens + tile * kLanes;
-      F score = fma(load(x), bcast(a.multiplier), bcast(a.offset[row + m.value]));
-      if (a.softcap > 0.0f) {
+      float* x = s + m.value * stride + tile * kLanes;
+      F score = fma(load(x), multiplier, bcast(offset[m.value]));
+      if constexpr (How::kCapped) {
         score = mul(bcast(a.softcap), tanh_lanes(div(score, bcast(a.softcap))));
       }
-      if constexpr (Masked) {
+      if constexpr (How::kMasked) {
         const int64_t position = a.first_position + (row + m.value) / a.group;
         score = select(visible_lanes(a, position, tile), bcast(-kInfinity), score);
       }
@@ -609,46 +623,48 @@ void softmax_rows(const SoftmaxArgs& a, int row, Fetcher& fetcher) {
     });
     fetcher.step();
   }
-  float base[M], page_sum[M];
+  // The rows' lanes stay together: a scalar would be a chain through memory.
+  const F before = load_first<M>(a.max + row);
+  const F maxima = max(max_rows(largest), before);
+  const F factor = exp_lanes(sub(before, maxima));
+  alignas(64) float base[kLanes];
+  store(base, maxima);
   F sum[M];
-  max_rows(largest, base);
-  unroll<M>([&](auto m) {
-    const float old_max = a.max[row + m.value];
-    if (old_max > base[m.value]) base[m.value] = old_max;
-    sum[m.value] = zero();
-  });
-  alignas(64) float change[kLanes] = {};
-  unroll<M>([&](auto m) { change[m.value] = a.max[row + m.value] - base[m.value]; });
-  alignas(64) float factor[kLanes];
-  store(factor, exp_lanes(load(change)));
-  for (int tile = 0; tile < a.num_tiles; ++tile) {
+  unroll<M>([&](auto m) { sum[m.value] = zero(); });
+  for (int tile = 0; tile < page.num_tiles; ++tile) {
     unroll<M>([&](auto m) {
-      float* x = s + m.value * a.page_tokens + tile * kLanes;
+      float* x = s + m.value * stride + tile * kLanes;
       const F weight = exp_lanes(sub(load(x), bcast(base[m.value])));
       sum[m.value] = add(sum[m.value], weight);
-      store(x, mul(weight, bcast(a.weight_scale)));
+      store(x, mul(weight, weight_scale));
     });
     fetcher.step(M);
   }
-  sum_rows(sum, page_sum);
-  unroll<M>([&](auto m) {
-    const int r = row + m.value;
-    a.factor[r] = factor[m.value];
-    a.max[r] = base[m.value];
-    a.sum[r] = a.sum[r] * factor[m.value] + page_sum[m.value];
-    a.share[r] = a.share[r] * factor[m.value] + (a.add_to_share ? page_sum[m.value] : 0.0f);
-  });
+  const F page_sum = sum_rows(sum);
+  const auto add_sums = [&](float* sums, F of_page) {
+    store_first<M>(sums, add(mul(load_first<M>(sums), factor), of_page));
+  };
+  store_first<M>(a.factor + row, factor);
+  store_first<M>(a.max + row, maxima);
+  add_sums(a.sum + row, page_sum);
+  add_sums(a.share + row, a.add_to_share ? page_sum : zero());
+}
+
+template <typename How, typename Page>
+void softmax_page(const SoftmaxArgs& a, const Page& page) {
+  Fetcher fetcher(a.fetch, (a.rows + steps_of(a.rows, kSoftmaxRows)) * page.num_tiles);
+  for (int r = 0; r < a.rows; r += kSoftmaxRows) {
+    with_count<kSoftmaxRows>(
+        a.rows - r, [&](auto m) { softmax_rows<How, decltype(m)::value>(a, page, r, fetcher); });
+  }
 }
 
 void softmax(const SoftmaxArgs& a) {
-  const bool visible = all_visible(a);
-  Fetcher fetcher(a.fetch, (a.rows + steps_of(a.rows, kSoftmaxRows)) * a.num_tiles);
-  for (int r = 0; r < a.rows; r += kSoftmaxRows) {
-    with_count<kSoftmaxRows>(a.rows - r, [&](auto m) {
-      constexpr int M = decltype(m)::value;
-      visible ? softmax_rows<M, false>(a, r, fetcher) : softmax_rows<M, true>(a, r, fetcher);
-    });
-  }
+  const AnyPage page{0, a.page_tokens, a.num_tiles};
+  if (a.softcap > 0.0f) return softmax_page<Softmax<true, true>>(a, page);
+  if (!all_visible(a)) return softmax_page<Softmax<true, false>>(a, page);
+  if (is_whole(a)) return softmax_page<Softmax<false, false>>(a, WholePage<0>{});
+  softmax_page<Softmax<false, false>>(a, page);
 }
 
 // ---- small passes ----

@@ -60,8 +60,9 @@ struct ScoreArgs {
   int tile_rows = kMaxTileRows;
 };
 
-// Online softmax over one page: x = softcap(s * multiplier + offset[r]), masked; updates max and
-// sum, leaves the weights times `weight_scale` in s and the factor for what was accumulated before.
+// Online softmax over one page: x = softcap(s * multiplier + offset[r] * offset_scale), masked;
+// updates max and sum, leaves the weights times `weight_scale` in s and the factor for what was
+// accumulated before.
 struct SoftmaxArgs {
   float* s = nullptr;
   int rows = 0;
@@ -70,10 +71,12 @@ struct SoftmaxArgs {
   int group = 1;               // query rows of one token (G)
   int64_t first_position = 0;  // of row 0
   int64_t page_begin = 0;
+  bool all_see = false;  // every row every token, whatever the positions say
   int window = 0;
   int sink_tokens = 0;
   float multiplier = 1.0f;
   const float* offset = nullptr;  // [rows]
+  float offset_scale = 1.0f;
   float softcap = 0.0f;
   float weight_scale = 1.0f;
   float* max = nullptr;    // [rows]

@@ -469,10 +469,10 @@ KVANT_INLINE __m256 upper_half(F a) {
   return a.hi;
 #endif
 }
-// op over the lanes of each of M <= 8 rows, in an order that does not depend on M. Rows go
-// together: one alone is a chain of latencies.
+// op over the lanes of each of M <= 8 rows as the first M lanes, in an order that does not depend
+// on M. Rows go together: one alone is a chain of latencies.
 template <int First, int M, typename Op8, typename Op4>
-KVANT_INLINE void reduce_four(const F (&a)[M], float* out, Op8 op8, Op4 op4) {
+KVANT_INLINE __m128 reduce_four(const F (&a)[M], Op8 op8, Op4 op4) {
   __m256 e[4];
   for (int i = 0; i < 4; ++i) {
     const F& row = a[First + i < M ? First + i : First];
@@ -483,33 +483,34 @@ KVANT_INLINE void reduce_four(const F (&a)[M], float* out, Op8 op8, Op4 op4) {
   const __m256d low = _mm256_unpacklo_pd(_mm256_castps_pd(x), _mm256_castps_pd(y));
   const __m256d high = _mm256_unpackhi_pd(_mm256_castps_pd(x), _mm256_castps_pd(y));
   const __m256 both = op8(_mm256_castpd_ps(low), _mm256_castpd_ps(high));
-  alignas(16) float four[4];
-  _mm_store_ps(four, op4(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
-  for (int i = 0; i < 4 && First + i < M; ++i) out[First + i] = four[i];
+  return op4(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
 }
 template <int M, typename Op8, typename Op4>
-KVANT_INLINE void reduce_rows(const F (&a)[M], float* out, Op8 op8, Op4 op4) {
+KVANT_INLINE F reduce_rows(const F (&a)[M], Op8 op8, Op4 op4) {
   static_assert(M <= 8);
-  reduce_four<0>(a, out, op8, op4);
-  if constexpr (M > 4) reduce_four<4>(a, out, op8, op4);
+  __m256 all = _mm256_zextps128_ps256(reduce_four<0>(a, op8, op4));
+  if constexpr (M > 4) all = _mm256_insertf128_ps(all, reduce_four<4>(a, op8, op4), 1);
+#if defined(__AVX512F__)
+  return {_mm512_zextps256_ps512(all)};
+#else
+  return {all, _mm256_setzero_ps()};
+#endif
 }
 template <int M>
-KVANT_INLINE void sum_rows(const F (&a)[M], float* out) {
-  reduce_rows(
-      a, out, [](__m256 x, __m256 y) { return _mm256_add_ps(x, y); },
+KVANT_INLINE F sum_rows(const F (&a)[M]) {
+  return reduce_rows(
+      a, [](__m256 x, __m256 y) { return _mm256_add_ps(x, y); },
       [](__m128 x, __m128 y) { return _mm_add_ps(x, y); });
 }
 template <int M>
-KVANT_INLINE void max_rows(const F (&a)[M], float* out) {
-  reduce_rows(
-      a, out, [](__m256 x, __m256 y) { return _mm256_max_ps(x, y); },
+KVANT_INLINE F max_rows(const F (&a)[M]) {
+  return reduce_rows(
+      a, [](__m256 x, __m256 y) { return _mm256_max_ps(x, y); },
       [](__m128 x, __m128 y) { return _mm_max_ps(x, y); });
 }
 KVANT_INLINE float sum_lanes(F a) {
-  float sum;
   const F one[1] = {a};
-  sum_rows(one, &sum);
-  return sum;
+  return _mm256_cvtss_f32(lower_half(sum_rows(one)));
 }
 #else
 KVANT_INLINE float sum_lanes(F a) {
@@ -525,14 +526,40 @@ KVANT_INLINE float max_lanes(F a) {
   return a.v[0];
 }
 template <int M>
-KVANT_INLINE void sum_rows(const F (&a)[M], float* out) {
-  for (int i = 0; i < M; ++i) out[i] = sum_lanes(a[i]);
+KVANT_INLINE F sum_rows(const F (&a)[M]) {
+  F r = zero();
+  for (int i = 0; i < M; ++i) r.v[i] = sum_lanes(a[i]);
+  return r;
 }
 template <int M>
-KVANT_INLINE void max_rows(const F (&a)[M], float* out) {
-  for (int i = 0; i < M; ++i) out[i] = max_lanes(a[i]);
+KVANT_INLINE F max_rows(const F (&a)[M]) {
+  F r = zero();
+  for (int i = 0; i < M; ++i) r.v[i] = max_lanes(a[i]);
+  return r;
 }
 #endif
+
+// The first M <= 8 lanes; others are 0, or stay as they are in memory.
+template <int M>
+KVANT_INLINE F load_first(const float* p) {
+#if defined(__AVX512F__)
+  return {_mm512_maskz_loadu_ps((1 << M) - 1, p)};
+#else
+  alignas(64) float lanes[kLanes] = {};
+  __builtin_memcpy(lanes, p, M * sizeof(float));
+  return load(lanes);
+#endif
+}
+template <int M>
+KVANT_INLINE void store_first(float* p, F a) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, (1 << M) - 1, a.v);
+#else
+  alignas(64) float lanes[kLanes];
+  store(lanes, a);
+  __builtin_memcpy(p, lanes, M * sizeof(float));
+#endif
+}
 
 #if !defined(__AVX512F__)
 KVANT_INLINE F load_f16(const void* p) {
@@ -550,23 +577,39 @@ KVANT_INLINE uint16_t lane_range(int begin, int end) {
   return static_cast<uint16_t>(below_end & ~below_begin);
 }
 
+#if defined(__AVX512DQ__)
+// 2^(k / 32) as fp32 less k at bit 18, which adding n at bit 18 puts back.
+struct alignas(64) Roots {
+  uint32_t at[32];
+};
+constexpr Roots kRootsOfTwo = {
+    {0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3,
+     0x3f78f4f0, 0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b,
+     0x3f75583f, 0x3f7523f6, 0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a,
+     0x3f75b9be, 0x3f76248c, 0x3f76a81e, 0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907,
+     0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3}};
+constexpr float kExpC1 = 0.693157344f, kExpC2 = 0.240228268f;
+#endif
+
 // e^x for x <= 88, relative error below 2e-7 (for |x| < 20 with AVX2; elsewhere 9e-8 |x| more); 0
 // below -60: of a weight that small nothing is left in a sum, but times a scale it would be
 // subnormal, which costs processors a hundred cycles.
 KVANT_INLINE F exp_lanes(F x) {
   const F lowest = bcast(-60.0f);
 #if defined(__AVX512DQ__)
-  // 2^t = 2^floor(t) 2^f: the polynomial is the one of degree 5 that is nearest to 2^f, relatively,
-  // with p(0) = 1.
+  // 2^t = 2^(n / 32) 2^r with n an integer and |r| <= 1/64: the polynomial is the one of degree 2
+  // that is nearest to 2^r, relatively, with p(0) = 1. A lookup and a shift instead of a longer
+  // one: after products in tiles only one port multiplies for a while.
   const F t = mul(x, bcast(1.44269504f));
-  const F f = {_mm512_reduce_ps(t.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
-  F p = bcast(0.00186713063f);
-  p = fma(p, f, bcast(0.00901702885f));
-  p = fma(p, f, bcast(0.0557999127f));
-  p = fma(p, f, bcast(0.240164444f));
-  p = fma(p, f, bcast(0.693151295f));
-  p = fma(p, f, bcast(1.0f));
-  return {_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x.v, lowest.v, _CMP_GE_OQ), p.v, t.v)};
+  const F biased = add(t, bcast(0x1.8p18f));                        // n in the low bits
+  const F r = {_mm512_reduce_ps(t.v, 5 << 4 | _MM_FROUND_NO_EXC)};  // less n / 32
+  const F p = mul(fma(r, bcast(kExpC2), bcast(kExpC1)), r);
+  const __m512i n = as_int(biased).v;
+  const __m512i root = _mm512_permutex2var_epi32(_mm512_load_si512(kRootsOfTwo.at), n,
+                                                 _mm512_load_si512(kRootsOfTwo.at + kLanes));
+  const F power = as_float({_mm512_add_epi32(root, _mm512_slli_epi32(n, 18))});
+  const __mmask16 counts = _mm512_cmp_ps_mask(x.v, lowest.v, _CMP_GE_OQ);
+  return {_mm512_maskz_fmadd_ps(counts, p.v, power.v, power.v)};
 #else
   const F clipped = max(x, lowest);
   const F magic = bcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits

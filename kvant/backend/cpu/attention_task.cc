@@ -58,6 +58,7 @@ struct Task::Pass {
   int row_end = 0;
   int token_begin = 0;  // tokens of the page that some of the rows read
   int token_end = 0;
+  bool all_see = false;  // all rows of the task all of the page, as stored
 
   int rows() const { return row_end - row_begin; }
   int num_tiles() const { return (token_end + 15) / 16; }
@@ -76,12 +77,16 @@ Task::Task(const Call& call, const AttentionItem& item, int64_t first_position,
       sequence_(call.view.sequences[item.sequence]),
       first_position_(first_position),
       memory_(memory),
-      k_decoder_(page_decoder(stored_kind(call).k_format[call.args.group_layer],
-                              call.k_params[item.kv_head], call.head_dim)),
-      v_decoder_(page_decoder(stored_kind(call).v_format[call.args.group_layer],
-                              call.v_params[item.kv_head], call.head_dim)),
+      stored_(sides_of(page_decoder(stored_kind(call).k_format[call.args.group_layer],
+                                    call.k_params[item.kv_head], call.head_dim),
+                       page_decoder(stored_kind(call).v_format[call.args.group_layer],
+                                    call.v_params[item.kv_head], call.head_dim))),
+      plain_(sides_of(PageDecoder{}, PageDecoder{})),
       all_in_tiles_(all_in_tiles()),
-      tile_rows_(rows() <= kMaxTileRows / 2 ? kMaxTileRows / 2 : kMaxTileRows) {}
+      unit_lines_(stored_kind(call).units[call.args.group_layer].bytes / 64),
+      tile_rows_(rows() <= kMaxTileRows / 2 ? kMaxTileRows / 2 : kMaxTileRows) {
+  std::fill_n(memory_.zeros, rows(), 0.0f);
+}
 
 Task::Task(const Call& call, const AttentionItem& item, const WorkerMemory& memory)
     : Task(call, item, call.view.sequences[item.sequence].first_position + item.token_begin,
@@ -143,18 +148,16 @@ void Task::prepare_frame(const SideFormat& k_format, const SideParams& params) {
 
 DecodeArgs Task::decode_args(const Pass& pass, const PageDecoder& decoder, const std::byte* codes,
                              const std::byte* scales) const {
-  DecodeArgs a;
-  a.codes = reinterpret_cast<const uint8_t*>(codes);
-  a.scales = reinterpret_cast<const uint8_t*>(scales);
-  a.code = decoder.code;
-  a.scale = decoder.scale;
-  a.block = decoder.block;
-  a.page_tokens = call_.view.page_tokens;
-  a.head_dim = call_.head_dim;
-  a.token_end = pass.token_end;
-  a.out = memory_.page;
-  a.scratch = memory_.scratch;
-  return a;
+  return {.codes = reinterpret_cast<const uint8_t*>(codes),
+          .scales = reinterpret_cast<const uint8_t*>(scales),
+          .code = decoder.code,
+          .scale = decoder.scale,
+          .block = decoder.block,
+          .page_tokens = call_.view.page_tokens,
+          .head_dim = call_.head_dim,
+          .token_end = pass.token_end,
+          .out = memory_.page,
+          .scratch = memory_.scratch};
 }
 
 // Decoded keys to plain keys after RoPE.
@@ -185,19 +188,21 @@ void Task::finish_pre_rope(const Pass& pass, const SideFormat& format, const Sid
   call_.kernels.pre_rope(a);
 }
 
-// Adds q . mean and q . bias to the offsets of the pass's rows and multiplies all by the scale.
-void Task::add_terms(const Pass& pass, const float* q, const uint16_t* mean) {
+// `dot` + q . mean + q . bias of the pass's rows.
+const float* Task::add_terms(const Pass& pass, const float* q, const uint16_t* mean,
+                             const float* dot) {
+  if (mean == nullptr && !frame_.bias) return dot;
+  const float* of_mean = memory_.zeros;
   if (mean != nullptr) {
     for (int c = 0; c < call_.head_dim; ++c) {
       memory_.row[c] = std::bit_cast<float>(static_cast<uint32_t>(mean[c]) << 16);
     }
     call_.kernels.dot_rows(q, pass.rows(), call_.head_dim, memory_.row, memory_.dot);
+    of_mean = memory_.dot;
   }
-  for (int r = 0; r < pass.rows(); ++r) {
-    const float dot = mean != nullptr ? memory_.dot[r] : 0.0f;
-    memory_.offset[r] =
-        (memory_.offset[r] + dot + memory_.bias_dot[pass.row_begin + r]) * call_.args.params.scale;
-  }
+  const float* of_bias = memory_.bias_dot + pass.row_begin;
+  for (int r = 0; r < pass.rows(); ++r) memory_.offset[r] = dot[r] + of_mean[r] + of_bias[r];
+  return memory_.offset;
 }
 
 Task::ScoreTerms Task::score_page(const Pass& pass, const PageKind& kind, const std::byte* unit) {
@@ -207,7 +212,8 @@ Task::ScoreTerms Task::score_page(const Pass& pass, const PageKind& kind, const 
   const SideFormat& format = kind.k_format[layer];
   const SideParams& params = call_.k_params[item_.kv_head];
   const bool plain_page = is_plain(pass.entry.kind);
-  const PageDecoder decoder = plain_page ? PageDecoder{} : k_decoder_;
+  const Side& side = sides_of(pass).k;
+  const PageDecoder& decoder = side.decoder;
   const auto* mean = plain_page || !format.mean
                          ? nullptr
                          : reinterpret_cast<const uint16_t*>(unit + sections.k_mean);
@@ -216,48 +222,45 @@ Task::ScoreTerms Task::score_page(const Pass& pass, const PageKind& kind, const 
   if (!plain_query) prepare_frame(format, params);
   ScoreTerms terms;
   terms.multiplier = call_.args.params.scale * decoder.factor;
-  terms.offset = memory_.offset;
+  terms.offset = memory_.zeros;
   const float* q =
       (plain_query ? memory_.q_plain : memory_.q_stored) + static_cast<int64_t>(pass.row_begin) * d;
-  std::fill_n(memory_.offset, pass.rows(), 0.0f);
-  const bool tiles = keys_in_tiles(decoder);
-  if (call_.kernels.integer != nullptr && !plain_query && !tiles && integer_keys(decoder)) {
-    score_codes(pass, decoder, unit, sections);
-  } else {
-    const DecodeArgs side =
-        decode_args(pass, decoder, unit + sections.k_codes, unit + sections.k_scales);
-    ScoreArgs a;
-    a.q = q;
-    a.k = memory_.page;
-    a.s = memory_.s;
-    a.rows = pass.rows();
-    a.head_dim = d;
-    a.page_tokens = call_.view.page_tokens;
-    a.num_tiles = pass.num_tiles();
-    a.fetch = part_of_next(0, kFetchedByScores);
-    if (tiles) {
-      a.tile_rows = tile_rows_;
-      a.q_tiles = pack_queries(q, pass.rows(), decoder.code);
-      call_.kernels.tiles->scores(side, a);
-    } else if (!call_.pre_rope && pass.rows() <= kFewRows && decodes_in_registers(decoder)) {
-      call_.kernels.scores_of_codes(side, a);
-    } else {
-      call_.kernels.decode_k(side);
-      if (call_.pre_rope) {
-        finish_pre_rope(pass, format, params, mean, decoder.factor);
-        terms.multiplier = call_.args.params.scale;
-      }
-      call_.kernels.scores(a);
-    }
+  if (side.way == Way::kIntegers) {
+    terms.offset = add_terms(pass, q, mean, score_codes(pass, decoder, unit, sections));
+    return terms;
   }
-  if (!plain_query) add_terms(pass, q, mean);
+  const DecodeArgs codes =
+      decode_args(pass, decoder, unit + sections.k_codes, unit + sections.k_scales);
+  ScoreArgs a{.q = q,
+              .k = memory_.page,
+              .s = memory_.s,
+              .rows = pass.rows(),
+              .head_dim = d,
+              .page_tokens = call_.view.page_tokens,
+              .num_tiles = pass.num_tiles(),
+              .fetch = part_of_next(0, kFetchedByScores),
+              .q_tiles = nullptr,
+              .tile_rows = tile_rows_};
+  if (side.way == Way::kTiles) {
+    a.q_tiles = pack_queries(q, pass.rows(), decoder.code);
+    call_.kernels.tiles->scores(codes, a);
+  } else if (!call_.pre_rope && pass.rows() <= kFewRows && decodes_in_registers(decoder)) {
+    call_.kernels.scores_of_codes(codes, a);
+  } else {
+    call_.kernels.decode_k(codes);
+    if (call_.pre_rope) {
+      finish_pre_rope(pass, format, params, mean, decoder.factor);
+      terms.multiplier = call_.args.params.scale;
+    }
+    call_.kernels.scores(a);
+  }
+  if (!plain_query) terms.offset = add_terms(pass, q, mean, memory_.zeros);
   return terms;
 }
 
-// Scores from codes as they are stored; leaves q . zero of the channels, if they have zeros, in
-// offset.
-void Task::score_codes(const Pass& pass, const PageDecoder& decoder, const std::byte* unit,
-                       const formats::UnitSections& sections) {
+// Scores from codes as they are stored. Returns q . zero of the channels, 0 if they have none.
+const float* Task::score_codes(const Pass& pass, const PageDecoder& decoder, const std::byte* unit,
+                               const formats::UnitSections& sections) {
   const auto* scales = reinterpret_cast<const uint8_t*>(unit + sections.k_scales);
   const bool per_channel = decoder.scale == PageScale::kChannelPair;
   // All fields: g++ 12 clears others by an instruction that takes tens of cycles to begin.
@@ -280,31 +283,46 @@ void Task::score_codes(const Pass& pass, const PageDecoder& decoder, const std::
   } else {
     call_.kernels.integer->scores(a);
   }
-  if (per_channel) {
-    for (int r = 0; r < pass.rows(); ++r) memory_.offset[r] = a.q.sum[r * (call_.head_dim / 16)];
-  }
+  return per_channel ? a.q.sum : memory_.zeros;
 }
 
 // E2M1 keys are in tiles where values can be. (Prompts must have the bits of decode.)
-bool Task::keys_in_tiles(const PageDecoder& decoder) const {
-  const bool e2m1 = decoder.code == Code::kE2m1 && decoder.scale == PageScale::kE4m3;
-  if (call_.pre_rope || !values_in_tiles(e2m1 ? PageDecoder{} : decoder)) return false;
-  return !e2m1 || values_in_tiles(v_decoder_) ||
-         (integer_values(v_decoder_) && call_.head_dim <= kMaxTileChannels &&
-          call_.group >= kMinTileGroup);
+Task::Sides Task::sides_of(const PageDecoder& k, const PageDecoder& v) const {
+  const auto takes = [&](const PageDecoder& decoder) {
+    return call_.kernels.tiles != nullptr &&
+           in_tiles(decoder, call_.head_dim, call_.view.page_tokens);
+  };
+  const bool integers = call_.kernels.integer != nullptr;
+  const bool e2m1 = k.code == Code::kE2m1 && k.scale == PageScale::kE4m3;
+  const bool beside_tiles =
+      takes(PageDecoder{}) && (takes(v) || (integer_values(v) && call_.group >= kMinTileGroup &&
+                                            call_.head_dim <= kMaxTileChannels));
+  Sides sides{{k, Way::kFloats}, {v, Way::kFloats}};
+  if (!call_.pre_rope) {
+    if (e2m1 ? beside_tiles : takes(k)) {
+      sides.k.way = Way::kTiles;
+    } else if (integers && integer_keys(k)) {
+      sides.k.way = Way::kIntegers;
+    }
+  }
+  if (takes(v)) {
+    sides.v.way = Way::kTiles;
+  } else if (integers && integer_values(v)) {
+    sides.v.way = Way::kIntegers;
+  }
+  return sides;
 }
-bool Task::values_in_tiles(const PageDecoder& decoder) const {
-  return call_.kernels.tiles != nullptr &&
-         in_tiles(decoder, call_.head_dim, call_.view.page_tokens);
+
+const Task::Sides& Task::sides_of(const Pass& pass) const {
+  return is_plain(pass.entry.kind) ? plain_ : stored_;
 }
 
 // Whether tiles have both sides of stored pages for any number of rows.
 bool Task::all_in_tiles() const {
   if (call_.kernels.tiles == nullptr || call_.pre_rope) return false;
   const bool channels =
-      k_decoder_.scale == PageScale::kChannelPair && call_.head_dim <= kMaxTileChannels;
-  return (channels || keys_in_tiles(k_decoder_)) &&
-         (integer_values(v_decoder_) || values_in_tiles(v_decoder_));
+      stored_.k.decoder.scale == PageScale::kChannelPair && call_.head_dim <= kMaxTileChannels;
+  return (channels || stored_.k.way == Way::kTiles) && stored_.v.way != Way::kFloats;
 }
 
 // Integers for few rows are in tiles only if the other side is, too: the unit falls asleep after
@@ -327,7 +345,7 @@ const uint8_t* Task::pack_queries(const float* q, int rows, Code code) {
 // The pass's rows of q_integer. Scales per channel make them a matter of each page.
 IntegerRows Task::rounded_queries(const Pass& pass, const PageDecoder& decoder,
                                   const uint8_t* scales) {
-  const auto round = [&](const float* q, int rows, int block, const uint8_t* channel,
+  const auto round = [&](const float* q, int rows, int block, const uint8_t* channel, int tile_rows,
                          const FetchPart& fetch) {
     call_.kernels.integer->round_queries({.q = q,
                                           .rows = rows,
@@ -335,19 +353,21 @@ IntegerRows Task::rounded_queries(const Pass& pass, const PageDecoder& decoder,
                                           .code = decoder.code,
                                           .block = block,
                                           .channel = channel,
+                                          .tile_rows = tile_rows,
                                           .out = memory_.q_integer,
                                           .fetch = fetch});
   };
   if (decoder.scale == PageScale::kChannelPair) {
     rounded_block_ = 0;
     round(memory_.q_stored + static_cast<int64_t>(pass.row_begin) * call_.head_dim, pass.rows(),
-          call_.head_dim, scales, part_of_next(0, kFetchedByRounding));
+          call_.head_dim, scales, integers_in_tiles(pass.rows()) ? tile_rows_ : 0,
+          part_of_next(0, kFetchedByRounding));
     return memory_.q_integer;
   }
   if (rounded_block_ != decoder.block || rounded_code_ != decoder.code) {
     rounded_block_ = decoder.block;
     rounded_code_ = decoder.code;
-    round(memory_.q_stored, rows(), decoder.block, nullptr, {});
+    round(memory_.q_stored, rows(), decoder.block, nullptr, 0, {});
   }
   return rows_from(memory_.q_integer, pass.row_begin, call_.head_dim);
 }
@@ -361,36 +381,38 @@ void Task::run_pass(const Pass& pass, const PartialRows& out) {
   look_ahead(pass.page);
   const SideFormat& v_format = kind.v_format[layer];
   const bool plain_page = is_plain(pass.entry.kind);
-  const PageDecoder decoder = plain_page ? PageDecoder{} : v_decoder_;
+  const Side& side = sides_of(pass).v;
   const ScoreTerms terms = score_page(pass, kind, unit);
 
   const PartialRows rows_out = rows_from(out, pass.row_begin);
-  SoftmaxArgs softmax;
-  softmax.s = memory_.s;
-  softmax.rows = pass.rows();
-  softmax.page_tokens = view.page_tokens;
-  softmax.num_tiles = pass.num_tiles();
-  softmax.group = call_.group;
-  softmax.first_position = first_position() + pass.row_begin / call_.group;
-  softmax.page_begin = pass.page * view.page_tokens;
-  softmax.window = view.window;
-  softmax.sink_tokens = call_.args.params.sink_tokens;
-  softmax.multiplier = terms.multiplier;
-  softmax.offset = terms.offset;
-  softmax.softcap = call_.args.params.softcap;
-  softmax.weight_scale = decoder.factor;
-  softmax.max = rows_out.max;
-  softmax.sum = rows_out.sum;
-  softmax.share = rows_out.share;
-  softmax.add_to_share = !plain_page && v_format.bias;
-  softmax.factor = memory_.factor;
-  softmax.fetch = part_of_next(kFetchedByScores, kFetchedBySoftmax);
+  const SoftmaxArgs softmax{
+      .s = memory_.s,
+      .rows = pass.rows(),
+      .page_tokens = view.page_tokens,
+      .num_tiles = pass.num_tiles(),
+      .group = call_.group,
+      .first_position = first_position() + (pass.all_see ? 0 : pass.row_begin / call_.group),
+      .page_begin = pass.page * view.page_tokens,
+      .all_see = pass.all_see,
+      .window = view.window,
+      .sink_tokens = call_.args.params.sink_tokens,
+      .multiplier = terms.multiplier,
+      .offset = terms.offset,
+      .offset_scale = call_.args.params.scale,
+      .softcap = call_.args.params.softcap,
+      .weight_scale = side.decoder.factor,
+      .max = rows_out.max,
+      .sum = rows_out.sum,
+      .share = rows_out.share,
+      .add_to_share = !plain_page && v_format.bias,
+      .factor = memory_.factor,
+      .fetch = part_of_next(kFetchedByScores, kFetchedBySoftmax)};
   call_.kernels.softmax(softmax);
 
   const bool rotated = call_.rotated_v && !plain_page && v_format.rotate;
-  PartialRows target = rows_from(out, pass.row_begin);
+  PartialRows target = rows_out;
   target.acc += rotated ? d : 0;
-  add_values(pass, decoder, unit, target);
+  add_values(pass, side, unit, target);
   if (call_.rotated_v) {  // the other accumulator follows the new maximum too
     call_.kernels.scale_rows(rows_out.acc + (rotated ? 0 : d), rows_out.stride, pass.rows(), d,
                              memory_.factor);
@@ -398,60 +420,56 @@ void Task::run_pass(const Pass& pass, const PartialRows& out) {
 }
 
 // Adds the weights in memory_.s times the page's values to out.acc.
-void Task::add_values(const Pass& pass, const PageDecoder& decoder, const std::byte* unit,
+void Task::add_values(const Pass& pass, const Side& side, const std::byte* unit,
                       const PartialRows& out) {
   const auto& sections = call_.view.kinds[pass.entry.kind].units[call_.args.group_layer];
-  const bool tiles = values_in_tiles(decoder);
-  if (call_.kernels.integer != nullptr && !tiles && integer_values(decoder)) {
-    IntegerValueArgs a;
-    a.p = memory_.s;
-    a.codes = reinterpret_cast<const uint8_t*>(unit + sections.v_codes);
-    a.scales = reinterpret_cast<const uint8_t*>(unit + sections.v_scales);
-    a.code = decoder.code;
-    a.scale = decoder.scale;
-    a.block = decoder.block;
-    a.factor = memory_.factor;
-    a.acc = out.acc;
-    a.acc_stride = out.stride;
-    a.rows = pass.rows();
-    a.head_dim = call_.head_dim;
-    a.page_tokens = call_.view.page_tokens;
-    a.num_tiles = pass.num_tiles();
-    a.scratch = memory_.integer_scratch;
-    a.fetch = part_of_next(kFetchedBySoftmax, kFetchedByValues);
+  const PageDecoder& decoder = side.decoder;
+  if (side.way == Way::kIntegers) {
+    const IntegerValueArgs a{.p = memory_.s,
+                             .codes = reinterpret_cast<const uint8_t*>(unit + sections.v_codes),
+                             .scales = reinterpret_cast<const uint8_t*>(unit + sections.v_scales),
+                             .scale = decoder.scale,
+                             .factor = memory_.factor,
+                             .acc = out.acc,
+                             .acc_stride = out.stride,
+                             .rows = pass.rows(),
+                             .head_dim = call_.head_dim,
+                             .page_tokens = call_.view.page_tokens,
+                             .num_tiles = pass.num_tiles(),
+                             .scratch = memory_.integer_scratch,
+                             .unpacked = reinterpret_cast<uint8_t*>(memory_.page),
+                             .tile_rows = tile_rows_,
+                             .fetch = part_of_next(kFetchedBySoftmax, kFetchedByValues)};
     if (integers_in_tiles(pass.rows())) {
-      a.tile_rows = tile_rows_;
-      a.unpacked = reinterpret_cast<uint8_t*>(memory_.page);
       call_.kernels.tiles->integer_values(a);
     } else {
       call_.kernels.integer->values(a);
     }
     return;
   }
-  const DecodeArgs side =
+  const DecodeArgs codes =
       decode_args(pass, decoder, unit + sections.v_codes, unit + sections.v_scales);
-  ValueArgs a;
-  a.p = memory_.s;
-  a.v = memory_.page;
-  a.factor = memory_.factor;
-  a.acc = out.acc;
-  a.acc_stride = out.stride;
-  a.rows = pass.rows();
-  a.head_dim = call_.head_dim;
-  a.page_tokens = call_.view.page_tokens;
-  a.token_begin = pass.token_begin;
-  a.token_end = pass.token_end;
-  a.fetch = part_of_next(kFetchedBySoftmax, kFetchedByValues);
-  if (tiles) {  // tokens before token_begin weigh 0
-    a.tile_rows = tile_rows_;
-    call_.kernels.tiles->values(side, a);
+  const ValueArgs a{.p = memory_.s,
+                    .v = memory_.page,
+                    .factor = memory_.factor,
+                    .acc = out.acc,
+                    .acc_stride = out.stride,
+                    .rows = pass.rows(),
+                    .head_dim = call_.head_dim,
+                    .page_tokens = call_.view.page_tokens,
+                    .token_begin = pass.token_begin,
+                    .token_end = pass.token_end,
+                    .fetch = part_of_next(kFetchedBySoftmax, kFetchedByValues),
+                    .tile_rows = tile_rows_};
+  if (side.way == Way::kTiles) {  // tokens before token_begin weigh 0
+    call_.kernels.tiles->values(codes, a);
     return;
   }
   if (pass.token_begin == 0 && pass.rows() <= kFewRows && decodes_in_registers(decoder)) {
-    call_.kernels.values_of_codes(side, a);
+    call_.kernels.values_of_codes(codes, a);
     return;
   }
-  call_.kernels.decode_v(side);
+  call_.kernels.decode_v(codes);
   call_.kernels.values(a);
 }
 
@@ -525,8 +543,18 @@ void Task::run_split(int64_t split, const PartialRows& out) {
   const int64_t page_end = std::min((split + 1) * attention::kSplitTokens / view.page_tokens,
                                     (end - 1) / view.page_tokens + 1);
   for (int64_t page = page_begin; page < page_end; ++page) {
-    // Positions before the boundary read the page in BF16, the others as stored.
-    const int64_t boundary = (page + sequence_.recent_pages + 1) * view.page_tokens;
+    const int64_t boundary = boundary_of(page);
+    if (boundary <= first && view.window == 0) {  // the rule: all rows read all of it as stored
+      run_pass({.entry = entry_of(page, false),
+                .page = page,
+                .row_begin = 0,
+                .row_end = rows(),
+                .token_begin = 0,
+                .token_end = view.page_tokens,
+                .all_see = true},
+               out);
+      continue;
+    }
     for (const bool bf16 : {true, false}) {
       Pass pass = bf16 ? visible_part(page, first, std::min(end, boundary))
                        : visible_part(page, std::max(first, boundary), end);

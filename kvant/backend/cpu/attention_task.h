@@ -55,6 +55,7 @@ struct WorkerMemory {
   float* page = nullptr;      // one decoded side of a page
   float* scratch = nullptr;
   float* s = nullptr;       // [kMaxQueryRows][page_tokens]: scores, then weights
+  float* zeros = nullptr;   // [kMaxQueryRows]: 0
   float* offset = nullptr;  // [kMaxQueryRows]
   float* bias_dot = nullptr;
   float* dot = nullptr;
@@ -118,7 +119,7 @@ class Task {
   int rows() const { return item_.num_tokens * call_.group; }
 
   // Splits from `split` on are not this task's: nothing of them is fetched ahead.
-  void read_until(int64_t split) { end_split_ = split; }
+  void read_until(int64_t split);
   // Partial results of all rows over the keys of one split; rows that read none of them keep
   // sum = 0 and max = -inf.
   void run_split(int64_t split, const PartialRows& out);
@@ -131,30 +132,44 @@ class Task {
  private:
   struct Pass;
   struct ScoreTerms;
+  // How a side of a page is multiplied.
+  enum class Way : uint8_t { kTiles, kIntegers, kFloats };
+  struct Side {
+    PageDecoder decoder;
+    Way way = Way::kFloats;
+  };
+  struct Sides {
+    Side k;
+    Side v;
+  };
 
   Task(const Call& call, const AttentionItem& item, int64_t first_position,
        const WorkerMemory& memory);
   void load_queries(int64_t first_row, int num_tokens, int token_begin);
   int64_t first_position() const { return first_position_; }
+  // Positions before it read the page in BF16, the others as stored.
+  int64_t boundary_of(int64_t page) const {
+    return (page + sequence_.recent_pages + 1) * call_.view.page_tokens;
+  }
   cache::PageEntry entry_of(int64_t page, bool bf16) const;
   Pass visible_part(int64_t page, int64_t first, int64_t end) const;
   bool sees_split(int64_t split) const;
   const std::byte* stored_unit(int64_t page) const;
   void look_ahead(int64_t page);
-  void fetch_missing(int64_t page, int64_t lines) const;
+  void fetch_missing(int64_t page) const;
+  Sides sides_of(const PageDecoder& k, const PageDecoder& v) const;
+  const Sides& sides_of(const Pass& pass) const;
   DecodeArgs decode_args(const Pass& pass, const PageDecoder& decoder, const std::byte* codes,
                          const std::byte* scales) const;
   FetchPart part_of_next(int begin, int end) const { return {&next_, begin, end}; }
   void run_pass(const Pass& pass, const PartialRows& out);
-  void add_values(const Pass& pass, const PageDecoder& decoder, const std::byte* unit,
+  void add_values(const Pass& pass, const Side& side, const std::byte* unit,
                   const PartialRows& out);
   ScoreTerms score_page(const Pass& pass, const cache::PageKind& kind, const std::byte* unit);
-  void score_codes(const Pass& pass, const PageDecoder& decoder, const std::byte* unit,
-                   const formats::UnitSections& sections);
-  void add_terms(const Pass& pass, const float* q, const uint16_t* mean);
+  const float* score_codes(const Pass& pass, const PageDecoder& decoder, const std::byte* unit,
+                           const formats::UnitSections& sections);
+  const float* add_terms(const Pass& pass, const float* q, const uint16_t* mean, const float* dot);
   IntegerRows rounded_queries(const Pass& pass, const PageDecoder& decoder, const uint8_t* scales);
-  bool keys_in_tiles(const PageDecoder& decoder) const;
-  bool values_in_tiles(const PageDecoder& decoder) const;
   bool all_in_tiles() const;
   bool integers_in_tiles(int rows) const;
   const uint8_t* pack_queries(const float* q, int rows, Code code);
@@ -168,11 +183,12 @@ class Task {
   const cache::SequenceView& sequence_;
   const int64_t first_position_;
   const WorkerMemory memory_;
-  const PageDecoder k_decoder_;  // of stored pages
-  const PageDecoder v_decoder_;
+  const Sides stored_;
+  const Sides plain_;
   const bool all_in_tiles_;
+  const int64_t unit_lines_;
   const int tile_rows_;  // of the whole task, though a pass may have fewer
-  int64_t end_split_ = std::numeric_limits<int64_t>::max();
+  int64_t end_page_ = std::numeric_limits<int64_t>::max();
   // The units of the pages behind page `ahead_of_`; null where they are not fetched.
   int64_t ahead_of_ = -2;
   const std::byte* ahead_[kFetchStreams] = {};

@@ -57,14 +57,15 @@ WorkerMemory take_worker(Cutter& cutter, int head_dim, int page_tokens) {
   w.page = cutter.take<float>(page_tokens * d);
   w.scratch = cutter.take<float>(2 * std::max<int64_t>(d, page_tokens));
   w.s = cutter.take<float>(static_cast<int64_t>(kMaxQueryRows) * page_tokens);
+  w.zeros = cutter.take<float>(kMaxQueryRows);
   w.offset = cutter.take<float>(kMaxQueryRows);
   w.bias_dot = cutter.take<float>(kMaxQueryRows);
   w.dot = cutter.take<float>(kMaxQueryRows);
   w.factor = cutter.take<float>(kMaxQueryRows);
   w.row = cutter.take<float>(d);
   w.q_tiles = cutter.take<uint8_t>(query_tile_bytes(kMaxQueryRows, head_dim));
-  w.q_integer.hi = cutter.take<int8_t>(kMaxQueryRows * d);
-  w.q_integer.lo = cutter.take<int8_t>(kMaxQueryRows * d);
+  w.q_integer.hi = cutter.take<int8_t>(query_integer_bytes(kMaxQueryRows, head_dim));
+  w.q_integer.lo = w.q_integer.hi + kMaxQueryRows * d;
   w.q_integer.scale = cutter.take<float>(kMaxQueryRows);
   w.q_integer.start = cutter.take<int32_t>(kMaxQueryRows * (d / 16));
   w.q_integer.rest = cutter.take<int32_t>(kMaxQueryRows * (d / 16));
