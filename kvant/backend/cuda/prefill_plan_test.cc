@@ -368,5 +368,30 @@ TEST(PrefillPlan, LongestSequencesAndTilesFirst) {
   }
 }
 
+// The last heads of a short prompt, of which one alone leaves blocks idle, end with short tiles.
+TEST(PrefillPlan, LastHeadsEndTogether) {
+  Step step;
+  step.num_kv_heads = 8;
+  step.sequences = {{0, 2560}};  // 80 tiles a head for 132 multiprocessors
+  PlannedStep planned(step);
+  ASSERT_TRUE(planned.make().has_value());
+  planned.check();
+  const PrefillPlan& plan = planned.plan();
+  ASSERT_EQ(plan.passes.size(), 1u);
+  ASSERT_EQ(plan.items.size(), 8u * 80);
+  const auto length = [&](size_t i) {
+    return plan.tiles[static_cast<size_t>(plan.items[i].tile)].num_key_tiles;
+  };
+  for (size_t i = 0; i < 4 * 80; ++i) EXPECT_EQ(plan.items[i].head, static_cast<int>(i / 80));
+  int heads = 0;
+  for (size_t i = 4 * 80; i < plan.items.size(); ++i) {
+    if (i > 4 * 80) {
+      EXPECT_LE(length(i), length(i - 1));
+    }
+    heads |= 1 << plan.items[i].head;
+  }
+  EXPECT_EQ(heads, 0xf0);
+}
+
 }  // namespace
 }  // namespace kvant::backend::cuda

@@ -149,6 +149,22 @@ __device__ __forceinline__ void copies_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// ---- loads and stores without a branch ----
+
+// Of global memory that nobody writes meanwhile; the load stays where it is.
+__device__ __forceinline__ float4 load_float4(const float* source) {
+  float4 x;
+  asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "l"(source));
+  return x;
+}
+__device__ __forceinline__ void store_if(bool condition, float* target, float x) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %0, 0;\n@p st.global.f32 [%1], %2;\n}" ::"r"(
+                   static_cast<int>(condition)),
+               "l"(target), "f"(x)
+               : "memory");
+}
 // ---- programmatic dependent launch ----
 
 __device__ __forceinline__ void launch_dependents() {
@@ -236,6 +252,13 @@ __device__ __forceinline__ uint32_t movmatrix(uint32_t x) {
 
 // ---- arithmetic ----
 
+// The lowest `count` bits, all from 32 on.
+__device__ __forceinline__ uint32_t low_bits(uint32_t count) {
+  uint32_t y;
+  asm("bmsk.clamp.b32 %0, 0, %1;" : "=r"(y) : "r"(count));
+  return y;
+}
+
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -245,6 +268,11 @@ __device__ __forceinline__ float exp2_approx(float x) {
 __device__ __forceinline__ float max_nan(float a, float b) {
   float y;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+__device__ __forceinline__ float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 __device__ __forceinline__ float reciprocal_fast(float x) {

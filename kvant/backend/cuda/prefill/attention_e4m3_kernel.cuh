@@ -490,16 +490,10 @@ __device__ __forceinline__ void consume_e4m3(const PrefillKernelArgs& args, uint
   uint32_t phases = 0;
   if (warpgroup == 1) ptx::named_arrive(kTurn, 256);
   for (int n = 0;; ++n) {
-    const int slot = n & 1;
-    ptx::mbarrier_wait(bars + 8 * (kItemFull + slot), (n >> 1) & 1);
-    int index;
-    asm volatile("ld.shared.s32 %0,[%1];" : "=r"(index) : "r"(base + Shape::kItems + 4 * slot));
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(bars + 8 * (kItemEmpty + slot));
-    if (index < 0) break;
-    const WorkItem work = args.items[index];
-    const QueryTile& tile = args.tiles[work.tile];
-    const int kv_head = args.first_head + work.head;
+    const TakenItem& taken = wait_for_item(bars, base + Shape::kItems, n);
+    const int kv_head = taken.kv_head;
+    if (kv_head < 0) break;
+    const QueryTile& tile = taken.tile;
     const float* image_scales =
         args.references +
         (static_cast<int64_t>(tile.sequence) * args.num_kv_heads + kv_head) *
@@ -561,7 +555,8 @@ __device__ __forceinline__ void consume_e4m3(const PrefillKernelArgs& args, uint
       shift[1] = shift_of(base + Shape::kShifts, place.row[1]);
     }
     if (threadIdx.x % 4 != 0) state.sum[0] = state.sum[1] = 0.0f;
-    store_rows<kHeadDim>(args, tile, place, shift, image_scales[1], state);
+    store_rows<kHeadDim>(args, tile, place, shift, taken.value_scale[1], state);
+    release_item(bars, n);
     // Shifts are read before the next item's are written.
     ptx::named_barrier(kOwn + warpgroup, 128);
   }

@@ -4,7 +4,9 @@
 // consumer warpgroup owns 64 rows of the query tile: scores S = Q K^T from shared memory, softmax
 // in registers, O += P V with P in registers. Scores of tile i and the product of tile i - 1 are
 // issued together, and the two warpgroups take turns (ping-pong), so that one's softmax runs while
-// the other keeps the tensor cores busy (FlashAttention-3, arXiv 2407.08608, section 3).
+// the other keeps the tensor cores busy (FlashAttention-3, arXiv 2407.08608, section 3). Between
+// two items the tensor cores would idle: what the next one needs is there before, and what the last
+// one leaves is stored later.
 //
 // Keys are stored less a reference key b (dequantise.h): softmax does not see a term that all
 // scores of a row share. Where the score itself matters (softcap, sink logits, LSE) q . b is added
@@ -59,47 +61,39 @@ __device__ __forceinline__ void consume(const PrefillKernelArgs& args, uint32_t 
       matrix_descriptor(base + Shape::kQueries + warpgroup * 64 * 128, 16, 1024);
   const uint64_t keys = matrix_descriptor(base + Shape::kKeyTiles, 16, 1024);
   const uint64_t values = matrix_descriptor(base + Shape::kValueTiles, Shape::kKeyPart, 1024);
+  const bool shifted = kSoftcap || args.sink_logits != nullptr || args.lse != nullptr;
+  // If there are registers, items overlap: the next one's queries are on their way during the last
+  // product, and outputs are stored during the next one's first scores.
+  constexpr bool kOverlaps = kHeadDim <= 128;
+  float4 ahead[kOverlaps ? QueryChunks<kHeadDim>::kPerThread : 1];
   uint32_t phases = 0;  // bit s: how often stage s was used before this item, modulo 2
   if (warpgroup == 1) ptx::named_arrive(kTurn, 256);
+  RowState<kHeadDim> state;
+  RowPlace place;
+  place.activation[0] = place.activation[1] = -1;  // nothing to store yet
+#pragma unroll
+  for (int i = 0; i < kHeadDim / 2; ++i) state.out[i] = 0.0f;
   for (int n = 0;; ++n) {
-    const int slot = n & 1;
-    ptx::mbarrier_wait(bars + 8 * (kItemFull + slot), (n >> 1) & 1);
-    int item;
-    asm volatile("ld.shared.s32 %0,[%1];" : "=r"(item) : "r"(base + Shape::kItems + 4 * slot));
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(bars + 8 * (kItemEmpty + slot));
-    if (item < 0) break;
-    const WorkItem work = args.items[item];
-    const QueryTile& tile = args.tiles[work.tile];
-    const int kv_head = args.first_head + work.head;
-    const float* value_scales =
-        args.references +
-        (static_cast<int64_t>(tile.sequence) * args.num_kv_heads + kv_head) *
-            reference_floats(kHeadDim) +
-        kHeadDim;
-
-    const bool shifted = kSoftcap || args.sink_logits != nullptr || args.lse != nullptr;
-    load_queries<kHeadDim>(args, tile, kv_head, warpgroup, base + Shape::kQueries);
-    if (shifted) load_shifts<kHeadDim>(args, tile, kv_head, warpgroup, base + Shape::kShifts);
+    const TakenItem& item = wait_for_item(bars, base + Shape::kItems, n);
+    if (item.kv_head < 0) {
+      if constexpr (kOverlaps) write_rows<kHeadDim>(args, place, state);
+      break;
+    }
+    const QueryTile& tile = item.tile;
+    if constexpr (kOverlaps) {
+      if (n == 0) request_queries<kHeadDim>(args, tile, item.kv_head, warpgroup, 0, ahead);
+      put_queries<kHeadDim>(args.q_scale, warpgroup, base + Shape::kQueries, 0, ahead);
+    } else {
+      load_queries<kHeadDim>(args, tile, item.kv_head, warpgroup, base + Shape::kQueries);
+    }
+    if (shifted) load_shifts<kHeadDim>(args, tile, item.kv_head, warpgroup, base + Shape::kShifts);
     fence_async_shared();
     ptx::named_barrier(kOwn + warpgroup, 128);
-
-    const RowPlace place = place_rows(args, tile, kv_head, warpgroup);
-    RowState<kHeadDim> state;
-    state.max[0] = state.max[1] = -INFINITY;
-    state.sum[0] = state.sum[1] = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) state.out[i] = 0.0f;
-    if (tile.resumes != 0) resume_rows<kHeadDim>(args, place, value_scales[0], 0.0f, state);
-    float shift[2] = {0.0f, 0.0f};
-    if (kSoftcap) {
-      shift[0] = shift_of(base + Shape::kShifts, place.row[0]);
-      shift[1] = shift_of(base + Shape::kShifts, place.row[1]);
-    }
 
     float s[kKeys / 2];
     uint32_t p[kKeys / 4];
     float factor[2];
+    float shift[2] = {0.0f, 0.0f};
     const int key_tiles = tile.num_key_tiles;
     const auto weigh = [&](int i, auto masked) {
       if constexpr (kSoftcap) {
@@ -127,15 +121,26 @@ __device__ __forceinline__ void consume(const PrefillKernelArgs& args, uint32_t 
     using Masked = std::true_type;
     using Whole = std::false_type;
 
-    // The first tile has no product to go with.
+    // The first tile has no product to go with. The item before is stored meanwhile.
     ptx::mbarrier_wait(bars + 8 * kKeysFull, phases & 1);
     issue_scores<kHeadDim>(s, queries, keys);
+    if constexpr (kOverlaps) write_rows<kHeadDim>(args, place, state);
+    place = place_rows(args, tile, item.kv_head, warpgroup);
+    state.max[0] = state.max[1] = -INFINITY;
+    state.sum[0] = state.sum[1] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) state.out[i] = 0.0f;
+    if (kSoftcap) {
+      shift[0] = shift_of(base + Shape::kShifts, place.row[0]);
+      shift[1] = shift_of(base + Shape::kShifts, place.row[1]);
+    }
     wgmma_wait<0>();
     hold(s);
+    if (tile.resumes != 0) resume_rows<kHeadDim>(args, place, item.value_scale[0], 0.0f, state);
     if (lane == 0) ptx::mbarrier_arrive(bars + 8 * kKeysEmpty);
     weigh(0, Masked{});
     pack();
-    rescale();
+    if (tile.resumes != 0) rescale();
     // Tile i uses stage i % 2 for the (i / 2)-th time in this item.
     const auto step = [&](int i, int stage, auto masked) {
       const int before = stage ^ 1;
@@ -179,19 +184,28 @@ __device__ __forceinline__ void consume(const PrefillKernelArgs& args, uint32_t 
       ptx::mbarrier_wait(bars + 8 * (kValuesFull + stage),
                          (((key_tiles - 1) >> 1) ^ (phases >> stage)) & 1);
       issue_outputs<kHeadDim>(state.out, p, values + stage * (Shape::kTileBytes >> 4));
+      if constexpr (kOverlaps) {
+        const TakenItem& next = wait_for_item(bars, base + Shape::kItems, n + 1);
+        request_queries<kHeadDim>(args, next.tile, next.kv_head, warpgroup, 0, ahead);
+      }
+      if (!kSoftcap && shifted) {
+        shift[0] = shift_of(base + Shape::kShifts, place.row[0]);
+        shift[1] = shift_of(base + Shape::kShifts, place.row[1]);
+      }
+      if constexpr (kSoftcap) shift[0] = shift[1] = 0.0f;  // already in the scores
+      place = place_rows(args, tile, item.kv_head, warpgroup);
+      float scale[2];
+      finish_rows<kHeadDim>(args, tile, place, shift, item.value_scale[1], state, scale);
       wgmma_wait<0>();
       hold(state.out);
       if (lane == 0) ptx::mbarrier_arrive(bars + 8 * (kValuesEmpty + stage));
+      scale_rows<kHeadDim>(scale, state);
+      if constexpr (!kOverlaps) write_rows<kHeadDim>(args, place, state);
+      release_item(bars, n);
     }
     phases ^= (((key_tiles + 1) >> 1) & 1) | (key_tiles & 2);
-    if (!kSoftcap && shifted) {
-      shift[0] = shift_of(base + Shape::kShifts, place.row[0]);
-      shift[1] = shift_of(base + Shape::kShifts, place.row[1]);
-    }
-    if constexpr (kSoftcap) shift[0] = shift[1] = 0.0f;  // already in the scores
-    store_rows<kHeadDim>(args, tile, place, shift, value_scales[1], state);
-    ptx::named_barrier(kOwn + warpgroup,
-                       128);  // shifts are read before the next item's are written
+    // Queries and shifts are read before the next item's are written.
+    ptx::named_barrier(kOwn + warpgroup, 128);
   }
 }
 

@@ -47,6 +47,8 @@ struct PrefillKernelArgs {
   int window = 0;
   int sink_tokens = 0;
   const float* sink_logits = nullptr;  // [query head] or null
+  // 65536 / group, rounded up: row * group_inverse >> 16 is row / group of a tile's rows.
+  uint32_t group_inverse = 65536;
 };
 
 // Images that are written beside attention, by idle warps: attention waits for each. Formats

@@ -2,6 +2,8 @@
 // others write images where that is done beside attention.
 #pragma once
 
+#include <cstddef>
+
 #include "kvant/backend/cuda/prefill/attention_shape.cuh"
 #include "kvant/backend/cuda/prefill/hopper.cuh"
 #include "kvant/backend/cuda/prefill/write_image.cuh"
@@ -73,50 +75,131 @@ __device__ __forceinline__ void copy_side(const LaneCopy& copy, const std::byte*
   if (active) bulk_copy(stage + copy.offset, source, bytes, full);
 }
 
+// The next item of a block, fetched in steps: each asks for something and a later one uses it, so
+// that copies of key tiles do not wait for it.
+template <typename Shape>
+struct NextItem {
+  static constexpr int kSteps = 5;
+  const PrefillKernelArgs& args;
+  const uint32_t base;
+  int taken = 0;  // by lane 0
+  int index = 0;
+  WorkItem item = {};
+  int32_t word = 0;  // of the lane, of TakenItem
+
+  // Step `step` of fetching the block's item n.
+  __device__ __forceinline__ void advance(int step, int n) {
+    const int lane = threadIdx.x % 32;
+    const bool more = index < args.num_items;
+    if (step == 0) {
+      if (lane == 0) taken = static_cast<int>(gridDim.x) + atomicAdd(args.counters + kNextItem, 1);
+    } else if (step == 1) {
+      index = __shfl_sync(~0u, taken, 0);
+      if (index < args.num_items) item = args.items[index];
+    } else if (step == 2) {
+      word = 0;
+      if (more && lane < kTileWords) {
+        word = __ldg(reinterpret_cast<const int32_t*>(args.tiles + item.tile) + lane);
+      }
+    } else if (step == 3) {
+      request_queries();
+      const int kv_head = args.first_head + item.head;
+      const int64_t head =
+          static_cast<int64_t>(field(offsetof(QueryTile, sequence))) * args.num_kv_heads + kv_head;
+      if (lane == kTileWords) word = more ? kv_head : -1;
+      if (more && lane > kTileWords && lane < kItemWords) {
+        word = __float_as_int(args.references[head * reference_floats(Shape::kHeadDim) +
+                                              Shape::kHeadDim + lane - kTileWords - 1]);
+      }
+    } else {
+      leave(n);
+    }
+  }
+
+ private:
+  static constexpr int kItemWords = kTileWords + 3;
+
+  __device__ __forceinline__ int field(size_t offset) const {
+    return __shfl_sync(~0u, word, static_cast<int>(offset / 4));
+  }
+
+  // To L2: they come from DRAM, and consumers are still busy with the item before.
+  __device__ __forceinline__ void request_queries() const {
+    const int64_t row = field(offsetof(QueryTile, row));
+    const int head = (args.first_head + item.head) * args.group;
+    const int num_tokens = field(offsetof(QueryTile, num_tokens));
+    for (int token = threadIdx.x % 32; token < num_tokens; token += 32) {
+      prefetch_l2(args.q + ((row + token) * args.num_query_heads + head) * Shape::kHeadDim,
+                  args.group * Shape::kHeadDim * 4);
+    }
+  }
+
+  // To consumers.
+  __device__ __forceinline__ void leave(int n) const {
+    const uint32_t bars = base + Shape::kBarriers;
+    const int lane = threadIdx.x % 32;
+    const int slot = n % kItemSlots;
+    ptx::mbarrier_wait(bars + 8 * (kItemEmpty + slot), (n / kItemSlots & 1) ^ 1);
+    if (lane < kItemWords) {
+      asm volatile("st.shared.s32 [%0],%1;" ::"r"(item_address(base + Shape::kItems, n) + 4 * lane),
+                   "r"(word)
+                   : "memory");
+    }
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(bars + 8 * (kItemFull + slot));
+  }
+};
+
 template <typename Shape, typename Images>
 __device__ __forceinline__ void produce(const PrefillKernelArgs& args,
                                         const typename Images::Args& images, uint32_t base) {
+  using Next = NextItem<Shape>;
+  // So many key tiles before the end of an item the next one is taken.
+  constexpr int kTakeBefore = 6;
   const uint32_t bars = base + Shape::kBarriers;
   const int lane = threadIdx.x % 32;
   const int slices = Shape::kKeys >> args.slice_shift;
   const int slice_bytes = Shape::kRowBytes << args.slice_shift;
   const bool active = lane < slices * Shape::kParts;
   uint32_t empty = 3;  // bit s: the phase that stage s waits for; stages start empty
+  Next next{args, base};
+  next.taken = static_cast<int>(blockIdx.x);
+  // Item n is fetched while key tiles of the one before are copied; the first one has none before.
   for (int n = 0;; ++n) {
-    int index = 0;
-    if (lane == 0) index = atomicAdd(args.counters + kNextItem, 1);
-    index = __shfl_sync(~0u, index, 0);
-    const bool more = index < args.num_items;
-    const int slot = n & 1;
-    ptx::mbarrier_wait(bars + 8 * (kItemEmpty + slot), ((n >> 1) & 1) ^ 1);
-    if (lane == 0) {
-      asm volatile("st.shared.s32 [%0],%1;" ::"r"(base + Shape::kItems + 4 * slot),
-                   "r"(more ? index : -1)
-                   : "memory");
-      ptx::mbarrier_arrive(bars + 8 * (kItemFull + slot));
+    QueryTile tile;
+    int head_of_pass = 0;
+    int first_step = -1;  // so many tiles before it; step 0 of the first item is done
+    if (n > 0) {
+      if (next.index >= args.num_items) return;
+      const TakenItem& item = item_at(base + Shape::kItems, n - 1);
+      tile = item.tile;
+      head_of_pass = item.kv_head - args.first_head;
+      first_step = max(tile.num_key_tiles - kTakeBefore, 0);
     }
-    if (!more) return;
-    const WorkItem item = args.items[index];
-    const QueryTile tile = args.tiles[item.tile];
-    const std::byte* head = args.images + item.head * args.head_stride;
+    const std::byte* head = args.images + head_of_pass * args.head_stride;
     int known = tile.num_slices;
-    for (int i = 0; i < tile.num_key_tiles; ++i) {
-      const int stage = i & 1;
-      const LaneCopy copy = lane_copy<Shape>(args, head, tile, tile.num_slices - (i + 1) * slices);
-      if constexpr (Images::kWrites) {
-        known = wait_for_images(args, images, tile, item.head,
-                                max(tile.num_slices - (i + 1) * slices, 0), known);
+    for (int i = 0; i < max(tile.num_key_tiles, first_step + Next::kSteps); ++i) {
+      if (i < tile.num_key_tiles) {
+        const int stage = i & 1;
+        const LaneCopy copy =
+            lane_copy<Shape>(args, head, tile, tile.num_slices - (i + 1) * slices);
+        if constexpr (Images::kWrites) {
+          known = wait_for_images(args, images, tile, head_of_pass,
+                                  max(tile.num_slices - (i + 1) * slices, 0), known);
+        }
+        ptx::mbarrier_wait(bars + 8 * (kKeysEmpty + stage), (empty >> stage) & 1);
+        copy_side<Shape>(copy, copy.source, slice_bytes, active,
+                         base + Shape::kKeyTiles + stage * Shape::kTileBytes,
+                         bars + 8 * (kKeysFull + stage));
+        ptx::mbarrier_wait(bars + 8 * (kValuesEmpty + stage), (empty >> stage) & 1);
+        copy_side<Shape>(copy,
+                         copy.source + int64_t{Shape::kParts} * args.page_tokens * Shape::kRowBytes,
+                         slice_bytes, active, base + Shape::kValueTiles + stage * Shape::kTileBytes,
+                         bars + 8 * (kValuesFull + stage));
+        empty ^= 1u << stage;
       }
-      ptx::mbarrier_wait(bars + 8 * (kKeysEmpty + stage), (empty >> stage) & 1);
-      copy_side<Shape>(copy, copy.source, slice_bytes, active,
-                       base + Shape::kKeyTiles + stage * Shape::kTileBytes,
-                       bars + 8 * (kKeysFull + stage));
-      ptx::mbarrier_wait(bars + 8 * (kValuesEmpty + stage), (empty >> stage) & 1);
-      copy_side<Shape>(copy,
-                       copy.source + int64_t{Shape::kParts} * args.page_tokens * Shape::kRowBytes,
-                       slice_bytes, active, base + Shape::kValueTiles + stage * Shape::kTileBytes,
-                       bars + 8 * (kValuesFull + stage));
-      empty ^= 1u << stage;
+      const int step = i - first_step;
+      if (step >= 0 && step < Next::kSteps) next.advance(step, n);
     }
   }
 }
@@ -125,6 +208,7 @@ __device__ __forceinline__ void produce(const PrefillKernelArgs& args,
 template <typename Images>
 __device__ __forceinline__ void write_images(const BackgroundImages& images, int32_t* counters,
                                              uint8_t* shared) {
+  constexpr int kHeadDim = Images::kHeadDim;
   const int lane = threadIdx.x % 32;
   const int tiles = images.dequantise.page_tokens / kTileTokens;
   const auto claim = [&] { return lane == 0 ? atomicAdd(counters + kNextUnit, 1) : 0; };
@@ -145,15 +229,15 @@ __device__ __forceinline__ void write_images(const BackgroundImages& images, int
     const UnitKind& kind = args.kinds[job.kind];
     if (keys) {
       if (kind.k.format == FormatId::kBf16) {
-        write_image<FormatId::kBf16, true>(args, side, 0, tiles, shared);
+        write_image<FormatId::kBf16, true, kHeadDim>(args, side, 0, tiles, shared);
       } else {
-        write_image<Images::kKeys, true>(args, side, 0, tiles, shared);
+        write_image<Images::kKeys, true, kHeadDim>(args, side, 0, tiles, shared);
       }
     } else {
       if (kind.v.format == FormatId::kBf16) {
-        write_image<FormatId::kBf16, false>(args, side, 0, tiles, shared);
+        write_image<FormatId::kBf16, false, kHeadDim>(args, side, 0, tiles, shared);
       } else {
-        write_image<Images::kValues, false>(args, side, 0, tiles, shared);
+        write_image<Images::kValues, false, kHeadDim>(args, side, 0, tiles, shared);
       }
     }
     __syncwarp();

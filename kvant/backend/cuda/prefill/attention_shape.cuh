@@ -21,6 +21,7 @@ struct NoImages {
 template <FormatId kK, FormatId kV>
 struct WrittenImages {
   static constexpr bool kWrites = true;
+  static constexpr int kHeadDim = 128;
   static constexpr int kConsumerRegisters = 208;
   static constexpr int kProducerRegisters = 88;
   static constexpr FormatId kKeys = kK;
@@ -30,8 +31,19 @@ struct WrittenImages {
 constexpr int kStartRegisters = 168;  // 65536 / 384, rounded down to a multiple of 8
 constexpr int kImageWarps = 3;
 
-template <int kHeadDim>
+// What the producer says of an item in shared memory, where consumers read it, kItemSlots of them
+// in turn.
+struct alignas(128) TakenItem {
+  QueryTile tile;        // no tokens if there is no item any more
+  int32_t kv_head;       // -1: no item any more
+  float value_scale[2];  // of the sequence and head, and its inverse (reference_floats)
+};
+constexpr int kTileWords = sizeof(QueryTile) / 4;
+constexpr int kItemSlots = 4;
+
+template <int kDim>
 struct PrefillShape {
+  static constexpr int kHeadDim = kDim;
   static constexpr int kKeys = key_tile_tokens(kHeadDim, ImageType::kF16);
   static constexpr int kParts = (kHeadDim + kImageChannels - 1) / kImageChannels;
   static constexpr int kRowBytes = 128;               // of a token in a part
@@ -46,15 +58,16 @@ struct PrefillShape {
   static constexpr int kShifts = kValueTiles + kStages * kTileBytes;  // [2][128] floats
   static constexpr int kBarriers = kShifts + 2 * kTileRows * 4;
   static constexpr int kItems = kBarriers + 16 * 8;
-  static constexpr int kImages = kItems + 16;
+  static constexpr int kImages = kItems + kItemSlots * sizeof(TakenItem);
   static constexpr int kBytes = kImages + 1024;  // images: kImageWarps * fast_shared_bytes more
 };
 
 // Of E4M3 images: a slice is contiguous. Products take 32 channels at a time; where head_dim lacks
 // 16, queries have zeros there and what keys have is what lies behind them: the next keys, or zeros
 // that the block wrote.
-template <int kHeadDim>
+template <int kDim>
 struct PrefillShapeE4m3 {
+  static constexpr int kHeadDim = kDim;
   static constexpr int kQueryDim = (kHeadDim + 31) / 32 * 32;
   static constexpr int kKeys = key_tile_tokens(kHeadDim, ImageType::kE4m3);
   static constexpr int kParts = 1;
@@ -70,17 +83,17 @@ struct PrefillShapeE4m3 {
   static constexpr int kOnes = kScales + kTileRows * 4;               // two core matrices
   static constexpr int kBarriers = kOnes + 2 * 128;
   static constexpr int kItems = kBarriers + 16 * 8;
-  static constexpr int kBytes = kItems + 16 + 1024;
+  static constexpr int kBytes = kItems + kItemSlots * sizeof(TakenItem) + 1024;
 };
 
-// mbarriers, in units of 8 bytes from kBarriers; two of each.
+// mbarriers, in units of 8 bytes from kBarriers; two of each, kItemSlots of the last.
 enum PrefillBarrier {
   kKeysFull = 0,
   kKeysEmpty = 2,
   kValuesFull = 4,
   kValuesEmpty = 6,
   kItemFull = 8,
-  kItemEmpty = 10
+  kItemEmpty = kItemFull + kItemSlots
 };
 __device__ __forceinline__ void init_barriers(uint32_t bars) {
   for (int i = 0; i < 2; ++i) {
@@ -88,6 +101,8 @@ __device__ __forceinline__ void init_barriers(uint32_t bars) {
     ptx::mbarrier_init(bars + 8 * (kKeysEmpty + i), 8);  // consumer warps
     ptx::mbarrier_init(bars + 8 * (kValuesFull + i), 1);
     ptx::mbarrier_init(bars + 8 * (kValuesEmpty + i), 8);
+  }
+  for (int i = 0; i < kItemSlots; ++i) {
     ptx::mbarrier_init(bars + 8 * (kItemFull + i), 1);
     ptx::mbarrier_init(bars + 8 * (kItemEmpty + i), 8);
   }
@@ -96,6 +111,24 @@ __device__ __forceinline__ void init_barriers(uint32_t bars) {
 // Named barriers: 1 and 2 give a warpgroup its turn, 3 and 4 are a warpgroup's own.
 constexpr int kTurn = 1;
 constexpr int kOwn = 3;
+
+// Where item n of a block is; `items` is kItems.
+__device__ __forceinline__ uint32_t item_address(uint32_t items, int n) {
+  return items + n % kItemSlots * static_cast<uint32_t>(sizeof(TakenItem));
+}
+__device__ __forceinline__ const TakenItem& item_at(uint32_t items, int n) {
+  return *static_cast<const TakenItem*>(__cvta_shared_to_generic(item_address(items, n)));
+}
+// For a consumer: waits until the producer has left it.
+__device__ __forceinline__ const TakenItem& wait_for_item(uint32_t bars, uint32_t items, int n) {
+  ptx::mbarrier_wait(bars + 8 * (kItemFull + n % kItemSlots), n / kItemSlots & 1);
+  return item_at(items, n);
+}
+// A warp has read what it needs of it.
+__device__ __forceinline__ void release_item(uint32_t bars, int n) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(bars + 8 * (kItemEmpty + n % kItemSlots));
+}
 
 __device__ __forceinline__ int slice_place(const QueryTile& tile, int slice) {
   if (slice < tile.num_sink) return tile.sink_place + slice;

@@ -10,6 +10,7 @@ namespace kvant::backend::cuda {
 namespace {
 
 constexpr int kWarps = 4;
+constexpr int kAnyFormat = -1;  // else a FormatId
 
 // ---- with rotation or RoPE: whole rows in fp32 ----
 
@@ -122,7 +123,7 @@ __device__ void write_rows(const DequantiseArgs& args, const Side& side, int til
       if (!written) x[n] = 0.0f;
     }
     uint32_t h[4];
-    for (int n = 0; n < 4; ++n) h[n] = to_image(x[2 * n], x[2 * n + 1], largest);
+    for (int n = 0; n < 4; ++n) h[n] = to_image(x[2 * n], x[2 * n + 1], ~0u, largest);
     const int token = tile * kTileTokens + row;
     std::byte* target = side.image + (chunk / 8) * args.page_tokens * 128 + token * 128 +
                         (((chunk % 8) ^ (token % 8)) << 4);
@@ -241,8 +242,22 @@ __global__ __launch_bounds__(32 *
   }
 }
 
+// The same where it can only be kOnly or BF16.
+template <bool kKeys, int kOnly, typename F>
+__device__ __forceinline__ void with_format_of(FormatId id, F&& f) {
+  if constexpr (kOnly == kAnyFormat) {
+    with_format<kKeys>(id, f);
+  } else if (id == FormatId::kBf16) {
+    f(std::integral_constant<FormatId, FormatId::kBf16>{});
+  } else {
+    f(std::integral_constant<FormatId, static_cast<FormatId>(kOnly)>{});
+  }
+}
+
 // A block a sequence and KV head: half of the warps the keys, half the values of a page's first
-// tokens, a warp 64 channels.
+// tokens, a warp 64 channels. The formats of usual caches have kernels of their own: what takes
+// longest in one of all formats is its instructions' way from DRAM.
+template <int kK, int kV>
 __global__ void make_references(const __grid_constant__ DequantiseArgs args) {
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ int largest_of[2];  // of keys less their mean, of values
@@ -263,11 +278,11 @@ __global__ void make_references(const __grid_constant__ DequantiseArgs args) {
   const UnitKind& stored = args.kinds[cache::kKindStored];
   const bool codes = e4m3 && keeps_codes(keys ? stored.k : stored.v);
   if (keys) {
-    with_format<true>(kind.k.format, [&](auto id) {
+    with_format_of<true, kK>(kind.k.format, [&](auto id) {
       decode_rows<decltype(id)::value, true>(args, side, 0, thread / 32, rows);
     });
   } else {
-    with_format<false>(kind.v.format, [&](auto id) {
+    with_format_of<false, kV>(kind.v.format, [&](auto id) {
       decode_rows<decltype(id)::value, false>(args, side, 0, thread / 32, rows);
     });
   }
@@ -283,7 +298,8 @@ __global__ void make_references(const __grid_constant__ DequantiseArgs args) {
   float largest = 0.0f;
   for (int c = thread; c < d; c += threads) {
     float sum = 0.0f;
-    for (int t = 0; t < tokens; ++t) {
+#pragma unroll
+    for (int t = 0; t < kTileTokens; ++t) {  // nought where there is no token
       const float x = rows[t * (d + 4) + c];
       sum += x;
       largest = fmaxf(largest, fabsf(x));
@@ -303,13 +319,13 @@ __global__ void make_references(const __grid_constant__ DequantiseArgs args) {
   // Largest magnitude to [4, 8). In FP16 a factor of 8000 above it fits, of 60000 below it is
   // normal; keys have no scale there.
   float* scales = out + d + (keys ? 2 : 0);
-  largest = __int_as_float(largest_of[keys ? 0 : 1]);
+  const int biased = largest_of[keys ? 0 : 1] >> 23;
   int exponent = 0;
-  if (largest > 0.0f && isfinite(largest) && (e4m3 || !keys)) exponent = 2 - ilogbf(largest);
+  if (largest_of[keys ? 0 : 1] > 0 && biased < 255 && (e4m3 || !keys)) exponent = 129 - biased;
   exponent = max(-100, min(100, exponent));
   const float global_scale = (keys ? args.k_scale : args.v_scale)[head];
-  scales[0] = codes ? 1.0f / global_scale : ldexpf(1.0f, exponent);
-  scales[1] = codes ? global_scale : ldexpf(1.0f, -exponent);
+  scales[0] = codes ? 1.0f / global_scale : __int_as_float((127 + exponent) << 23);
+  scales[1] = codes ? global_scale : __int_as_float((127 - exponent) << 23);
 }
 
 __global__ void make_rope_frequencies(int rotary_dim, double base, double position_scale,
@@ -319,6 +335,17 @@ __global__ void make_rope_frequencies(int rotary_dim, double base, double positi
   double f = pow(base, -2.0 * i / rotary_dim);
   if (factors != nullptr) f /= factors[i];
   frequency[i] = f * position_scale;
+}
+
+// Whether every kind is the stored one or BF16.
+bool only_stored_or_bf16(const DequantiseArgs& args) {
+  const UnitKind& stored = args.kinds[cache::kKindStored];
+  for (const UnitKind& kind : args.kinds) {
+    const bool known = (kind.k.format == FormatId::kBf16 || kind.k.format == stored.k.format) &&
+                       (kind.v.format == FormatId::kBf16 || kind.v.format == stored.v.format);
+    if (kind.base != nullptr && !known) return false;
+  }
+  return true;
 }
 
 bool needs_rows(const DequantiseArgs& args) {
@@ -341,7 +368,28 @@ Status launch_rope_frequencies(int rotary_dim, float base, float position_scale,
 Status launch_references(const DequantiseArgs& args, cudaStream_t stream) {
   const int bytes = 2 * row_shared_bytes(args.head_dim);
   const int parts = (args.head_dim + kImageChannels - 1) / kImageChannels;
-  make_references<<<args.num_jobs * args.num_kv_heads, 64 * parts, bytes, stream>>>(args);
+  const UnitKind& stored = args.kinds[cache::kKindStored];
+  const auto launch = [&](auto kernel) {
+    kernel<<<args.num_jobs * args.num_kv_heads, 64 * parts, bytes, stream>>>(args);
+  };
+  const auto only = [&](FormatId k, FormatId v) {
+    return stored.k.format == k && stored.v.format == v && only_stored_or_bf16(args);
+  };
+  constexpr auto kNvfp4 = static_cast<int>(FormatId::kNvfp4);
+  constexpr auto kInt4 = static_cast<int>(FormatId::kInt4Channel);
+  constexpr auto kInt8 = static_cast<int>(FormatId::kInt8);
+  constexpr auto kBf16 = static_cast<int>(FormatId::kBf16);
+  if (only(FormatId::kNvfp4, FormatId::kNvfp4)) {
+    launch(make_references<kNvfp4, kNvfp4>);
+  } else if (only(FormatId::kInt4Channel, FormatId::kNvfp4)) {
+    launch(make_references<kInt4, kNvfp4>);
+  } else if (only(FormatId::kInt8, FormatId::kInt8)) {
+    launch(make_references<kInt8, kInt8>);
+  } else if (only(FormatId::kBf16, FormatId::kBf16)) {
+    launch(make_references<kBf16, kBf16>);
+  } else {
+    launch(make_references<kAnyFormat, kAnyFormat>);
+  }
   return launch_status("reference keys");
 }
 

@@ -42,7 +42,7 @@ struct PartWords {
  private:
   __device__ __forceinline__ void load_chunks(const uint8_t* tile, int lane, int part, int steps) {
     const int num_words = steps * kBits / 4;
-    if ((part + 1) * kPartSteps <= steps) {
+    if (part < steps / kPartSteps) {
 #pragma unroll
       for (int i = 0; i < kBits / 4; ++i) {
         const uint4 v =

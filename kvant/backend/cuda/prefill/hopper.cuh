@@ -20,6 +20,10 @@ __device__ __forceinline__ void bulk_copy(uint32_t target, const void* source, i
       "l"(source), "r"(bytes), "r"(barrier)
       : "memory");
 }
+// Global memory to L2, 16-byte aligned; nobody waits for it.
+__device__ __forceinline__ void prefetch_l2(const void* source, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0],%1;" ::"l"(source), "r"(bytes) : "memory");
+}
 // Makes ordinary writes to shared memory visible to wgmma and bulk copies.
 __device__ __forceinline__ void fence_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -370,6 +370,7 @@ Status PrefillAttention::run_passes(const AttentionArgs& args, const Tables& tab
   kernel.num_query_heads = params.num_query_heads;
   kernel.num_kv_heads = view.num_kv_heads;
   kernel.group = params.num_query_heads / view.num_kv_heads;
+  kernel.group_inverse = static_cast<uint32_t>((65536 + kernel.group - 1) / kernel.group);
   kernel.references = references_;
   kernel.cap = params.softcap * kLog2e;
   kernel.q_scale = params.softcap > 0.0f ? params.scale / params.softcap : params.scale * kLog2e;

@@ -71,6 +71,13 @@ class Planner {
   }
 
  private:
+  // What a batch has of one sequence; first_job and first_tile from the batch's first.
+  struct Part {
+    size_t first_job = 0, num_jobs = 0;
+    size_t first_tile = 0, num_tiles = 0;
+    int longest = 0;
+  };
+
   int64_t first_visible(int64_t position) const {
     return view_.window > 0 ? std::max<int64_t>(0, position - view_.window + 1) : 0;
   }
@@ -249,7 +256,7 @@ class Planner {
       }
       // As many heads side by side as run at the same time.
       const int together =
-          std::clamp((args_.num_processors + tiles - 1) / std::max(1, tiles), 1, heads);
+          std::clamp((args_.num_processors + tiles / 2) / std::max(1, tiles), 1, heads);
       for (int head = 0; head < heads; head += together) {
         ImageChunk chunk;
         chunk.first_unit = static_cast<int32_t>(units);
@@ -261,9 +268,24 @@ class Planner {
         plan_.chunks.push_back(chunk);
       }
     }
+    if (!parts_[batch].empty()) even_end(parts_[batch].back(), batch, heads);
     pass.num_items = plan_.items.size() - pass.first_item;
     pass.num_chunks = plan_.chunks.size() - pass.first_chunk;
     return pass;
+  }
+
+  // A head's tiles are longest first, so that blocks end together, if there are many. Where there
+  // are fewer than blocks and they differ, the last heads of a pass are ordered together.
+  void even_end(const Part& part, size_t batch, int heads) {
+    const auto tiles = static_cast<int>(part.num_tiles);
+    if (tiles == 0 || tiles >= args_.num_processors) return;
+    const QueryTile* first = plan_.tiles.data() + plan_.batches[batch].first_tile;
+    if (first[part.first_tile + part.num_tiles - 1].num_key_tiles * 2 > part.longest) return;
+    const int together = std::min(heads, (2 * args_.num_processors + tiles - 1) / tiles);
+    std::stable_sort(plan_.items.end() - together * tiles, plan_.items.end(),
+                     [&](const WorkItem& a, const WorkItem& b) {
+                       return first[a.tile].num_key_tiles > first[b.tile].num_key_tiles;
+                     });
   }
 
   QueryTile make_tile(size_t sequence, const SequenceImages& images, int token) const {
@@ -372,13 +394,6 @@ class Planner {
       part.stored.begin = std::max(whole.stored.begin, part.stored.end - size);
     }
   }
-
-  // What a batch has of one sequence; first_job and first_tile from the batch's first.
-  struct Part {
-    size_t first_job = 0, num_jobs = 0;
-    size_t first_tile = 0, num_tiles = 0;
-    int longest = 0;
-  };
 
   const PrefillPlanArgs& args_;
   const GroupView& view_;

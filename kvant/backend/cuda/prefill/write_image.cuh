@@ -5,6 +5,7 @@
 #include "kvant/backend/cuda/matrices.cuh"
 #include "kvant/backend/cuda/prefill/dequantise.h"
 #include "kvant/backend/cuda/prefill/fragments.cuh"
+#include "kvant/backend/cuda/prefill/hopper.cuh"
 #include "kvant/formats/all_formats.h"
 
 namespace kvant::backend::cuda {
@@ -87,6 +88,8 @@ struct PartData {
   static constexpr bool kBlocks = kInfo.axis == BlockAxis::kHeadDim;
   static constexpr int kBlockSteps = kInfo.block_size / kStepChannels;  // 0: one block a row
   static constexpr int kDivisor = kBlockSteps == 0 ? 1 : kBlockSteps;
+  // Whether a factor and an addend of a channel can join the multiplication by a block's scale.
+  static constexpr bool kFolds = kBlocks && kInfo.scale != Scale::kF16Pair;
   PartWords<kInfo.code_bits> words;
   PartScales<kBlocks ? kInfo.scale : Scale::kNone, kBlockSteps, kKeys> scales;
 
@@ -134,6 +137,33 @@ struct PartData {
       sink(part * kPartSteps + i, x);
     }
   }
+
+  // The same times `factor`, which all channels share, plus addend(step, n) of element n.
+  template <typename Addend, typename Sink>
+  __device__ __forceinline__ void decode_folded(const Side& side, int head_dim, int part,
+                                                float factor, Addend&& addend, Sink&& sink) const {
+    static_assert(kFolds);
+    factor *= element_factor(kInfo.element);
+    if constexpr (kInfo.global_scale != GlobalScale::kNone) factor *= side.global_scale;
+    float scale[4], zero[4];
+#pragma unroll
+    for (int i = 0; i < kPartSteps; ++i) {
+      const int step = part * kPartSteps + i;
+      if (step >= head_dim / kStepChannels) break;
+      float x[8];
+      step_values<kInfo.element, kInfo.code_bits>(words, i, x);
+      if (i % kDivisor == 0 && (kBlockSteps != 0 || i == 0)) {
+        scales.get(kBlockSteps == 0 ? 0 : i / kDivisor, scale, zero);
+#pragma unroll
+        for (int n = 0; n < (kKeys ? 2 : 4); ++n) scale[n] *= factor;
+      }
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        x[n] = fmaf(x[n], scale[kKeys ? (n / 2) % 2 : 2 * (n / 4) + n % 2], addend(step, n));
+      }
+      sink(step, x);
+    }
+  }
 };
 
 // Scale and zero of a channel (formats with blocks along tokens).
@@ -146,38 +176,47 @@ __device__ __forceinline__ float2 channel_scale(const uint8_t* scales, int chann
 }
 
 // value = decoded * mul + add, per channel: everything that needs no other channel. What a K image
-// holds, or a V image.
-template <FormatId kId, bool kKeys>
-__device__ __forceinline__ void channel_factors(const Side& side, int head_dim, float2* factors) {
+// holds, or a V image. kFold: mul is the same for all and is returned, `factors` are the addends.
+template <FormatId kId, bool kKeys, bool kFold>
+__device__ __forceinline__ float channel_factors(const Side& side, int head_dim, void* factors) {
   constexpr bool kByChannel = FormatOf<kId>::kInfo.axis == BlockAxis::kToken;
+  const float scale = side.reference[head_dim + (kKeys ? 2 : 0)];
+#pragma unroll 4
   for (int c = threadIdx.x % 32; c < head_dim; c += 32) {
     float a = 0.0f;
     float m = 1.0f;
     if (side.mean != nullptr) a += from_bf16(__ldg(side.mean + c));
     if (side.bias != nullptr) a += __ldg(side.bias + c);
     if constexpr (kByChannel) {
-      const float2 scale = channel_scale(side.scales, c);
-      m = scale.x;
-      a += scale.y;
+      const float2 of_channel = channel_scale(side.scales, c);
+      m = of_channel.x;
+      a += of_channel.y;
     }
-    if constexpr (kKeys) {
+    if constexpr (kKeys && !kFold) {
       if (side.smooth != nullptr) {
         m *= __ldg(side.smooth + c);
         a *= __ldg(side.smooth + c);
       }
-      a -= side.reference[c];
     }
-    const float scale = side.reference[head_dim + (kKeys ? 2 : 0)];
-    factors[c] = make_float2(m * scale, a * scale);
+    if constexpr (kKeys) a -= side.reference[c];
+    if constexpr (kFold) {
+      static_cast<float*>(factors)[c] = a * scale;
+    } else {
+      static_cast<float2*>(factors)[c] = make_float2(m * scale, a * scale);
+    }
   }
   __syncwarp();
+  return scale;
 }
 
-// `largest` remembers the largest magnitude: infinite if a value is beyond FP16.
-__device__ __forceinline__ uint32_t to_image(float low, float high, __half2& largest) {
+// `largest` remembers the largest magnitude of what `mask` leaves: infinite if a value is beyond
+// FP16.
+__device__ __forceinline__ uint32_t to_image(float low, float high, uint32_t mask,
+                                             __half2& largest) {
   const __half2 h = __floats2half2_rn(low, high);
-  largest = __hmax2(largest, __habs2(h));
-  return *reinterpret_cast<const uint32_t*>(&h);
+  const uint32_t word = *reinterpret_cast<const uint32_t*>(&h) & mask;
+  largest = __hmax2(largest, __habs2(*reinterpret_cast<const __half2*>(&word)));
+  return word;
 }
 
 __device__ __forceinline__ void report(const DequantiseArgs& args, __half2 largest) {
@@ -185,20 +224,38 @@ __device__ __forceinline__ void report(const DequantiseArgs& args, __half2 large
   if (infinite) *args.out_of_range = 1;
 }
 
-// Tiles [first, first + count) of 16 tokens, without rotation and RoPE: fragments to image rows
-// through one part of staging, 16 rows of 128 bytes, two of them in turn.
-template <FormatId kId, bool kKeys>
-__device__ __forceinline__ void write_image(const DequantiseArgs& args, const Side& side, int first,
-                                            int count, uint8_t* shared) {
+// Which of a lane's words of a step hold tokens that are written, of the `tokens` of a tile: word r
+// is masked by token_mask(kKeys ? r % 2 : r / 2).
+template <bool kKeys>
+__device__ __forceinline__ uint32_t token_mask(int tokens, int i) {
   const int lane = threadIdx.x % 32;
-  const int d = args.head_dim;
+  if constexpr (kKeys) return 8 * i + lane / 4 < tokens ? ~0u : 0u;
+  const int token = 8 * i + 2 * (lane % 4);
+  return (token < tokens ? 0xffffu : 0u) | (token + 1 < tokens ? 0xffff0000u : 0u);
+}
+
+// Tiles [first, first + count) of 16 tokens, without rotation and RoPE: fragments to image rows
+// through one part of staging, 16 rows of 128 bytes, two of them in turn. kHeadDim: 0 if it is not
+// known, else a multiple of kImageChannels. kFold: there is no factor for smoothing.
+template <FormatId kId, bool kKeys, int kHeadDim, bool kFold>
+__device__ __forceinline__ void write_image_as(const DequantiseArgs& args, const Side& side,
+                                               int first, int count, uint8_t* shared) {
+  static_assert(kHeadDim % kImageChannels == 0, "parts are whole");
+  const int lane = threadIdx.x % 32;
+  const int d = kHeadDim > 0 ? kHeadDim : args.head_dim;
   const int parts = (d + kImageChannels - 1) / kImageChannels;
-  // Reads are a part ahead of the arithmetic, except of 16-bit formats: too many registers.
-  constexpr bool kAhead = FormatOf<kId>::kInfo.code_bits < 16;
+  // Reads are a part ahead of the arithmetic, except of 16-bit formats where much else takes
+  // registers. To L2 these come as a whole: half of a new prompt's pages are BF16.
+  constexpr int kBits = FormatOf<kId>::kInfo.code_bits;
+  constexpr bool kAhead = kHeadDim > 0 || kBits < 16;
   PartData<kId, kKeys> next;
   if constexpr (kAhead) next.load(side, d, first, 0);
-  float2* factors = reinterpret_cast<float2*>(shared + 2 * kTileTokens * 128);
-  channel_factors<kId, kKeys>(side, d, factors);
+  if constexpr (kHeadDim > 0 && kBits == 16) {
+    constexpr int kTileBytes = 2 * kBits * kHeadDim;
+    if (lane == 0) prefetch_l2(side.codes + first * kTileBytes, count * kTileBytes);
+  }
+  uint8_t* factors = shared + 2 * kTileTokens * 128;
+  [[maybe_unused]] const float scale = channel_factors<kId, kKeys, kFold>(side, d, factors);
   const int matrix = lane / 8;
   // Lane 8 m + r gives the address of row r of matrix m: token 8 (m % 2) + r and chunk m / 2 of a
   // step for keys, the other way round for values, which are transposed.
@@ -206,41 +263,64 @@ __device__ __forceinline__ void write_image(const DequantiseArgs& args, const Si
   const int chunk = kKeys ? matrix / 2 : matrix % 2;
   const uint32_t stage = ptx::shared_address(shared);
   __half2 largest = __float2half2_rn(0.0f);
-  int tile = first;
-  int part = 0;
-  for (int n = 0; n < count * parts; ++n) {
-    const int tokens = side.num_tokens - tile * kTileTokens;
+  const auto num_parts = static_cast<uint32_t>(count * parts);
+  const auto part_of = [&](uint32_t n) { return static_cast<int>(n % parts); };
+  const auto tile_of = [&](uint32_t n) { return first + static_cast<int>(n / parts); };
+  for (uint32_t n = 0; n < num_parts; ++n) {
+    const int part = part_of(n);
+    const int tile = tile_of(n);
     const uint32_t buffer = stage + (n % 2) * (kTileTokens * 128);
     auto* target = reinterpret_cast<uint4*>(side.image + part * args.page_tokens * 128 +
                                             tile * kTileTokens * 128);
     if constexpr (!kAhead) next.load(side, d, tile, part);
     const PartData<kId, kKeys> data = next;
-    const int current = part;
-    if (++part == parts) {
-      part = 0;
-      ++tile;
+    if (kAhead && n + 1 < num_parts) next.load(side, d, tile_of(n + 1), part_of(n + 1));
+    uint32_t mask[2] = {~0u, ~0u};
+    if constexpr (kId == FormatId::kBf16) {
+      const int tokens = side.num_tokens - tile * kTileTokens;
+      mask[0] = token_mask<kKeys>(tokens, 0);
+      mask[1] = token_mask<kKeys>(tokens, 1);
     }
-    if (kAhead && n + 1 < count * parts) next.load(side, d, tile, part);
-    data.decode(side, d, current, [&](int step, float(&x)[8]) {
+    const auto store = [&](int step, const float(&x)[8]) {
       uint32_t h[4];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float2 factor = factors[element_channel<kKeys>(step, i)];
-        x[i] = fmaf(x[i], factor.x, factor.y);
-        if constexpr (kId == FormatId::kBf16) {
-          if (element_token<kKeys>(i) >= tokens) x[i] = 0.0f;
-        }
+      for (int r = 0; r < 4; ++r) {
+        h[r] = to_image(x[2 * r], x[2 * r + 1], mask[kKeys ? r % 2 : r / 2], largest);
       }
-#pragma unroll
-      for (int r = 0; r < 4; ++r) h[r] = to_image(x[2 * r], x[2 * r + 1], largest);
       const int at = 2 * (step % kPartSteps) + chunk;
       store_matrices<!kKeys>(buffer + row * 128 + ((at ^ (row % 8)) << 4), h);
-    });
+    };
+    if constexpr (kFold) {
+      const auto addend = [&](int step, int i) {
+        return reinterpret_cast<const float*>(factors)[element_channel<kKeys>(step, i)];
+      };
+      data.decode_folded(side, d, part, scale, addend, store);
+    } else {
+      data.decode(side, d, part, [&](int step, float(&x)[8]) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const float2 factor =
+              reinterpret_cast<const float2*>(factors)[element_channel<kKeys>(step, i)];
+          x[i] = fmaf(x[i], factor.x, factor.y);
+        }
+        store(step, x);
+      });
+    }
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < 4; ++i) target[i * 32 + lane] = load_shared(buffer + (i * 32 + lane) * 16);
   }
   report(args, largest);
+}
+template <FormatId kId, bool kKeys, int kHeadDim = 0>
+__device__ __forceinline__ void write_image(const DequantiseArgs& args, const Side& side, int first,
+                                            int count, uint8_t* shared) {
+  constexpr bool kFolds = PartData<kId, kKeys>::kFolds;
+  if (kFolds && (!kKeys || side.smooth == nullptr)) {
+    write_image_as<kId, kKeys, kHeadDim, kFolds>(args, side, first, count, shared);
+  } else if constexpr (!kFolds || kKeys) {
+    write_image_as<kId, kKeys, kHeadDim, false>(args, side, first, count, shared);
+  }
 }
 
 // ---- E4M3 ----
@@ -273,7 +353,7 @@ __device__ __forceinline__ void write_image_e4m3(const DequantiseArgs& args, con
   PartData<kId, kKeys> next;
   if constexpr (kAhead) next.load(side, d, first, 0);
   float2* factors = reinterpret_cast<float2*>(shared);
-  channel_factors<kId, kKeys>(side, d, factors);
+  channel_factors<kId, kKeys, false>(side, d, factors);
   float largest = 0.0f;
   int tile = first;
   int part = 0;
