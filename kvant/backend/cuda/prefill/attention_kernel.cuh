@@ -67,6 +67,8 @@ __device__ __forceinline__ void consume(const PrefillKernelArgs& args, uint32_t 
   constexpr bool kOverlaps = kHeadDim <= 128;
   float4 ahead[kOverlaps ? QueryChunks<kHeadDim>::kPerThread : 1];
   uint32_t phases = 0;  // bit s: how often stage s was used before this item, modulo 2
+  uint32_t items = base + Shape::kItems;
+  asm volatile("" : "+r"(items));  // not in uniform registers: descriptors of products need them
   if (warpgroup == 1) ptx::named_arrive(kTurn, 256);
   RowState<kHeadDim> state;
   RowPlace place;
@@ -74,7 +76,7 @@ __device__ __forceinline__ void consume(const PrefillKernelArgs& args, uint32_t 
 #pragma unroll
   for (int i = 0; i < kHeadDim / 2; ++i) state.out[i] = 0.0f;
   for (int n = 0;; ++n) {
-    const TakenItem& item = wait_for_item(bars, base + Shape::kItems, n);
+    const TakenItem& item = wait_for_item(bars, items, n);
     if (item.kv_head < 0) {
       if constexpr (kOverlaps) write_rows<kHeadDim>(args, place, state);
       break;
@@ -121,18 +123,25 @@ __device__ __forceinline__ void consume(const PrefillKernelArgs& args, uint32_t 
     using Masked = std::true_type;
     using Whole = std::false_type;
 
+    const auto start = [&] {
+      place = place_rows(args, tile, item.kv_head, warpgroup);
+      state.max[0] = state.max[1] = -INFINITY;
+      state.sum[0] = state.sum[1] = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) state.out[i] = 0.0f;
+      if (kSoftcap) {
+        shift[0] = shift_of(base + Shape::kShifts, place.row[0]);
+        shift[1] = shift_of(base + Shape::kShifts, place.row[1]);
+      }
+    };
+
     // The first tile has no product to go with. The item before is stored meanwhile.
+    if constexpr (!kOverlaps) start();
     ptx::mbarrier_wait(bars + 8 * kKeysFull, phases & 1);
     issue_scores<kHeadDim>(s, queries, keys);
-    if constexpr (kOverlaps) write_rows<kHeadDim>(args, place, state);
-    place = place_rows(args, tile, item.kv_head, warpgroup);
-    state.max[0] = state.max[1] = -INFINITY;
-    state.sum[0] = state.sum[1] = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) state.out[i] = 0.0f;
-    if (kSoftcap) {
-      shift[0] = shift_of(base + Shape::kShifts, place.row[0]);
-      shift[1] = shift_of(base + Shape::kShifts, place.row[1]);
+    if constexpr (kOverlaps) {
+      write_rows<kHeadDim>(args, place, state);
+      start();
     }
     wgmma_wait<0>();
     hold(s);
@@ -185,7 +194,7 @@ __device__ __forceinline__ void consume(const PrefillKernelArgs& args, uint32_t 
                          (((key_tiles - 1) >> 1) ^ (phases >> stage)) & 1);
       issue_outputs<kHeadDim>(state.out, p, values + stage * (Shape::kTileBytes >> 4));
       if constexpr (kOverlaps) {
-        const TakenItem& next = wait_for_item(bars, base + Shape::kItems, n + 1);
+        const TakenItem& next = wait_for_item(bars, items, n + 1);
         request_queries<kHeadDim>(args, next.tile, next.kv_head, warpgroup, 0, ahead);
       }
       if (!kSoftcap && shifted) {
@@ -220,7 +229,7 @@ __global__ __launch_bounds__(kPrefillThreads, 1) void prefill_attention(
   __syncthreads();
   const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 128), 0);
   if (warpgroup == 0) {
-    ptx::decrease_registers<Images::kProducerRegisters>();
+    ptx::decrease_registers<Images::producer_registers(kHeadDim)>();
     const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0);
     if (warp == 0) {
       produce<Shape, Images>(args, images, base);
@@ -235,7 +244,7 @@ __global__ __launch_bounds__(kPrefillThreads, 1) void prefill_attention(
       }
     }
   } else {
-    ptx::increase_registers<Images::kConsumerRegisters>();
+    ptx::increase_registers<Images::consumer_registers(kHeadDim)>();
     consume<kHeadDim, kSoftcap>(args, base, warpgroup - 1);
   }
 }
@@ -246,7 +255,8 @@ Status launch_prefill_kernel(const PrefillKernelArgs& args, const typename Image
   constexpr int kBytes = PrefillShape<kHeadDim>::kBytes +
                          (Images::kWrites ? kImageWarps * fast_shared_bytes(kHeadDim) : 0);
   static_assert(kBytes <= 227 * 1024, "a block has 227 KiB of shared memory");
-  static_assert(2 * Images::kConsumerRegisters + Images::kProducerRegisters <= 3 * kStartRegisters,
+  static_assert(2 * Images::consumer_registers(kHeadDim) + Images::producer_registers(kHeadDim) <=
+                    3 * kStartRegisters,
                 "with more, setmaxnreg waits forever");
   const auto kernel = prefill_attention<kHeadDim, kSoftcap, Images>;
   KVANT_TRY(

@@ -14,16 +14,17 @@ constexpr int kPrefillThreads = 384;
 // + 1 producer.
 struct NoImages {
   static constexpr bool kWrites = false;
-  static constexpr int kConsumerRegisters = 232;
-  static constexpr int kProducerRegisters = 40;
+  // With more at 128, ptxas moves the rescaling of outputs into a warpgroup's turn.
+  static constexpr int consumer_registers(int head_dim) { return head_dim == 128 ? 216 : 232; }
+  static constexpr int producer_registers(int head_dim) { return head_dim == 128 ? 72 : 40; }
   struct Args {};
 };
 template <FormatId kK, FormatId kV>
 struct WrittenImages {
   static constexpr bool kWrites = true;
   static constexpr int kHeadDim = 128;
-  static constexpr int kConsumerRegisters = 208;
-  static constexpr int kProducerRegisters = 88;
+  static constexpr int consumer_registers(int) { return 208; }
+  static constexpr int producer_registers(int) { return 88; }
   static constexpr FormatId kKeys = kK;
   static constexpr FormatId kValues = kV;
   using Args = BackgroundImages;
