@@ -64,6 +64,9 @@ struct Task::Pass {
   int num_tiles() const { return (token_end + 15) / 16; }
 };
 
+// The terms of rows that have none.
+alignas(64) constexpr float kZeros[kMaxQueryRows] = {};
+
 // What completes the products of queries and decoded keys.
 struct Task::ScoreTerms {
   float multiplier = 1.0f;
@@ -84,9 +87,7 @@ Task::Task(const Call& call, const AttentionItem& item, int64_t first_position,
       plain_(sides_of(PageDecoder{}, PageDecoder{})),
       all_in_tiles_(all_in_tiles()),
       unit_lines_(stored_kind(call).units[call.args.group_layer].bytes / 64),
-      tile_rows_(rows() <= kMaxTileRows / 2 ? kMaxTileRows / 2 : kMaxTileRows) {
-  std::fill_n(memory_.zeros, rows(), 0.0f);
-}
+      tile_rows_(rows() <= kMaxTileRows / 2 ? kMaxTileRows / 2 : kMaxTileRows) {}
 
 Task::Task(const Call& call, const AttentionItem& item, const WorkerMemory& memory)
     : Task(call, item, call.view.sequences[item.sequence].first_position + item.token_begin,
@@ -192,7 +193,7 @@ void Task::finish_pre_rope(const Pass& pass, const SideFormat& format, const Sid
 const float* Task::add_terms(const Pass& pass, const float* q, const uint16_t* mean,
                              const float* dot) {
   if (mean == nullptr && !frame_.bias) return dot;
-  const float* of_mean = memory_.zeros;
+  const float* of_mean = kZeros;
   if (mean != nullptr) {
     for (int c = 0; c < call_.head_dim; ++c) {
       memory_.row[c] = std::bit_cast<float>(static_cast<uint32_t>(mean[c]) << 16);
@@ -222,7 +223,7 @@ Task::ScoreTerms Task::score_page(const Pass& pass, const PageKind& kind, const 
   if (!plain_query) prepare_frame(format, params);
   ScoreTerms terms;
   terms.multiplier = call_.args.params.scale * decoder.factor;
-  terms.offset = memory_.zeros;
+  terms.offset = kZeros;
   const float* q =
       (plain_query ? memory_.q_plain : memory_.q_stored) + static_cast<int64_t>(pass.row_begin) * d;
   if (side.way == Way::kIntegers) {
@@ -254,7 +255,7 @@ Task::ScoreTerms Task::score_page(const Pass& pass, const PageKind& kind, const 
     }
     call_.kernels.scores(a);
   }
-  if (!plain_query) terms.offset = add_terms(pass, q, mean, memory_.zeros);
+  if (!plain_query) terms.offset = add_terms(pass, q, mean, kZeros);
   return terms;
 }
 
@@ -283,7 +284,7 @@ const float* Task::score_codes(const Pass& pass, const PageDecoder& decoder, con
   } else {
     call_.kernels.integer->scores(a);
   }
-  return per_channel ? a.q.sum : memory_.zeros;
+  return per_channel ? a.q.sum : kZeros;
 }
 
 // E2M1 keys are in tiles where values can be. (Prompts must have the bits of decode.)

@@ -55,7 +55,6 @@ struct WorkerMemory {
   float* page = nullptr;      // one decoded side of a page
   float* scratch = nullptr;
   float* s = nullptr;       // [kMaxQueryRows][page_tokens]: scores, then weights
-  float* zeros = nullptr;   // [kMaxQueryRows]: 0
   float* offset = nullptr;  // [kMaxQueryRows]
   float* bias_dot = nullptr;
   float* dot = nullptr;

@@ -57,7 +57,6 @@ WorkerMemory take_worker(Cutter& cutter, int head_dim, int page_tokens) {
   w.page = cutter.take<float>(page_tokens * d);
   w.scratch = cutter.take<float>(2 * std::max<int64_t>(d, page_tokens));
   w.s = cutter.take<float>(static_cast<int64_t>(kMaxQueryRows) * page_tokens);
-  w.zeros = cutter.take<float>(kMaxQueryRows);
   w.offset = cutter.take<float>(kMaxQueryRows);
   w.bias_dot = cutter.take<float>(kMaxQueryRows);
   w.dot = cutter.take<float>(kMaxQueryRows);

@@ -62,13 +62,10 @@ class DeviceParams {
 Status DeviceParams::update(const GroupView& view, int layer, cudaStream_t stream) {
   std::vector<float> terms;
   std::vector<uint8_t> has;
-  bool short_scales = true;
   const cache::LayerParams& params = view.layers[layer];
   for (const auto& side : {params.k, params.v}) {
     for (const SideParams& p : side.first(view.num_kv_heads)) {
       terms.push_back(p.global_scale);
-      int exponent = 0;
-      short_scales = short_scales && std::frexp(p.global_scale, &exponent) == 0.5f;
       if (p.bias != nullptr) terms.insert(terms.end(), p.bias, p.bias + view.head_dim);
       if (p.smooth != nullptr) terms.insert(terms.end(), p.smooth, p.smooth + view.head_dim);
       has.push_back(
@@ -103,7 +100,12 @@ Status DeviceParams::update(const GroupView& view, int layer, cudaStream_t strea
   terms_ = std::move(terms);
   has_ = std::move(has);
   num_kv_heads_ = view.num_kv_heads;
-  short_scales_ = short_scales;
+  const auto is_short = [](const SideParams& p) {
+    int exponent = 0;
+    return std::frexp(p.global_scale, &exponent) == 0.5f;
+  };
+  short_scales_ = std::ranges::all_of(params.k.first(view.num_kv_heads), is_short) &&
+                  std::ranges::all_of(params.v.first(view.num_kv_heads), is_short);
   return {};
 }
 

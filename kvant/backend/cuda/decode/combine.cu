@@ -218,6 +218,12 @@ CombineLaunch combine_values_launch(int num_units, int num_rows) {
 
 namespace {
 
+// Whether so many partials are on their way at once.
+template <typename Shape>
+constexpr bool loads_at_once(int partials) {
+  return partials <= Shape::kBatch * Shape::kGroups;
+}
+
 template <typename Shape>
 CombineLaunch launch_of(int num_units, int num_rows, int head_dim) {
   const int rows = (num_rows + Shape::kRows - 1) / Shape::kRows;
@@ -232,9 +238,10 @@ CombineLaunch launch_of(int num_units, int num_rows, int head_dim) {
 }  // namespace
 
 CombineLaunch combine_launch(int num_units, int num_rows, int most_partials, int head_dim) {
-  if (most_partials <= 3) return launch_of<Merge3>(num_units, num_rows, head_dim);
-  if (most_partials <= 6) return launch_of<Merge6>(num_units, num_rows, head_dim);
-  if (most_partials <= 12) return launch_of<Merge12>(num_units, num_rows, head_dim);
+  if (loads_at_once<Merge3>(most_partials)) return launch_of<Merge3>(num_units, num_rows, head_dim);
+  if (loads_at_once<Merge6>(most_partials)) return launch_of<Merge6>(num_units, num_rows, head_dim);
+  if (loads_at_once<Merge12>(most_partials))
+    return launch_of<Merge12>(num_units, num_rows, head_dim);
   return launch_of<MergeMany>(num_units, num_rows, head_dim);
 }
 

@@ -154,6 +154,8 @@ class Planner {
     return 1 + static_cast<int>((bytes - first + shape_.stored_bytes / 2) / shape_.stored_bytes);
   }
 
+  int num_blocks() const { return shape_.num_workers / shape_.block_workers; }
+
   // Where each worker's share of the bytes of all units ends: all shares are equal, or those of a
   // block's workers, where blocks have whole units.
   std::vector<int64_t> share_ends() const {
@@ -169,7 +171,7 @@ class Planner {
       return ends;
     }
     const auto in_block = static_cast<size_t>(shape_.block_workers);
-    block_ends.resize(num_workers / in_block, total);
+    block_ends.resize(static_cast<size_t>(num_blocks()), total);
     for (size_t w = 0; w < num_workers; ++w) {
       const size_t block = w / in_block;
       const int64_t begin = block == 0 ? 0 : block_ends[block - 1];
@@ -183,7 +185,7 @@ class Planner {
   // equal shares and merging the results of blocks.
   std::vector<int64_t> whole_unit_blocks(int64_t total) const {
     if (shape_.merge_bytes == 0 || shape_.values_apart || !shape_.elsewhere.empty()) return {};
-    int64_t low = total / (shape_.num_workers / shape_.block_workers);
+    int64_t low = total / num_blocks();
     int64_t high = low + shape_.merge_bytes;
     for (const Tile& tile : tiles_) low = std::max(low, tile.cost);
     if (low > high) return {};
@@ -204,13 +206,12 @@ class Planner {
   // Fills one block after the other with whole units of at most `limit` bytes together; empty if
   // there are too few blocks.
   std::vector<int64_t> fill_blocks(int64_t limit) const {
-    const auto num_blocks = static_cast<size_t>(shape_.num_workers / shape_.block_workers);
     std::vector<int64_t> ends;
     int64_t begin = 0, done = 0;
     for (const Tile& tile : tiles_) {
       for (int head = 0; head < view_.num_kv_heads; ++head) {
         if (done + tile.cost - begin > limit) ends.push_back(begin = done);
-        if (ends.size() == num_blocks) return {};
+        if (ends.size() == static_cast<size_t>(num_blocks())) return {};
         done += tile.cost;
       }
     }
