@@ -193,6 +193,7 @@ RowProduct CudaLinear::product_of(const float* x, int64_t num_rows) const {
   return {.x = x,
           .num_rows = num_rows,
           .num_sms = num_sms_,
+          .deterministic = deterministic_,
           .workspace = blas_workspace_,
           .workspace_bytes = blas_workspace_ != nullptr ? kBlasWorkspace : 0};
 }

@@ -8,6 +8,7 @@
 #include "kvant/backend/cuda/dense/operators.h"
 #include "kvant/backend/cuda/dense/prepared_rows.cuh"
 #include "kvant/backend/cuda/dense/product_tiles.cuh"
+#include "kvant/backend/cuda/dense/stage_products.cuh"
 #include "kvant/backend/cuda/device.h"
 #include "kvant/backend/cuda/launch.h"
 #include "kvant/backend/cuda/status.h"
@@ -20,7 +21,6 @@ constexpr int kWarps = 8;  // of a team, which shares the inputs of a strip
 constexpr int kTeamThreads = 32 * kWarps;
 constexpr int kTeams = kTeamsOfBlock;
 constexpr int kThreads = kTeams * kTeamThreads;
-constexpr int kRowTile = 4;  // rows of x in one instruction: two columns each, high and low
 // Rows of x that blocks prepare for themselves, each block all of them: beyond that a kernel that
 // does it once is faster, though it is one launch more. Measured on an H100 (cuda-linear.md).
 constexpr int kMostNormedInBlocks = 4;
@@ -148,158 +148,6 @@ class StageStream {
   typename Stage<kType>::Source source_;
 };
 
-// Sums of a warp: rows g and g + 8 of a strip of weights, row c of each tile of rows of x.
-template <int kTiles>
-struct Sums {
-  float v[kTiles][2];
-};
-
-// A lane's part of prepared rows: column g of each tile of them, which is a part of row g / 2, and
-// the scales of row c. Rows that are not there are read as the first: nobody reads what comes of
-// them.
-template <WeightType kType, int kTiles>
-struct LaneRows {
-  static constexpr int kPartBytes = kAsBytes<kType> ? 64 : 128;
-  const uint8_t* data[kTiles];
-  const uint8_t* scales[kTiles];
-
-  __device__ LaneRows(const PreparedRows& rows, int first, int count, int lane) {
-    const int g = lane / 4;
-    const int c = lane % 4;
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      const int row = n * kRowTile + g / 2;
-      const int scale_row = n * kRowTile + c;
-      data[n] = rows.data + (first + (row < count ? row : 0)) * int64_t{rows.row_bytes} +
-                g % 2 * kPartBytes + c * 16;
-      scales[n] =
-          rows.scales + (first + (scale_row < count ? scale_row : 0)) * int64_t{rows.scale_bytes};
-    }
-  }
-  __device__ uint4 words(int n, int tile, int half = 0) const {
-    return *reinterpret_cast<const uint4*>(data[n] + tile * (2 * kPartBytes) + half * 64);
-  }
-  // Scale and scaled sum of both blocks of a tile.
-  __device__ float4 block_scales(int n, int tile) const {
-    return *reinterpret_cast<const float4*>(scales[n] + tile * 16);
-  }
-};
-
-// Sums of products with bytes are whole numbers; they are scaled block by block.
-template <WeightType kType, int kTiles>
-__device__ __forceinline__ void add_tile(const RawTile<kType>& raw,
-                                         const LaneRows<kType, kTiles>& rows, int tile,
-                                         Sums<kTiles>& total) {
-  constexpr bool kSigned = kSignBit<kType> != 0;
-  constexpr int kSteps = kScaleSteps<kType>;
-  uint4 x[kTiles];
-  float4 x_scales[kTiles];
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-    x[n] = rows.words(n, tile);
-    x_scales[n] = rows.block_scales(n, tile);
-  }
-#pragma unroll
-  for (int s = 0; s < 4; s += kSteps) {
-    uint32_t a[2 * kSteps];
-    raw.bytes(s / kSteps, a);
-    const RowScales scales = raw.row_scales(s);
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      int sums[4];
-      if constexpr (kSteps == 2) {
-        ptx::mma_bytes<kSigned>(sums, a, s == 0 ? x[n].x : x[n].z, s == 0 ? x[n].y : x[n].w);
-      } else {
-        ptx::mma_bytes<kSigned>(sums, a,
-                                s == 0   ? x[n].x
-                                : s == 1 ? x[n].y
-                                : s == 2 ? x[n].z
-                                         : x[n].w);
-      }
-      const float x_scale = s < 2 ? x_scales[n].x : x_scales[n].z;
-      const float x_sum = s < 2 ? x_scales[n].y : x_scales[n].w;
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float& sum = total.v[n][r];
-        const auto whole = static_cast<float>(sums[2 * r] * 256 + sums[2 * r + 1]);
-        sum = fmaf(scales.scale[r] * x_scale, whole, sum);
-        if constexpr (kHasOffset<kType>) sum = fmaf(scales.offset[r], x_sum, sum);
-      }
-    }
-  }
-}
-
-// Column 2 c has the products with the high parts of row c, column 2 c + 1 those with the low ones.
-template <int kTiles>
-struct FloatSums {
-  float v[kTiles][4];
-};
-
-template <typename Tile, WeightType kType, int kTiles>
-__device__ __forceinline__ void add_tile(const Tile& raw, const LaneRows<kType, kTiles>& rows,
-                                         int tile, FloatSums<kTiles>& total) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    uint4 x[kTiles];
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) x[n] = rows.words(n, tile, half);
-#pragma unroll
-    for (int step = 0; step < 2; ++step) {
-      uint32_t high[4];
-      uint32_t low[4];
-      raw.operands(2 * half + step, high, low);
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        const uint32_t b0 = step == 0 ? x[n].x : x[n].z;
-        const uint32_t b1 = step == 0 ? x[n].y : x[n].w;
-        ptx::mma_bf16(total.v[n], high, b0, b1);
-        if constexpr (kTwoParts<kType>) ptx::mma_bf16(total.v[n], low, b0, b1);
-      }
-    }
-  }
-}
-
-// The tiles of a stage that are there, from `first` on.
-template <WeightType kType, int kTiles, typename Total>
-__device__ __forceinline__ void add_stage(const uint8_t* stage, const LaneRows<kType, kTiles>& rows,
-                                          int first, int num_tiles, Total& total) {
-  constexpr int kStageTiles = Stage<kType>::kTiles;
-  constexpr int kStep = std::min(2, kStageTiles);
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int step = 0; step < kStageTiles; step += kStep) {
-    if (step > 0 && first + step >= num_tiles) return;
-#pragma unroll
-    for (int i = step; i < step + kStep; ++i) {
-      typename TileOf<kType>::Type raw;
-      raw.load_stage(stage, i, lane);
-      add_tile(raw, rows, first + i, total);
-    }
-  }
-}
-
-template <WeightType kType, int kTiles>
-__device__ Sums<kTiles> finished(const Sums<kTiles>& total) {
-  constexpr float kFactor = 1.0f / static_cast<float>(1 << kCodeShift<kType>);
-  Sums<kTiles> out;
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) out.v[n][r] = total.v[n][r] * kFactor;
-  }
-  return out;
-}
-template <WeightType kType, int kTiles>
-__device__ Sums<kTiles> finished(const FloatSums<kTiles>& total) {
-  Sums<kTiles> out;
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) out.v[n][r] = total.v[n][2 * r] + total.v[n][2 * r + 1];
-  }
-  return out;
-}
-
 // The sums of a team's warps for an item; two take turns, so that one barrier an item is enough,
 // where there is memory for them.
 template <int kTiles, int kTurns>
@@ -330,12 +178,14 @@ struct Parts {
 template <WeightType kType>
 struct Output {
   float* out = nullptr;
-  float before = 0.0f;  // what is added to the sum
+  float before = 0.0f;  // what is added to the sum, with the bias
+  float bias = 0.0f;
   int row = 0;
   int in_strip = 0;
   float scale[2] = {1.0f, 1.0f};  // of the sum; with a gate, of both
 
-  // Reads early what is added, which nobody else writes, and scales of rows.
+  // Reads early what is added, which nobody else writes, and scales of rows; adds nothing yet, as
+  // its warp would wait for memory before it multiplies.
   __device__ Output(const ProductArgs& args, const Item& item)
       : row(static_cast<int>(threadIdx.x) % kTeamThreads / kStripRows),
         in_strip(static_cast<int>(threadIdx.x) % kStripRows) {
@@ -345,7 +195,7 @@ struct Output {
     if (args.gated && threadIdx.x >= kTeamThreads) return;  // the first team writes for both
     out = target.out + (item.first_row + row) * target.weights.rows + output;
     if (target.accumulate) before = *out;
-    if (target.bias != nullptr) before += target.bias[output];
+    if (target.bias != nullptr) bias = target.bias[output];
     if constexpr (kRowScaled<kType>) {
       const auto of = [&](int half) {
         return *row_scale<kType>(target.weights, item.data(args, half), item.strip, in_strip);
@@ -362,7 +212,7 @@ struct Output {
     if (out == nullptr) return;
     const float sum = scaled(parts[own].sum(turn, row, in_strip), 0);
     *out = args.gated ? activate(args.gate, sum) * scaled(parts[1].sum(turn, row, in_strip), 1)
-                      : before + sum;
+                      : before + bias + sum;
   }
 
  private:
@@ -414,12 +264,14 @@ __device__ void prepare_all(const ProductArgs& args, const PreparedRows& prepare
   }
 }
 
-// Blocks stay; each team takes every so many-th item.
-template <WeightType kType, int kTiles, bool kSmall>
+// Blocks stay; each team takes every so many-th item. kOne: items have a single row, and blocks
+// prepare the rows for themselves.
+template <WeightType kType, int kTiles, bool kSmall, bool kOne>
 __global__ void __launch_bounds__(kThreads, 1)
     product_kernel(const __grid_constant__ ProductArgs args) {
   using Rings = Ring<kType, kTiles, kSmall>;
   using Total = std::conditional_t<kAsBytes<kType>, Sums<kTiles>, FloatSums<kTiles>>;
+  constexpr bool kTilesAside = kOne && kAsBytes<kType>;
   constexpr int kSlots = Rings::kSlots;
   constexpr int kRingSize = Rings::kBytes;
   constexpr int kStageBytes = Stage<kType>::kBytes;
@@ -446,7 +298,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   ptx::wait_prerequisites();
 
-  const bool staged = kStages<kTiles> && args.prepared == nullptr;
+  const bool staged = kOne || (kStages<kTiles> && args.prepared == nullptr);
   const PreparedRows prepared(staged ? memory + Rings::kAll : args.prepared, kAsBytes<kType>,
                               args.prepared_rows, padded);
   if (staged) {
@@ -460,7 +312,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int index = Item::first(args); index < args.num_items;
        index = Item::next(args, index), turn = (turn + 1) % Rings::kTurns) {
     const Item item(args, index);
-    const LaneRows<kType, kTiles> rows(prepared, item.x_row, item.rows, lane);
+    const auto rows = [&] {
+      if constexpr (kTilesAside) {
+        return OneRow<kType>(prepared, item.x_row, lane);
+      } else {
+        return LaneRows<kType, kTiles>(prepared, item.x_row, item.rows, lane);
+      }
+    }();
     const Output<kType> output(args, item);
     Total total = {};
     for (int unit = warp * kUnitTiles<kType>; unit < num_tiles;
@@ -473,13 +331,18 @@ __global__ void __launch_bounds__(kThreads, 1)
         free_stage = free_stage == ring_address + (kSlots - 1) * kStageBytes
                          ? ring_address
                          : free_stage + kStageBytes;
-        add_stage<kType>(stage, rows, unit + part, num_tiles, total);
+        if constexpr (kTilesAside) {
+          add_stage_of_one(stage, rows, unit + part, num_tiles, total.v[0]);
+        } else {
+          add_stage<kType>(stage, rows, unit + part, num_tiles, total);
+        }
         stage = stage == ring + (kSlots - 1) * kStageBytes ? ring : stage + kStageBytes;
       }
     }
     const auto meet = [&] {
       ptx::named_barrier(args.gated ? 1 : 1 + team, args.gated ? kThreads : kTeamThreads);
     };
+    if constexpr (kTilesAside) join_tiles(total.v[0]);
     parts[team].put(finished<kType>(total), turn);
     meet();
     output.write(args, parts, team, turn);
@@ -569,7 +432,7 @@ bool prepares_in_blocks(const ProductArgs& args, int64_t bytes, int64_t most_byt
          args.prepared_rows * args.targets[0].weights.padded_cols() <= kMostValuesInBlocks;
 }
 
-template <WeightType kType, int kTiles, bool kSmall = false>
+template <WeightType kType, int kTiles, bool kOne, bool kSmall = false>
 Status launch_product(ProductArgs args, const RowProduct& product, cudaStream_t stream) {
   using Rings = Ring<kType, kTiles, kSmall>;
   if constexpr (!kSmall) {
@@ -579,7 +442,7 @@ Status launch_product(ProductArgs args, const RowProduct& product, cudaStream_t 
                                  {static_cast<unsigned>(product.num_sms), kThreads, 0, stream},
                                  args);
       } else {
-        return launch_product<kType, kTiles, true>(args, product, stream);
+        return launch_product<kType, kTiles, kOne, true>(args, product, stream);
       }
     }
   }
@@ -587,12 +450,15 @@ Status launch_product(ProductArgs args, const RowProduct& product, cudaStream_t 
   const PreparedRows shape(nullptr, kAsBytes<kType>, args.prepared_rows, padded);
   const int64_t bytes = shape.bytes(args.prepared_rows);
   const bool staged = prepares_in_blocks<kTiles>(args, bytes, Rings::most_staged());
+  if constexpr (kOne) {
+    if (!staged) return launch_product<kType, kTiles, false, kSmall>(args, product, stream);
+  }
   if (!staged) {
     KVANT_CHECK(bytes <= product.workspace_bytes, "reserve_workspace covers the prepared rows");
     args.prepared = reinterpret_cast<uint8_t*>(product.workspace);
     KVANT_TRY(prepare_rows<kType>(args, stream));
   }
-  const auto kernel = product_kernel<kType, kTiles, kSmall>;
+  const auto kernel = product_kernel<kType, kTiles, kSmall, kOne>;
   static const cudaError_t allowed = cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Rings::kAll + Rings::most_staged());
   KVANT_TRY(cuda_status(allowed, "asking for shared memory"));
@@ -640,8 +506,11 @@ Status multiply_chunk(const RowProduct& product, std::span<const ProductTarget> 
   args.num_items = strips * args.num_groups;
   const int64_t rows = chosen ? 1 : std::min<int64_t>(product.num_rows, kGroupRows);
   return for_weight_type<WeightTag>(weights.type, [&](auto tag) {
+    constexpr WeightType kType = decltype(tag)::kValue;
+    if (rows == 1 && !product.deterministic)
+      return launch_product<kType, 1, true>(args, product, stream);
     return for_row_tiles(rows, [&](auto tiles) {
-      return launch_product<decltype(tag)::kValue, decltype(tiles)::value>(args, product, stream);
+      return launch_product<kType, decltype(tiles)::value, false>(args, product, stream);
     });
   });
 }

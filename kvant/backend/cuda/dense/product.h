@@ -51,6 +51,7 @@ struct RowProduct {
   bool gated = false;  // where can_norm(): targets are a gate and what it is for, both of one size;
   GateKind gate = GateKind::kSilu;  // the first one's `out` gets act(gate) * up
   int num_sms = 1;
+  bool deterministic = false;  // a row has the same bits in any number of rows
   // For rows of x in the form in which they are multiplied, unless blocks prepare them.
   std::byte* workspace = nullptr;
   int64_t workspace_bytes = 0;

@@ -145,8 +145,7 @@ struct NextItem {
                    "r"(word)
                    : "memory");
     }
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(bars + 8 * (kItemFull + slot));
+    ptx::mbarrier_arrive(bars + 8 * (kItemFull + slot));
   }
 };
 

@@ -104,7 +104,7 @@ __device__ __forceinline__ void init_barriers(uint32_t bars) {
     ptx::mbarrier_init(bars + 8 * (kValuesEmpty + i), 8);
   }
   for (int i = 0; i < kItemSlots; ++i) {
-    ptx::mbarrier_init(bars + 8 * (kItemFull + i), 1);
+    ptx::mbarrier_init(bars + 8 * (kItemFull + i), 32);  // lanes of the producer
     ptx::mbarrier_init(bars + 8 * (kItemEmpty + i), 8);
   }
   ptx::fence_mbarrier_init();
