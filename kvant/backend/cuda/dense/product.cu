@@ -128,13 +128,18 @@ class StageStream {
     if (item_ >= args_.num_items) return;
     const Item item(args_, item_);
     source_.locate(args_.targets[item.target].weights, item.data(args_), args_.stride, item.strip,
-                   lane_);
+                   num_tiles_, tile_, lane_);
   }
   __device__ void advance() {
-    tile_ += Stage<kType>::kTiles;
-    if (Stage<kType>::kTiles < kUnitTiles<kType> && tile_ % kUnitTiles<kType> != 0) return;
-    tile_ += (kWarps - 1) * kUnitTiles<kType>;
-    if (tile_ < num_tiles_) return;
+    constexpr int kTiles = Stage<kType>::kTiles;
+    constexpr bool kWhole = kTiles == kUnitTiles<kType>;
+    const bool ends = kWhole || (tile_ + kTiles) % kUnitTiles<kType> == 0;  // a unit
+    const int step = ends ? kTiles + (kWarps - 1) * kUnitTiles<kType> : kTiles;
+    tile_ += step;
+    if (tile_ < num_tiles_ || !ends) {
+      source_.advance(step);
+      return;
+    }
     item_ = Item::next(args_, item_);
     start_item();
   }

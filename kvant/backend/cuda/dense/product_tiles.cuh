@@ -155,49 +155,59 @@ struct Stage {
             stage + kSuperAt + g * (kTile.super / 8)};
   }
 
-  // Where a lane finds its chunks of the units of one strip.
+  // A lane's chunks of 16 bytes of the units of one strip: of the first plane, 512 bytes apart, and
+  // one of what follows, which is at most 512 bytes (512 of high codes are a chunk more).
   struct Source {
-    const uint8_t* strip;
+    static constexpr int kChunks = kLow / 512;
+    static constexpr int kSmallHigh = kHigh == 512 ? 0 : kHigh;
+    static constexpr int kRest = kSmallHigh + kScales + kTile.super;
+    const uint8_t* low;
+    const uint8_t* high;
+    const uint8_t* rest;
+    int rest_tile;  // bytes of the rest's plane for four tiles
 
     __device__ void locate(const WeightTiles&, const uint8_t* data, int64_t stride,
-                           int64_t strip_index, int) {
-      strip = data + strip_index * stride;
-    }
-    // The tiles from `tile` on that are there; `target` and `lane` in bytes of shared memory and
-    // lanes.
-    __device__ void copy(uint32_t target, int num_tiles, int tile, int lane) const {
+                           int64_t strip_index, int num_tiles, int tile, int lane) {
       const StripPlanes planes(kTile, num_tiles);
+      const uint8_t* strip = data + strip_index * stride;
+      const int at = lane * 16;
+      low = strip + tile * kTile.low + at;
+      if constexpr (kHigh == 512) high = strip + planes.high + tile * kTile.high + at;
+      if constexpr (kScales == 0) return;
+      if (at < kSmallHigh) {
+        rest = strip + planes.high + tile * kTile.high + at;
+        rest_tile = kGroupTiles * kTile.high;
+      } else if (at < kSmallHigh + kScales) {
+        rest = strip + planes.scales + tile * kTile.scales + (at - kSmallHigh);
+        rest_tile = kGroupTiles * kTile.scales;
+      } else {
+        rest =
+            strip + planes.super + tile / kGroupTiles * kTile.super + (at - kSmallHigh - kScales);
+        rest_tile = kTile.super;
+      }
+    }
+    // `tiles`: a multiple of kGroupTiles.
+    __device__ void advance(int tiles) {
+      low += tiles * kTile.low;
+      if constexpr (kHigh == 512) high += tiles * kTile.high;
+      if constexpr (kScales > 0) rest += tiles / kGroupTiles * rest_tile;
+    }
+    // The tiles that are there of those from `tile` on, where it has come to; `target` and `lane`
+    // in bytes of shared memory and lanes.
+    __device__ void copy(uint32_t target, int num_tiles, int tile, int lane) const {
       const int at = lane * 16;
       const int there = num_tiles - tile;  // at least two
-      const uint8_t* low = strip + tile * kTile.low + at;
-      constexpr int kChunks = kLow / 512;
 #pragma unroll
       for (int i = 0; i < kChunks; ++i) {
-        if (i * kTiles / kChunks < 2 || i * kTiles / kChunks < there) {
+        if (i * kTiles / kChunks < 2 || i * kTiles / kChunks < there)
           ptx::copy_16(target + at + i * 512, low + i * 512);
-        }
       }
-      if constexpr (kHigh == 512) {
-        ptx::copy_16(target + kHighAt + at, strip + planes.high + tile * kTile.high + at);
-      }
+      if constexpr (kHigh == 512) ptx::copy_16(target + kHighAt + at, high);
       if constexpr (kScales == 0) return;
-      // The rest is at most 512 bytes: each lane has a chunk of one of the planes.
-      constexpr int kSmallHigh = kHigh == 512 ? 0 : kHigh;
-      constexpr int kRestAt = kBytes - (kSmallHigh + kScales + kTile.super);
-      constexpr int kBefore = kSmallHigh + kScales;
-      const uint8_t* from = strip + planes.high + tile * kTile.high + at;
-      bool exists = true;
-      if (at >= kSmallHigh) {
-        from = strip + planes.scales + tile * kTile.scales + (at - kSmallHigh);
-        if constexpr (kTiles > 2) exists = at - kSmallHigh < there * kTile.scales;
-      }
-      if constexpr (kTile.super > 0) {
-        if (at >= kBefore) {
-          from = strip + planes.super + tile / kGroupTiles * kTile.super + (at - kBefore);
-          exists = true;
-        }
-      }
-      if (at < kBytes - kRestAt && exists) ptx::copy_16(target + kRestAt + at, from);
+      bool exists = at < kRest;
+      if constexpr (kTiles > 2)
+        exists = exists && (at >= kSmallHigh + kScales || at - kSmallHigh < there * kTile.scales);
+      if (exists) ptx::copy_16(target + kBytes - kRest + at, rest);
     }
   };
 };
@@ -215,19 +225,21 @@ struct Stage<kType, false> {
 
     // `stride`: of a row.
     __device__ void locate(const WeightTiles& w, const uint8_t* data, int64_t stride,
-                           int64_t strip_index, int lane) {
+                           int64_t strip_index, int /*num_tiles*/, int tile, int lane) {
       for (int r = 0; r < 2; ++r) {  // the last row stands for those that are not there
         const int64_t row = min(strip_index * kStripRows + lane / 4 + 8 * r, w.rows - 1);
-        rows[r] = data + row * stride + lane % 4 * 16;
+        rows[r] = data + row * stride + tile * kTileCols * kElementBytes + lane % 4 * 16;
       }
     }
-    __device__ void copy(uint32_t target, int /*num_tiles*/, int tile, int lane) const {
+    __device__ void advance(int tiles) {
+      for (const uint8_t*& row : rows) row += tiles * kTileCols * kElementBytes;
+    }
+    __device__ void copy(uint32_t target, int /*num_tiles*/, int /*tile*/, int lane) const {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
 #pragma unroll
         for (int word = 0; word < kWords; ++word) {
-          ptx::copy_16(target + (r * kWords + word) * 512 + lane * 16,
-                       rows[r] + tile * kTileCols * kElementBytes + word * 64);
+          ptx::copy_16(target + (r * kWords + word) * 512 + lane * 16, rows[r] + word * 64);
         }
       }
     }
