@@ -2,9 +2,10 @@
 //
 // With codes that are integers, activations enter as numbers of 16 bits in blocks of 32 that share
 // a scale; products of a block are summed exactly. With float weights, of 8 bits too, they enter as
-// two BF16 numbers each (16 bits of mantissa). Sums over blocks are fp32. A row's bits depend on
-// nothing but the row and the matrix: the order of a sum is that of tiles over a fixed number of
-// warps. docs/kernels/cuda-linear.md.
+// two BF16 numbers each (16 bits of mantissa). Sums over blocks are fp32. The order of a sum is that
+// of tiles over a fixed number of warps, so that a row's bits depend on nothing but the row and the
+// matrix; a single row has an order of its own, unless `deterministic`.
+// docs/kernels/cuda-linear.md.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -51,7 +52,7 @@ struct RowProduct {
   bool gated = false;  // where can_norm(): targets are a gate and what it is for, both of one size;
   GateKind gate = GateKind::kSilu;  // the first one's `out` gets act(gate) * up
   int num_sms = 1;
-  bool deterministic = false;  // a row has the same bits in any number of rows
+  bool deterministic = false;  // a row has the same bits alone as among others
   // For rows of x in the form in which they are multiplied, unless blocks prepare them.
   std::byte* workspace = nullptr;
   int64_t workspace_bytes = 0;
