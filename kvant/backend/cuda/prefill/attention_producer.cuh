@@ -134,7 +134,8 @@ struct NextItem {
     }
   }
 
-  // To consumers.
+  // To consumers. Every lane arrives for its own word: that one does for all, after the others have
+  // met it, is as good, but racecheck takes it for a race.
   __device__ __forceinline__ void leave(int n) const {
     const uint32_t bars = base + Shape::kBarriers;
     const int lane = threadIdx.x % 32;
@@ -145,6 +146,7 @@ struct NextItem {
                    "r"(word)
                    : "memory");
     }
+    __syncwarp();  // this warp reads it, too
     ptx::mbarrier_arrive(bars + 8 * (kItemFull + slot));
   }
 };
