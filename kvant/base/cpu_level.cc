@@ -65,7 +65,26 @@ CpuLevel ask_processor() {
   return CpuLevel::kScalar;
 }
 
+bool ask_for_fast_bf16_dots() {
+#if defined(__x86_64__)
+  // Instructions of 512 bits a cycle, vdpbf16ps and FMA:
+  //   AMD family 19h (Zen 4)          1 and 1, measured
+  //   AMD family 1Ah (Zen 5)          not slower than half, docs/kernels/cpu-attention.md
+  //   Intel Sapphire Rapids           0.45 and 1.8, measured
+  // Processors that are not in the table are taken to be like the last.
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 }  // namespace
+
+bool has_fast_bf16_dots() {
+  static const bool fast = ask_for_fast_bf16_dots();
+  return fast;
+}
 
 CpuLevel detect_cpu_level() {
   // Once: under a hypervisor each CPUID instruction is a trap of many microseconds.

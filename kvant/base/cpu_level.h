@@ -24,6 +24,10 @@ std::string_view cpu_level_name(CpuLevel level);  // "scalar", "avx2", "avx512",
 // for all threads of the process.
 CpuLevel detect_cpu_level();
 
+// Whether vdpbf16ps, which levels from avx512 on have, runs as often as FMAs. A table, not a
+// measurement: the answer decides bits of results (docs/kernels/cpu-attention.md).
+bool has_fast_bf16_dots();
+
 // detect_cpu_level(), or the level named by the environment variable KVANT_CPU_LEVEL (a diagnostic:
 // `scalar`, `avx2`, `avx512`, `amx`). kInvalidArgument for an unknown name, kUnsupported for a
 // level that the processor lacks.

@@ -19,10 +19,19 @@ constexpr int kMaxGroup = 16;
 constexpr int kRunsPerThread = 8;  // of one call: even shares although threads differ in speed
 
 #if defined(__x86_64__)
+const AttentionKernels& avx512_kernels() {
+  static const AttentionKernels all = [] {
+    AttentionKernels kernels = avx512::kAttentionKernels;
+    if (has_fast_bf16_dots()) kernels.bf16 = &avx512::kBf16Kernels;
+    return kernels;
+  }();
+  return all;
+}
 const AttentionKernels& amx_kernels() {
   static const AttentionKernels all = [] {
     AttentionKernels kernels = avx512::kAttentionKernels;
     kernels.tiles = &amx::kTileKernels;
+    kernels.bf16 = &amx::kBf16Kernels;
     return kernels;
   }();
   return all;
@@ -32,7 +41,7 @@ const AttentionKernels& amx_kernels() {
 const AttentionKernels& kernels_of(CpuLevel level) {
 #if defined(__x86_64__)
   if (level == CpuLevel::kAmx) return amx_kernels();
-  if (level == CpuLevel::kAvx512) return avx512::kAttentionKernels;
+  if (level == CpuLevel::kAvx512) return avx512_kernels();
   if (level == CpuLevel::kAvx2) return avx2::kAttentionKernels;
 #endif
   static_cast<void>(level);

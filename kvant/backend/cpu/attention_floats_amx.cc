@@ -8,7 +8,7 @@
 // run over channels or tokens in tiles of 32, whatever the number of rows (ADR 0003).
 #define KVANT_LEVEL avx512
 #include "kvant/backend/cpu/amx_tiles-inl.h"
-#include "kvant/backend/cpu/attention_bf16-inl.h"
+#include "kvant/backend/cpu/attention_bf16_amx-inl.h"
 #include "kvant/backend/cpu/attention_fetch-inl.h"
 #include "kvant/backend/cpu/attention_kernels.h"
 #include "kvant/backend/cpu/attention_shape-inl.h"
@@ -20,7 +20,6 @@ namespace {
 constexpr int kDepth = 32;        // channels or tokens of a tile
 constexpr int kMaxTiles = 4;      // of sixteen tokens, at once
 constexpr int kProductSteps = 4;  // of a Fetcher: a product takes as long as so many words unpacked
-constexpr int kMaxPageTokens = 128;
 
 // Queries as A: [row / tile_rows][32 channels][2 * tile_rows][64 bytes], each tile's share 1024
 // bytes, zeros for rows that are not there.
@@ -35,7 +34,7 @@ void pack_rows(const float* q, int rows, int head_dim, int tile_rows, uint8_t* t
           first = load(x);
           second = load(x + kLanes);
         }
-        store_parts<C>(first, second, tiles + r * 64, tiles + (tile_rows + r) * 64);
+        store_row_parts<C>(first, second, tiles + r * 64, tiles + (tile_rows + r) * 64);
       }
     }
   }
@@ -96,7 +95,8 @@ KVANT_INLINE void unpack_keys(const DecodeArgs& side, const Page& page, int tile
       unpack([](auto, __m512i bf16) KVANT_ALWAYS { return bf16; });
     } else {  // one for all of these channels
       const __m512i token = load_u8(side.scales + at / 2).v;
-      const __m512i addends = e8m0_as_addends(_mm512_or_si512(token, _mm512_slli_epi32(token, 16)));
+      const __m512i addends =
+          e8m0_as_addends<kCodesBelow>(_mm512_or_si512(token, _mm512_slli_epi32(token, 16)));
       unpack([&](auto, __m512i bf16) KVANT_ALWAYS { return add_exponents(bf16, addends); });
     }
   } else {
@@ -262,7 +262,7 @@ KVANT_INLINE void pack_weights(const ValueArgs& a, const Page& page, int row, in
           x[i.value] = mul(x[i.value], {_mm512_maskz_loadu_ps(valid, scale + first)});
         }
       });
-      store_parts<C>(x[0], x[1], tiles + r * 64, tiles + (a.tile_rows + r) * 64);
+      store_row_parts<C>(x[0], x[1], tiles + r * 64, tiles + (a.tile_rows + r) * 64);
     }
   }
 }
@@ -273,16 +273,6 @@ struct ValueTiles {
   const uint16_t* exponents = nullptr;  // of load_exponents()
   float factor = 1.0f;
 };
-
-// E8M0 scales of blocks of 32 channels as add_exponents() takes them, [block][page_tokens], tokens
-// in the order of B's rows.
-void load_exponents(const DecodeArgs& side, uint16_t* exponents) {
-  for (int at = 0; at < side.head_dim / kDepth * side.page_tokens; at += kDepth) {
-    const auto* scales = reinterpret_cast<const __m256i*>(side.scales + at);
-    const __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(scales));
-    _mm512_store_si512(exponents + at, in_row_order<Code::kE4m3>(e8m0_as_addends(words)));
-  }
-}
 
 // N groups of sixteen channels of up to tile_rows rows.
 template <Code C, int N, typename Page>
@@ -345,7 +335,7 @@ void values_of(const DecodeArgs& side, const ValueArgs& a, const Page& page) {
   values.factor = sum_factor<C>(side);
   alignas(64) uint16_t exponents[kMaxHeadDim / kDepth * kMaxPageTokens];
   if (C == Code::kE4m3 && side.scale == PageScale::kE8m0) {
-    load_exponents(side, exponents);
+    load_exponents<kCodesBelow>(side, exponents);
     values.exponents = exponents;
   }
   alignas(64) uint8_t weights[kMaxPageTokens / kDepth * kTileBytes];
@@ -393,7 +383,8 @@ void end() {
 }  // namespace
 
 extern const TileKernels kTileKernels;
-const TileKernels kTileKernels = {begin,        end,    channel_scores, integer_values,
-                                  pack_queries, scores, values};
+const TileKernels kTileKernels = {begin, end, channel_scores, integer_values};
+extern const Bf16Kernels kBf16Kernels;
+const Bf16Kernels kBf16Kernels = {pack_queries, scores, values};
 
 }  // namespace kvant::backend::cpu::amx

@@ -759,7 +759,7 @@ constexpr const IntegerKernels* kInteger = nullptr;
 
 extern const AttentionKernels kAttentionKernels;
 const AttentionKernels kAttentionKernels = {
-    decode_k, decode_v, scores,     scores_of_codes, softmax,  values, values_of_codes,
-    pre_rope, dot_rows, scale_rows, merge,           kInteger, nullptr};
+    decode_k, decode_v, scores,     scores_of_codes, softmax,  values,  values_of_codes,
+    pre_rope, dot_rows, scale_rows, merge,           kInteger, nullptr, nullptr};
 
 }  // namespace kvant::backend::cpu::KVANT_LEVEL

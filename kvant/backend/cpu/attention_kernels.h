@@ -56,7 +56,7 @@ struct ScoreArgs {
   int page_tokens = 0;
   int num_tiles = 0;
   FetchPart fetch = {};
-  const uint8_t* q_tiles = nullptr;  // of TileKernels::pack_queries()
+  const uint8_t* q_tiles = nullptr;  // of Bf16Kernels::pack_queries()
   int tile_rows = kMaxTileRows;
 };
 
@@ -140,11 +140,15 @@ struct TileKernels {
   // scales per channel.
   void (*channel_scores)(const IntegerScoreArgs& args);
   void (*integer_values)(const IntegerValueArgs& args);
-  // Floating-point codes for any number of rows: sides that page_decoder.h says. Queries go into
-  // `tiles`, query_tile_bytes() aligned to 64, once for all pages of a code; `side.out` is used for
-  // the codes as BF16.
+};
+
+// Products of floating-point codes in BF16, for any number of rows: sides that page_decoder.h says.
+// Between TileKernels::begin() and end() where the level has those.
+struct Bf16Kernels {
+  // Into `tiles`, query_tile_bytes() aligned to 64, once for all pages of a code.
   void (*pack_queries)(const float* q, int rows, int head_dim, Code code, int tile_rows,
                        uint8_t* tiles);
+  // `side.out` is used for the codes as BF16.
   void (*scores)(const DecodeArgs& side, const ScoreArgs& args);
   void (*values)(const DecodeArgs& side, const ValueArgs& args);
 };
@@ -173,6 +177,7 @@ struct AttentionKernels {
   // Products with the codes as they are stored; null where the level has none.
   const IntegerKernels* integer;
   const TileKernels* tiles;  // null where the level has none
+  const Bf16Kernels* bf16;   // null where they are not faster than fp32
 };
 
 namespace scalar {
@@ -183,9 +188,11 @@ extern const AttentionKernels kAttentionKernels;
 }
 namespace avx512 {
 extern const AttentionKernels kAttentionKernels;
-}
+extern const Bf16Kernels kBf16Kernels;
+}  // namespace avx512
 namespace amx {  // the rest of this level is avx512's
 extern const TileKernels kTileKernels;
-}
+extern const Bf16Kernels kBf16Kernels;
+}  // namespace amx
 
 }  // namespace kvant::backend::cpu

@@ -242,9 +242,9 @@ Task::ScoreTerms Task::score_page(const Pass& pass, const PageKind& kind, const 
               .fetch = part_of_next(0, kFetchedByScores),
               .q_tiles = nullptr,
               .tile_rows = tile_rows_};
-  if (side.way == Way::kTiles) {
+  if (side.way == Way::kBf16) {
     a.q_tiles = pack_queries(q, pass.rows(), decoder.code);
-    call_.kernels.tiles->scores(codes, a);
+    call_.kernels.bf16->scores(codes, a);
   } else if (!call_.pre_rope && pass.rows() <= kFewRows && decodes_in_registers(decoder)) {
     call_.kernels.scores_of_codes(codes, a);
   } else {
@@ -290,24 +290,24 @@ const float* Task::score_codes(const Pass& pass, const PageDecoder& decoder, con
 // E2M1 keys are in tiles where values can be. (Prompts must have the bits of decode.)
 Task::Sides Task::sides_of(const PageDecoder& k, const PageDecoder& v) const {
   const auto takes = [&](const PageDecoder& decoder) {
-    return call_.kernels.tiles != nullptr &&
-           in_tiles(decoder, call_.head_dim, call_.view.page_tokens);
+    return call_.kernels.bf16 != nullptr &&
+           in_bf16(decoder, call_.head_dim, call_.view.page_tokens);
   };
   const bool integers = call_.kernels.integer != nullptr;
   const bool e2m1 = k.code == Code::kE2m1 && k.scale == PageScale::kE4m3;
-  const bool beside_tiles =
-      takes(PageDecoder{}) && (takes(v) || (integer_values(v) && call_.group >= kMinTileGroup &&
-                                            call_.head_dim <= kMaxTileChannels));
+  const bool beside_tiles = call_.kernels.tiles != nullptr && takes(PageDecoder{}) &&
+                            (takes(v) || (integer_values(v) && call_.group >= kMinTileGroup &&
+                                          call_.head_dim <= kMaxTileChannels));
   Sides sides{{k, Way::kFloats}, {v, Way::kFloats}};
   if (!call_.pre_rope) {
     if (e2m1 ? beside_tiles : takes(k)) {
-      sides.k.way = Way::kTiles;
+      sides.k.way = Way::kBf16;
     } else if (integers && integer_keys(k)) {
       sides.k.way = Way::kIntegers;
     }
   }
   if (takes(v)) {
-    sides.v.way = Way::kTiles;
+    sides.v.way = Way::kBf16;
   } else if (integers && integer_values(v)) {
     sides.v.way = Way::kIntegers;
   }
@@ -323,7 +323,7 @@ bool Task::all_in_tiles() const {
   if (call_.kernels.tiles == nullptr || call_.pre_rope) return false;
   const bool channels =
       stored_.k.decoder.scale == PageScale::kChannelPair && call_.head_dim <= kMaxTileChannels;
-  return (channels || stored_.k.way == Way::kTiles) && stored_.v.way != Way::kFloats;
+  return (channels || stored_.k.way == Way::kBf16) && stored_.v.way != Way::kFloats;
 }
 
 // Integers for few rows are in tiles only if the other side is, too: the unit falls asleep after
@@ -335,7 +335,7 @@ bool Task::integers_in_tiles(int rows) const {
 // Rows `q` as tiles, unless they are already.
 const uint8_t* Task::pack_queries(const float* q, int rows, Code code) {
   if (packed_q_ != q || packed_rows_ != rows || packed_code_ != code) {
-    call_.kernels.tiles->pack_queries(q, rows, call_.head_dim, code, tile_rows_, memory_.q_tiles);
+    call_.kernels.bf16->pack_queries(q, rows, call_.head_dim, code, tile_rows_, memory_.q_tiles);
     packed_q_ = q;
     packed_rows_ = rows;
     packed_code_ = code;
@@ -462,8 +462,8 @@ void Task::add_values(const Pass& pass, const Side& side, const std::byte* unit,
                     .token_end = pass.token_end,
                     .fetch = part_of_next(kFetchedBySoftmax, kFetchedByValues),
                     .tile_rows = tile_rows_};
-  if (side.way == Way::kTiles) {  // tokens before token_begin weigh 0
-    call_.kernels.tiles->values(codes, a);
+  if (side.way == Way::kBf16) {  // tokens before token_begin weigh 0
+    call_.kernels.bf16->values(codes, a);
     return;
   }
   if (pass.token_begin == 0 && pass.rows() <= kFewRows && decodes_in_registers(decoder)) {

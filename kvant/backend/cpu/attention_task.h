@@ -132,7 +132,7 @@ class Task {
   struct Pass;
   struct ScoreTerms;
   // How a side of a page is multiplied.
-  enum class Way : uint8_t { kTiles, kIntegers, kFloats };
+  enum class Way : uint8_t { kBf16, kIntegers, kFloats };
   struct Side {
     PageDecoder decoder;
     Way way = Way::kFloats;

@@ -48,7 +48,7 @@ bool integer_values(const PageDecoder& decoder) {
   return integer_keys(decoder) && decoder.scale != PageScale::kChannelPair;
 }
 
-bool in_tiles(const PageDecoder& decoder, int head_dim, int page_tokens) {
+bool in_bf16(const PageDecoder& decoder, int head_dim, int page_tokens) {
   const bool plain = decoder.scale == PageScale::kNone;
   const bool by_token = decoder.scale == PageScale::kF32 && decoder.block >= head_dim;
   const bool by_block = decoder.scale == PageScale::kE8m0 && decoder.block == 32;

@@ -21,8 +21,8 @@ struct PageDecoder {
 bool integer_keys(const PageDecoder& decoder);
 bool integer_values(const PageDecoder& decoder);
 
-// Whether TileKernels multiply a side of floating-point codes, for any number of rows.
-bool in_tiles(const PageDecoder& decoder, int head_dim, int page_tokens);
+// Whether Bf16Kernels multiply a side of floating-point codes, for any number of rows.
+bool in_bf16(const PageDecoder& decoder, int head_dim, int page_tokens);
 
 // Whether products for few rows can decode a side in registers.
 bool decodes_in_registers(const PageDecoder& decoder);
