@@ -33,6 +33,15 @@ bool has_f16c() {
 }
 #endif
 
+#if defined(__x86_64__)
+// Family of an AMD processor: the base, which is 15 from Zen on, and the extension.
+unsigned amd_family() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid(1, &eax, &ebx, &ecx, &edx) == 0) return 0;
+  return (eax >> 8 & 15) + (eax >> 20 & 255);
+}
+#endif
+
 // Tiles are a part of a thread's state that Linux grants on request only (Linux documentation,
 // arch/x86/xstate).
 bool may_use_amx() {
@@ -65,25 +74,28 @@ CpuLevel ask_processor() {
   return CpuLevel::kScalar;
 }
 
-bool ask_for_fast_bf16_dots() {
+CpuTraits ask_for_traits() {
+  CpuTraits traits;
 #if defined(__x86_64__)
-  // Instructions of 512 bits a cycle, vdpbf16ps and FMA:
-  //   AMD family 19h (Zen 4)          1 and 1, measured
-  //   AMD family 1Ah (Zen 5)          not slower than half, docs/kernels/cpu-attention.md
-  //   Intel Sapphire Rapids           0.45 and 1.8, measured
-  // Processors that are not in the table are taken to be like the last.
+  // Of 512 bits a cycle: vdpbf16ps, vpdpbusd or FMAs, additions.
+  //   AMD family 19h (Zen 4)   1, 1, 2
+  //   AMD family 1Ah (Zen 5)   1.5, 2, 4: not measured with these kernels
+  //   Intel Sapphire Rapids    0.45, 1.8, 2
   __builtin_cpu_init();
-  return __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
+  if (__builtin_cpu_is("amd") && __builtin_cpu_supports("avx512bf16")) {
+    traits.fast_bf16_dots = true;
+    traits.half_rate_512 = amd_family() == 0x19;
+    traits.fetches_one_stream = true;
+  }
 #endif
+  return traits;
 }
 
 }  // namespace
 
-bool has_fast_bf16_dots() {
-  static const bool fast = ask_for_fast_bf16_dots();
-  return fast;
+const CpuTraits& cpu_traits() {
+  static const CpuTraits traits = ask_for_traits();
+  return traits;
 }
 
 CpuLevel detect_cpu_level() {

@@ -24,9 +24,15 @@ std::string_view cpu_level_name(CpuLevel level);  // "scalar", "avx2", "avx512",
 // for all threads of the process.
 CpuLevel detect_cpu_level();
 
-// Whether vdpbf16ps, which levels from avx512 on have, runs as often as FMAs. A table, not a
-// measurement: the answer decides bits of results (docs/kernels/cpu-attention.md).
-bool has_fast_bf16_dots();
+// How processors of a level differ. A table, not a measurement, because the answers decide bits of
+// results (docs/kernels/cpu-attention.md); what is not in the table is taken to be like Sapphire
+// Rapids.
+struct CpuTraits {
+  bool fast_bf16_dots = false;      // vdpbf16ps, which levels from avx512 on have, as often as FMAs
+  bool half_rate_512 = false;       // instructions of 512 bits take twice as long as of 256
+  bool fetches_one_stream = false;  // the next lines of one stream arrive sooner than of several
+};
+const CpuTraits& cpu_traits();
 
 // detect_cpu_level(), or the level named by the environment variable KVANT_CPU_LEVEL (a diagnostic:
 // `scalar`, `avx2`, `avx512`, `amx`). kInvalidArgument for an unknown name, kUnsupported for a

@@ -22,7 +22,8 @@ constexpr int kRunsPerThread = 8;  // of one call: even shares although threads 
 const AttentionKernels& avx512_kernels() {
   static const AttentionKernels all = [] {
     AttentionKernels kernels = avx512::kAttentionKernels;
-    if (has_fast_bf16_dots()) kernels.bf16 = &avx512::kBf16Kernels;
+    if (cpu_traits().fast_bf16_dots) kernels.bf16 = &avx512::kBf16Kernels;
+    if (cpu_traits().half_rate_512) kernels.integer = &avx512::kHalfRateIntegerKernels;
     return kernels;
   }();
   return all;

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "kvant/backend/cpu/attention_task.h"
+#include "kvant/base/cpu_level.h"
 
 namespace kvant::backend::cpu {
 
@@ -17,9 +18,12 @@ void Task::read_until(int64_t split) {
   end_page_ = split * attention::kSplitTokens / call_.view.page_tokens;
 }
 
-// Puts into next_ what to fetch while `page` is read: the last quarter of the next unit, the third
-// of the one after it, and so on, so that each unit is there when its turn comes.
+// Puts into next_ what to fetch while `page` is read. Where the processor's own prefetcher, which
+// frees the line buffers, gets only so far ahead in a stream, several streams: the last quarter of
+// the next unit, the third of the one after it, and so on, so that each unit is there when its turn
+// comes. Otherwise the next unit from its beginning to its end (docs/kernels/cpu-attention.md).
 void Task::look_ahead(int64_t page) {
+  if (cpu_traits().fetches_one_stream) return look_ahead_one(page);
   if (page == ahead_of_ + 1) {
     std::copy(ahead_ + 1, ahead_ + kFetchStreams, ahead_);
     ahead_[kFetchStreams - 1] = stored_unit(page + kFetchStreams);
@@ -40,13 +44,30 @@ void Task::look_ahead(int64_t page) {
   next_.lines = static_cast<int>((unit_lines_ + kFetchStreams - 1) / kFetchStreams);
 }
 
+void Task::look_ahead_one(int64_t page) {
+  if (page != ahead_of_ && page != ahead_of_ + 1) fetch_lines(stored_unit(page), unit_lines_);
+  ahead_of_ = page;
+  ahead_[0] = stored_unit(page + 1);
+  next_.lines = 0;
+  if (ahead_[0] == nullptr) return;
+  next_.step = 64 * kFetchStreams;
+  for (int i = 0; i < kFetchStreams; ++i) {
+    next_.stream[i] = reinterpret_cast<const uint8_t*>(ahead_[0]) + 64 * i;
+  }
+  next_.lines = static_cast<int>((unit_lines_ + kFetchStreams - 1) / kFetchStreams);
+}
+
+void Task::fetch_lines(const std::byte* unit, int64_t lines) {
+  for (int64_t line = 0; unit != nullptr && line < lines; ++line) {
+    __builtin_prefetch(unit + 64 * line, 0, 2);
+  }
+}
+
 // What would have been asked for while the pages before `page` were read.
 void Task::fetch_missing(int64_t page) const {
   const std::byte* unit = stored_unit(page);
   for (int i = 0; unit != nullptr && i < kFetchStreams; unit = ahead_[i], ++i) {
-    for (int64_t line = 0; line < unit_lines_ * (kFetchStreams - i) / kFetchStreams; ++line) {
-      __builtin_prefetch(unit + 64 * line, 0, 2);
-    }
+    fetch_lines(unit, unit_lines_ * (kFetchStreams - i) / kFetchStreams);
   }
 }
 

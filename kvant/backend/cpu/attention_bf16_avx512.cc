@@ -50,13 +50,13 @@ struct E4m3Words {
       return _mm512_permutex2var_epi8(_mm512_load_si512(table.at), words,
                                       _mm512_load_si512(table.at + 64));
     };
-    constexpr int kOr = 0xf8, kChoose = 0xca;  // a | (b & c), a ? b : c
-    const __m512i low = _mm512_set1_epi16(255);
-    const __m512i upper =
-        _mm512_ternarylogic_epi32(look_up(kUpperBytes), words, _mm512_set1_epi8(-128), kOr);
+    // Blends and separate operations: those of three operands slow products down, too.
+    constexpr __mmask64 kOdd = 0xaaaaaaaaaaaaaaaa;
+    const __m512i sign = _mm512_and_si512(words, _mm512_set1_epi8(-128));
+    const __m512i upper = _mm512_or_si512(look_up(kUpperBytes), sign);
     const __m512i lower = look_up(kLowerBytes);
-    pairs[0] = _mm512_ternarylogic_epi32(low, lower, _mm512_slli_epi16(upper, 8), kChoose);
-    pairs[1] = _mm512_ternarylogic_epi32(low, _mm512_srli_epi16(lower, 8), upper, kChoose);
+    pairs[0] = _mm512_mask_blend_epi8(kOdd, lower, _mm512_slli_epi16(upper, 8));
+    pairs[1] = _mm512_mask_blend_epi8(kOdd, _mm512_srli_epi16(lower, 8), upper);
   }
 };
 

@@ -16,7 +16,7 @@ class Fetcher {
   Fetcher(const FetchPart& part, int steps) : all_(part.all), steps_(steps > 0 ? steps : 1) {
     if (all_ == nullptr) return;
     const int first = all_->lines * part.begin / 64;
-    offset_ = int64_t{64} * first;
+    offset_ = all_->step * first;
     lines_ = all_->lines * part.end / 64 - first;
   }
   // As many steps at once as `weight` says.
@@ -26,7 +26,7 @@ class Fetcher {
       unroll<kFetchStreams>([&](auto i) __attribute__((always_inline)) {
         __builtin_prefetch(all_->stream[i.value] + offset_, 0, 2);
       });
-      offset_ += 64;
+      offset_ += all_->step;
       due_ -= steps_;
     }
   }

@@ -11,6 +11,14 @@
 namespace kvant::backend::cpu::avx512 {
 namespace {
 
+// Whether this source is for processors whose 512-bit instructions take two halves: a product takes
+// the two pipes for multiplications for a cycle, and what others do meanwhile costs nothing.
+#if defined(KVANT_HALF_RATE_512)
+constexpr bool kHalfRate = true;
+#else
+constexpr bool kHalfRate = false;
+#endif
+
 // Unrolled bodies must not become functions: their sums live in registers.
 #define KVANT_ALWAYS __attribute__((always_inline))
 // Kernels are not inlined where they are called: g++ 12 then runs out of registers (a seventh
@@ -36,6 +44,13 @@ KVANT_INLINE __m512i bcast_dword(const void* p) {
   int32_t x;
   __builtin_memcpy(&x, p, sizeof(x));
   return _mm512_set1_epi32(x);
+}
+
+// A vector that stays in a register: g++ 12 would load it again for each use.
+KVANT_INLINE __m512i load_once(const void* p) {
+  __m512i x = _mm512_loadu_si512(p);
+  __asm__("" : "+v"(x));
+  return x;
 }
 
 // sum += a . b in each lane, four bytes of `a` unsigned, of `b` signed.

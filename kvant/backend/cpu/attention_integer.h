@@ -29,19 +29,21 @@ struct IntegerRows {
   int8_t* lo = nullptr;    // [rows][head_dim]
   float* scale = nullptr;  // [rows]
   // Of each block of K, [rows][head_dim / 16]: the sum of the integers times minus the codes'
-  // offset, as 256 * start + (rest >> 24 unsigned), and that sum itself. With scales per channel
+  // offset, as 256 * start + (rest >> 24 unsigned) or (kHalfRateIntegerKernels) as `rest`, and that
+  // sum itself. With scales per channel
   // nothing is taken back, and the sum is q . zero, [rows].
   int32_t* start = nullptr;
   int32_t* rest = nullptr;
   float* sum = nullptr;
 };
 
-// Lines to fetch while a page is worked on, evenly: `lines` of each stream. Streams go together
-// because the processor's own prefetcher, which frees the line buffers, follows several at once but
-// gets only so far ahead in each (docs/kernels/cpu-attention.md).
+// Lines to fetch while a page is worked on, evenly: `lines` of each stream, `step` bytes apart.
+// Streams are apart from each other, or of four neighbouring lines each takes one
+// (attention_ahead.cc).
 constexpr int kFetchStreams = 4;
 struct FetchAhead {
   const uint8_t* stream[kFetchStreams] = {};
+  int64_t step = 64;
   int lines = 0;
 };
 
@@ -130,7 +132,8 @@ constexpr int64_t integer_scratch_bytes(int head_dim) {
 
 namespace avx512 {
 extern const IntegerKernels kIntegerKernels;
-}
+extern const IntegerKernels kHalfRateIntegerKernels;  // CpuTraits::half_rate_512
+}  // namespace avx512
 namespace amx {  // the rest of this level is avx512's
 void channel_scores(const IntegerScoreArgs& args);
 void integer_values(const IntegerValueArgs& args);

@@ -139,7 +139,8 @@ void sum_blocks(const RoundQueriesArgs& a, int row) {
     }
     const int correction = -code_offset(a.code) * total;
     start[b] = correction >> 8;
-    rest[b] = static_cast<int32_t>(static_cast<uint32_t>(correction) << 24);
+    rest[b] =
+        kHalfRate ? correction : static_cast<int32_t>(static_cast<uint32_t>(correction) << 24);
     sum[b] = static_cast<float>(total);
   }
 }
@@ -270,7 +271,8 @@ struct ScoreTile {
 
   KVANT_INLINE void begin_block(__m512i (&acc)[M][N], int b) const {
     unroll<M>([&](auto m) KVANT_ALWAYS {
-      const __m512i first = bcast_dword(start + m.value * block_stride + b);
+      const __m512i first =
+          kHalfRate ? _mm512_setzero_si512() : bcast_dword(start + m.value * block_stride + b);
       unroll<N>([&](auto n) KVANT_ALWAYS { acc[m.value][n.value] = first; });
     });
   }
@@ -280,7 +282,12 @@ struct ScoreTile {
     unroll<M>([&](auto m) KVANT_ALWAYS {
       const __m512i low = bcast_dword(rest + m.value * block_stride + b);
       unroll<N>([&](auto n) KVANT_ALWAYS {
-        acc[m.value][n.value] = _mm512_shldi_epi32(acc[m.value][n.value], low, 8);
+        __m512i& high = acc[m.value][n.value];
+        if constexpr (kHalfRate) {  // vpshldd is one for the pipes that multiply
+          high = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
+        } else {
+          high = _mm512_shldi_epi32(high, low, 8);
+        }
       });
     });
   }

@@ -2,14 +2,20 @@
 #pragma once
 
 #include "kvant/backend/cpu/attention_integer_weights-inl.h"
+#if defined(KVANT_HALF_RATE_512)
+#include "kvant/backend/cpu/attention_integer_words-inl.h"
+#endif
 
 namespace kvant::backend::cpu::avx512 {
 namespace {
 
+#if !defined(KVANT_HALF_RATE_512)
 // M query rows with N groups of sixteen channels at a time, from `group` to `end`.
 template <typename Side, int M, int N>
-KVANT_OWN_FRAME void value_tiles(const IntegerValueArgs& a, int num_tiles, const ValueChunk& chunk,
-                                 int row, int group, int end, Fetcher& fetcher) {
+KVANT_OWN_FRAME void value_tiles(const IntegerValueArgs& a, const AnyPage& page,
+                                 const ValueChunk& chunk, int row, int group, int end,
+                                 Fetcher& fetcher) {
+  const int num_tiles = tiles_of_chunk(page, chunk);
   constexpr Code C = Side::C;
   constexpr int kTokens = Side::kTokens;
   constexpr int kOfBlock = Side::kBlock / kLanes;            // groups of a block
@@ -63,16 +69,17 @@ KVANT_OWN_FRAME void value_tiles(const IntegerValueArgs& a, int num_tiles, const
   }
 }
 
+#endif
+
 // Few rows keep few sums going: more channels at a time hide the latency of the products.
 constexpr int groups_at_once(int rows) {
   return rows == 1 ? 8 : rows == 2 ? 4 : 2;
 }
 
-template <typename Side>
-void value_chunk(const IntegerValueArgs& a, const AnyPage& page, ValueChunk& chunk,
-                 Fetcher& fetcher) {
+template <typename Side, typename Page>
+void value_chunk(const IntegerValueArgs& a, const Page& page, ValueChunk& chunk, Fetcher& fetcher) {
   prepare_scales<Side>(a, page, chunk, fetcher);
-  const int num_groups = a.head_dim / kLanes, num_tiles = tiles_of_chunk(page, chunk);
+  const int num_groups = page.head_dim / kLanes;
   for (int r = 0; r < a.rows; r += kMaxRows) {
     with_count<kMaxRows>(a.rows - r, [&](auto m) {
       constexpr int M = decltype(m)::value;
@@ -82,7 +89,7 @@ void value_chunk(const IntegerValueArgs& a, const AnyPage& page, ValueChunk& chu
         with_power<groups_at_once(M)>(num_groups - group, [&](auto n) {
           constexpr int N = decltype(n)::value;
           const int end = num_groups - (num_groups - group) % N;
-          value_tiles<Side, M, N>(a, num_tiles, chunk, r, group, end, fetcher);
+          value_tiles<Side, M, N>(a, page, chunk, r, group, end, fetcher);
           group = end;
         });
       }
@@ -90,9 +97,8 @@ void value_chunk(const IntegerValueArgs& a, const AnyPage& page, ValueChunk& chu
   }
 }
 
-template <typename Side>
-void values_of(const IntegerValueArgs& a) {
-  const AnyPage page{a.head_dim, a.page_tokens, a.num_tiles};
+template <typename Side, typename Page>
+void values_of(const IntegerValueArgs& a, const Page& page) {
   const int num_blocks = Side::blocks_of(page);
   ValueChunk chunk;
   begin_chunks<Side>(a, page, chunk);
@@ -110,7 +116,14 @@ void values_of(const IntegerValueArgs& a) {
 }
 
 void values(const IntegerValueArgs& a) {
-  with_value_side(a, [&](auto side) { values_of<decltype(side)>(a); });
+  with_value_side(a, [&](auto side) {
+    using Side = decltype(side);
+    if constexpr (kHalfRate) {
+      with_page(a, [&](const auto& page) { values_of<Side>(a, page); });
+    } else {
+      values_of<Side>(a, AnyPage{a.head_dim, a.page_tokens, a.num_tiles});
+    }
+  });
 }
 
 }  // namespace

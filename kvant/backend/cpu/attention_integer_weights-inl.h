@@ -56,9 +56,17 @@ constexpr int token_of_place(int tokens_in_word, int i) {
   return tokens_in_word == 8 ? i % 4 * 2 + i / 4 : i;
 }
 
-// Where to_words() leaves token `t` of 32.
-constexpr int place_of_token(int t) {
+// Where packing leaves token `t` of 32.
+constexpr int packed_place(int t) {
   return t % 16 / 4 * 8 + t / 16 * 4 + t % 4;
+}
+// Where words have token `t` of 32: as packing leaves them, or, where products take words, the
+// tokens next to each other that are so when V's words are taken apart (value_words()).
+template <int kTokens>
+constexpr int place_of_token(int t) {
+  if (!kHalfRate) return packed_place(t);
+  constexpr int kPairs = kTokens / 2;  // of token i and i + kPairs
+  return t / kTokens * kTokens + t % kPairs * 2 + t % kTokens / kPairs;
 }
 
 // From words of 32 tokens to bytes in the order of V's.
@@ -66,7 +74,7 @@ template <int kTokens>
 constexpr Order<int8_t, 64> order_of_bytes() {
   Order<int8_t, 64> order{};
   for (int i = 0; i < 32; ++i) {
-    const int word = place_of_token(i / 8 * 8 + token_of_place(kTokens, i % 8));
+    const int word = packed_place(i / 8 * 8 + token_of_place(kTokens, i % 8));
     order.at[i] = static_cast<int8_t>(2 * word + 1);
     order.at[32 + i] = static_cast<int8_t>(2 * word);
   }
@@ -76,18 +84,36 @@ alignas(64) constexpr Order<int8_t, 64> kBytesOfFour = order_of_bytes<4>();
 alignas(64) constexpr Order<int8_t, 64> kBytesOfEight = order_of_bytes<8>();
 
 // From bytes of 64 tokens in order to the order of words.
+template <int kTokens>
 constexpr Order<int8_t, 64> order_of_scales() {
   Order<int8_t, 64> order{};
   for (int t = 0; t < 64; ++t)
-    order.at[t / 32 * 32 + place_of_token(t % 32)] = static_cast<int8_t>(t);
+    order.at[t / 32 * 32 + place_of_token<kTokens>(t % 32)] = static_cast<int8_t>(t);
   return order;
 }
-alignas(64) constexpr Order<int8_t, 64> kWordsOfScales = order_of_scales();
+alignas(64) constexpr Order<int8_t, 64> kWordsOfScales = order_of_scales<8>();  // of E4M3
+
+// From the order that packing leaves to that of words.
+template <int kTokens>
+constexpr Order<int16_t, 32> order_of_packed() {
+  Order<int16_t, 32> order{};
+  for (int t = 0; t < 32; ++t)
+    order.at[place_of_token<kTokens>(t)] = static_cast<int16_t>(packed_place(t));
+  return order;
+}
+template <int kTokens>
+alignas(64) constexpr Order<int16_t, 32> kWordsOfPacked = order_of_packed<kTokens>();
 
 // Four vectors of 32-bit integers, in token order, as 64 words.
+template <int kTokens>
 KVANT_INLINE void to_words(const __m512i* v, __m512i* words) {
-  words[0] = _mm512_packs_epi32(v[0], v[1]);
-  words[1] = _mm512_packs_epi32(v[2], v[3]);
+  unroll<2>([&](auto h) KVANT_ALWAYS {
+    words[h.value] = _mm512_packs_epi32(v[2 * h.value], v[2 * h.value + 1]);
+    if constexpr (kHalfRate) {
+      const __m512i order = _mm512_load_si512(kWordsOfPacked<kTokens>.at);
+      words[h.value] = _mm512_permutexvar_epi16(order, words[h.value]);
+    }
+  });
 }
 
 // E4M3 scales, in integers: a scale is m 2^(e - 10) with m < 16, and 2^11 m 2^(e - E) is exact down
@@ -175,7 +201,7 @@ KVANT_INLINE void prepare_float_scales(const IntegerValueArgs& a, const Page& pa
               fma(side.scale, bcast(kValueOffset), side.zero));
       }
     }
-    to_words(scale, words);
+    to_words<Side::kTokens>(scale, words);
     unroll<2>([&](auto h) KVANT_ALWAYS {
       _mm512_storeu_si512(chunk.scales + b * kChunkTokens + 32 * h.value, words[h.value]);
     });
@@ -192,6 +218,11 @@ constexpr float value_factor(Code code) {
 // tokens are negative meanwhile: half of the halves are rounded down.
 KVANT_INLINE F alternating(float x) {
   return {_mm512_mask_blend_ps(0xaaaa, _mm512_set1_ps(x), _mm512_set1_ps(-x))};
+}
+
+// Words of (0, 2), (1, 3), ... of which those of odd tokens are negative.
+KVANT_INLINE __m512i positive_words(__m512i words) {
+  return _mm512_mask_sub_epi16(words, 0xcccccccc, _mm512_setzero_si512(), words);
 }
 
 // Weights of M rows times the tokens' powers, as integers of which the largest is 2^15 - 1; these
@@ -244,14 +275,19 @@ void prepare_weights(const IntegerValueArgs& a, const Page& page, ValueChunk& ch
       }
       weight[tile.value] = _mm512_cvtps_epi32(mul(w, of_row).v);
     });
-    to_words(weight, words[m.value]);
+    to_words<Side::kTokens>(weight, words[m.value]);
   });
   for (int b = 0; b < num_blocks; ++b, to += rows * kWeightBytes, scales += kChunkTokens) {
     unroll<2>([&](auto h) KVANT_ALWAYS {
       const __m512i scale = _mm512_loadu_si512(scales + 32 * h.value);
       unroll<M>([&](auto m) KVANT_ALWAYS {
-        const __m512i product =
-            _mm512_abs_epi16(_mm512_mulhrs_epi16(words[m.value][h.value], scale));
+        const __m512i signs = _mm512_mulhrs_epi16(words[m.value][h.value], scale);
+        if constexpr (kHalfRate) {  // words stay words, and those of E2M1 and U4 with their signs
+          _mm512_storeu_si512(to + m.value * kWeightBytes + 64 * h.value,
+                              Side::C == Code::kS8 ? positive_words(signs) : signs);
+          return;
+        }
+        const __m512i product = _mm512_abs_epi16(signs);
         const __m512i bytes = _mm512_permutexvar_epi8(order, product);
         uint8_t* upper = to + m.value * kWeightBytes + 32 * h.value;
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(upper), _mm512_castsi512_si256(bytes));
@@ -308,12 +344,15 @@ KVANT_INLINE __m512i value_bytes(__m512i w) {
 // A chunk's sums of one row and sixteen channels: acc = acc * factor + sums * scale, and the term
 // of the block if codes have zeros.
 template <Code C>
-KVANT_INLINE void add_sums(float* acc, __m512i high, __m512i low, F factor, F scale,
-                           const float& term) {
-  const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
+KVANT_INLINE void add_sum(float* acc, __m512i sum, F factor, F scale, const float& term) {
   F all = fma({_mm512_cvtepi32_ps(sum)}, scale, mul(load(acc), factor));
   if constexpr (C == Code::kU4) all = add(all, bcast(term));
   store(acc, all);
+}
+template <Code C>
+KVANT_INLINE void add_sums(float* acc, __m512i high, __m512i low, F factor, F scale,
+                           const float& term) {
+  add_sum<C>(acc, _mm512_add_epi32(_mm512_slli_epi32(high, 8), low), factor, scale, term);
 }
 
 // Divides `scratch` and starts with the first chunk.
