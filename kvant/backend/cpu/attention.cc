@@ -23,7 +23,10 @@ const AttentionKernels& avx512_kernels() {
   static const AttentionKernels all = [] {
     AttentionKernels kernels = avx512::kAttentionKernels;
     if (cpu_traits().fast_bf16_dots) kernels.bf16 = &avx512::kBf16Kernels;
-    if (cpu_traits().half_rate_512) kernels.integer = &avx512::kHalfRateIntegerKernels;
+    if (cpu_traits().half_rate_512) {
+      kernels.integer = &avx512::kHalfRateIntegerKernels;
+      kernels.softmax = avx512::half_rate_softmax;
+    }
     return kernels;
   }();
   return all;

@@ -99,6 +99,16 @@ constexpr int vectors_of(int rows) {
   return rows <= 2 || C::kPairs == 1 ? 4 : 2;
 }
 
+// Register tiles of all rows and `vectors`.
+template <typename C>
+int tiles_of(int rows, int vectors) {
+  const auto tiles = [&](int of_rows) {
+    return (vectors + vectors_of<C>(of_rows) - 1) / vectors_of<C>(of_rows);
+  };
+  const int rest = rows % kMaxRows;
+  return rows / kMaxRows * tiles(kMaxRows) + (rest > 0 ? tiles(rest) : 0);
+}
+
 // Both parts of a row: [upper or lower][width] BF16.
 void pack_queries(const float* q, int rows, int head_dim, Code code, int, uint8_t* tiles) {
   const auto pack = [&](auto c) {
@@ -175,8 +185,7 @@ KVANT_OWN_FRAME void score_tile(const DecodeArgs& side, const ScoreArgs& a, int 
 
 template <typename C>
 void scores_of(const DecodeArgs& side, const ScoreArgs& a, const float* factor) {
-  Fetcher fetcher(a.fetch, (a.num_tiles + vectors_of<C>(kMaxRows) - 1) / vectors_of<C>(kMaxRows) *
-                               ((a.rows + kMaxRows - 1) / kMaxRows) * (a.head_dim / C::kInWord));
+  Fetcher fetcher(a.fetch, tiles_of<C>(a.rows, a.num_tiles) * (a.head_dim / C::kInWord));
   constexpr int kStep = 4;  // tiles that stay in the caches for all rows
   for (int first = 0; first < a.num_tiles; first += kStep) {
     const int end = first + kStep < a.num_tiles ? first + kStep : a.num_tiles;
@@ -336,9 +345,7 @@ KVANT_INLINE void pack_weights(const DecodeArgs& side, const ValueArgs& a, int r
 template <typename C>
 void values_of(const DecodeArgs& side, const ValueArgs& a, const uint16_t* exponents) {
   const int groups = a.head_dim / kLanes;
-  const int row_steps = (a.rows + kMaxRows - 1) / kMaxRows;
-  Fetcher fetcher(a.fetch,
-                  groups / vectors_of<C>(kMaxRows) * row_steps * value_words<C>(a.token_end));
+  Fetcher fetcher(a.fetch, tiles_of<C>(a.rows, groups) * value_words<C>(a.token_end));
   alignas(64) uint8_t weights[kMaxRows * kWeightParts];
   for (int r = 0; r < a.rows; r += kMaxRows) {
     with_count<kMaxRows>(a.rows - r, [&](auto m) {

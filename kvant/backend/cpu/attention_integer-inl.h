@@ -78,6 +78,20 @@ constexpr Order<uint8_t, 64> begins_of_high_bits(int element) {
 constexpr Order<uint8_t, 64> kHighBitBegins[4] = {begins_of_high_bits(0), begins_of_high_bits(1),
                                                   begins_of_high_bits(2), begins_of_high_bits(3)};
 
+// Of 16 bits in each word: bits 4i to 4i + 3 as the lower ones of byte i.
+KVANT_INLINE __m512i high_bits_of_bytes(__m512i words) {
+  const __m512i twice = _mm512_shuffle_epi8(
+      words,
+      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13)));
+  return _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaa, twice, _mm512_srli_epi16(twice, 4));
+}
+
+// Bytes of E2M1 of which each is 2 * E2M1 + 12: those in the lower nibbles of `w`, or the upper.
+KVANT_INLINE __m512i e2m1_bytes(__m512i w, bool upper) {
+  return _mm512_permutexvar_epi8(upper ? _mm512_srli_epi16(w, 4) : w,
+                                 _mm512_load_si512(kUnsignedE2m1));
+}
+
 template <Code C>
 constexpr int key_step_bytes() {  // sixteen channels of sixteen tokens
   return C == Code::kS8 ? 256 : C == Code::kU3 ? 96 : C == Code::kU2 ? 64 : 128;
@@ -102,6 +116,13 @@ KVANT_INLINE __m512i key_bytes(const uint8_t* p) {
     // The high bit of element 4i + J to bit 2 of byte i: bytes that begin two bits before it.
     const __m512i high =
         _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 64)));
+    if constexpr (kHalfRate) {  // vpmultishiftqb is one for the pipes that multiply
+      const __m512i bits = high_bits_of_bytes(high);
+      const __m512i moved = J < 2    ? _mm512_slli_epi16(bits, 2 - J)
+                            : J == 2 ? bits
+                                     : _mm512_srli_epi16(bits, 1);
+      return _mm512_ternarylogic_epi32(two, moved, _mm512_set1_epi8(4), 0xf8);
+    }
     const __m512i begins = _mm512_load_si512(kHighBitBegins[J].at);
     // two | (high & 4)
     return _mm512_ternarylogic_epi32(two, _mm512_multishift_epi64_epi8(begins, high),

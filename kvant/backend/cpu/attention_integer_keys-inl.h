@@ -277,7 +277,7 @@ struct ScoreTile {
     });
   }
 
-  // The high bytes' sums times 256.
+  // The high bytes' sums times 256, and what the block takes back.
   KVANT_INLINE void shift(__m512i (&acc)[M][N], int b) const {
     unroll<M>([&](auto m) KVANT_ALWAYS {
       const __m512i low = bcast_dword(rest + m.value * block_stride + b);
@@ -317,7 +317,12 @@ struct ScoreTile {
     __m512i key[4][N];
     unroll<4>([&](auto j) KVANT_ALWAYS {
       unroll<N>([&](auto n) KVANT_ALWAYS {
-        key[j.value][n.value] = key_bytes<C, j.value>(codes[n.value] + b * key_step_bytes<C>());
+        const uint8_t* at = codes[n.value] + b * key_step_bytes<C>();
+        if constexpr (kHalfRate) {  // a vector that waits on the stack costs a product
+          key[j.value][n.value] = e2m1_bytes(load_once(at + 64 * (j.value / 2)), j.value % 2 == 1);
+        } else {
+          key[j.value][n.value] = key_bytes<C, j.value>(at);
+        }
       });
     });
     __m512i acc[M][N];
@@ -335,7 +340,9 @@ struct ScoreTile {
     __m512i high[M][N], low[M][N];
     begin_block(high, b);
     unroll<M>([&](auto m) KVANT_ALWAYS {
-      unroll<N>([&](auto n) KVANT_ALWAYS { low[m.value][n.value] = _mm512_setzero_si512(); });
+      const __m512i first =
+          kHalfRate ? bcast_dword(rest + m.value * block_stride + b) : _mm512_setzero_si512();
+      unroll<N>([&](auto n) KVANT_ALWAYS { low[m.value][n.value] = first; });
     });
     const int first = b * (a.block / kLanes);
     for (int i = first; i < first + steps; ++i) {
@@ -350,10 +357,12 @@ struct ScoreTile {
       });
       fetcher.step();
     }
-    shift(high, b);
+    if constexpr (!kHalfRate) shift(high, b);
     unroll<M>([&](auto m) KVANT_ALWAYS {
       unroll<N>([&](auto n) KVANT_ALWAYS {
-        high[m.value][n.value] = _mm512_add_epi32(high[m.value][n.value], low[m.value][n.value]);
+        __m512i& all = high[m.value][n.value];
+        if constexpr (kHalfRate) all = _mm512_slli_epi32(all, 8);
+        all = _mm512_add_epi32(all, low[m.value][n.value]);
       });
     });
     end_block(high, b);

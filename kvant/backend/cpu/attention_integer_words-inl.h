@@ -1,6 +1,6 @@
 // Products of weights and values in words, two tokens a lane, where taking words apart costs
 // nothing beside the products and bytes need more other instructions; included by
-// attention_integer_halves_avx512.cc only.
+// attention_halves_avx512.cc only.
 #pragma once
 
 #include "kvant/backend/cpu/attention_integer_weights-inl.h"
@@ -44,15 +44,15 @@ template <typename Side, int M, int N, typename Page>
 KVANT_OWN_FRAME void value_tiles(const IntegerValueArgs& a, const Page& page,
                                  const ValueChunk& chunk, int row, int group, int end,
                                  Fetcher& fetcher) {
-  constexpr int kTokens = Side::kTokens;
+  constexpr int kTokens = Side::kTokens, kTileWords = kLanes / kTokens;
   constexpr int kOfBlock = Side::kBlock / kLanes;            // groups of a block
   constexpr int kBlockGroups = kOfBlock > N ? N : kOfBlock;  // of a tile
   constexpr int kBlockBytes = M * kWeightBytes;
   const int64_t group_bytes = static_cast<int64_t>(page.page_tokens) / kTokens * 64;
   const uint8_t* codes =
-      a.codes + group * group_bytes + first_of_chunk(page, chunk) * (kLanes / kTokens * 64);
+      a.codes + group * group_bytes + first_of_chunk(page, chunk) * (kTileWords * 64);
   const uint8_t* weights = chunk.weights + group / kOfBlock * kBlockBytes;
-  const int words = tiles_of_chunk(page, chunk) * (kLanes / kTokens);
+  const int words = tiles_of_chunk(page, chunk) * kTileWords;
   for (; group < end; group += N, codes += N * group_bytes) {
     __m512i sum[M][N];
     unroll<M>([&](auto m) KVANT_ALWAYS {
@@ -78,7 +78,7 @@ KVANT_OWN_FRAME void value_tiles(const IntegerValueArgs& a, const Page& page,
           });
         });
       });
-      if (w % 2 == 1) fetcher.step();
+      if (w % kTileWords == kTileWords - 1) fetcher.step();
     }
     unroll<M>([&](auto m) KVANT_ALWAYS {
       const F scale = bcast(chunk.weight_scale[m.value]);

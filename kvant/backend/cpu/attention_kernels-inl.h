@@ -6,6 +6,7 @@
 #include "kvant/backend/cpu/attention_scales-inl.h"
 #include "kvant/backend/cpu/attention_shape-inl.h"
 #include "kvant/backend/cpu/attention_simd.h"
+#include "kvant/backend/cpu/attention_softmax-inl.h"
 
 namespace kvant::backend::cpu::KVANT_LEVEL {
 namespace {
@@ -14,18 +15,13 @@ namespace {
 #if defined(__AVX512F__)
 constexpr int kTileRows = 4;
 constexpr int kTileVectors = 4;
-constexpr int kSoftmaxRows = 8;
 #elif defined(__AVX2__)
 constexpr int kTileRows = 2;
 constexpr int kTileVectors = 2;
-constexpr int kSoftmaxRows = 2;
 #else
 constexpr int kTileRows = 1;
 constexpr int kTileVectors = 1;
-constexpr int kSoftmaxRows = 1;
 #endif
-
-constexpr float kInfinity = __builtin_huge_valf();
 
 // ---- codes ----
 
@@ -338,10 +334,6 @@ void score_tile(const ScoreArgs& a, const float* q, const float* k, float* s, Fe
   });
 }
 
-constexpr int steps_of(int count, int step) {
-  return (count + step - 1) / step;
-}
-
 void scores(const ScoreArgs& a) {
   Fetcher fetcher(a.fetch,
                   steps_of(a.num_tiles, kTileVectors) * steps_of(a.rows, kTileRows) * a.head_dim);
@@ -568,103 +560,6 @@ void values_of_codes(const DecodeArgs& d, const ValueArgs& a) {
       }
     }
   });
-}
-
-// ---- softmax ----
-
-KVANT_INLINE uint16_t visible_lanes(const SoftmaxArgs& a, int64_t position, int tile) {
-  const int64_t first = a.page_begin + tile * kLanes;
-  const auto clip = [](int64_t x) { return static_cast<int>(x < 0 ? 0 : x > kLanes ? kLanes : x); };
-  const int end = clip(position + 1 - first);
-  const int begin = a.window > 0 ? clip(position - a.window + 1 - first) : 0;
-  const int sinks = clip(a.sink_tokens - first);
-  return static_cast<uint16_t>(lane_range(begin, end) | lane_range(0, sinks < end ? sinks : end));
-}
-
-// Whether every row sees every token of the tiles.
-bool all_visible(const SoftmaxArgs& a) {
-  if (a.all_see) return true;
-  const int64_t last = a.first_position + (a.rows - 1) / a.group;
-  return a.page_begin + a.num_tiles * kLanes <= a.first_position + 1 &&
-         (a.window <= 0 || last - a.window < a.page_begin);
-}
-
-// How scores become weights, known when kernels are compiled.
-template <bool Masked, bool Capped>
-struct Softmax {
-  static constexpr bool kMasked = Masked;
-  static constexpr bool kCapped = Capped;
-};
-
-// M rows from `row` on go together: one alone is a chain of latencies.
-template <typename How, int M, typename Page>
-void softmax_rows(const SoftmaxArgs& a, const Page& page, int row, Fetcher& fetcher) {
-  const int64_t stride = page.page_tokens;
-  float* s = a.s + row * stride;
-  // Copies: stores of scores could change what `a` points to.
-  const F multiplier = bcast(a.multiplier), weight_scale = bcast(a.weight_scale);
-  alignas(64) float offset[kLanes];
-  store(offset, mul(load_first<M>(a.offset + row), bcast(a.offset_scale)));
-  F largest[M];
-  unroll<M>([&](auto m) { largest[m.value] = bcast(-kInfinity); });
-  for (int tile = 0; tile < page.num_tiles; ++tile) {
-    unroll<M>([&](auto m) {
-      float* x = s + m.value * stride + tile * kLanes;
-      F score = fma(load(x), multiplier, bcast(offset[m.value]));
-      if constexpr (How::kCapped) {
-        score = mul(bcast(a.softcap), tanh_lanes(div(score, bcast(a.softcap))));
-      }
-      if constexpr (How::kMasked) {
-        const int64_t position = a.first_position + (row + m.value) / a.group;
-        score = select(visible_lanes(a, position, tile), bcast(-kInfinity), score);
-      }
-      store(x, score);
-      largest[m.value] = max(largest[m.value], score);
-    });
-    fetcher.step();
-  }
-  // The rows' lanes stay together: a scalar would be a chain through memory.
-  const F before = load_first<M>(a.max + row);
-  const F maxima = max(max_rows(largest), before);
-  const F factor = exp_lanes(sub(before, maxima));
-  alignas(64) float base[kLanes];
-  store(base, maxima);
-  F sum[M];
-  unroll<M>([&](auto m) { sum[m.value] = zero(); });
-  for (int tile = 0; tile < page.num_tiles; ++tile) {
-    unroll<M>([&](auto m) {
-      float* x = s + m.value * stride + tile * kLanes;
-      const F weight = exp_lanes(sub(load(x), bcast(base[m.value])));
-      sum[m.value] = add(sum[m.value], weight);
-      store(x, mul(weight, weight_scale));
-    });
-    fetcher.step(M);
-  }
-  const F page_sum = sum_rows(sum);
-  const auto add_sums = [&](float* sums, F of_page) {
-    store_first<M>(sums, add(mul(load_first<M>(sums), factor), of_page));
-  };
-  store_first<M>(a.factor + row, factor);
-  store_first<M>(a.max + row, maxima);
-  add_sums(a.sum + row, page_sum);
-  add_sums(a.share + row, a.add_to_share ? page_sum : zero());
-}
-
-template <typename How, typename Page>
-void softmax_page(const SoftmaxArgs& a, const Page& page) {
-  Fetcher fetcher(a.fetch, (a.rows + steps_of(a.rows, kSoftmaxRows)) * page.num_tiles);
-  for (int r = 0; r < a.rows; r += kSoftmaxRows) {
-    with_count<kSoftmaxRows>(
-        a.rows - r, [&](auto m) { softmax_rows<How, decltype(m)::value>(a, page, r, fetcher); });
-  }
-}
-
-void softmax(const SoftmaxArgs& a) {
-  const AnyPage page{0, a.page_tokens, a.num_tiles};
-  if (a.softcap > 0.0f) return softmax_page<Softmax<true, true>>(a, page);
-  if (!all_visible(a)) return softmax_page<Softmax<true, false>>(a, page);
-  if (is_whole(a)) return softmax_page<Softmax<false, false>>(a, WholePage<0>{});
-  softmax_page<Softmax<false, false>>(a, page);
 }
 
 // ---- small passes ----

@@ -189,6 +189,7 @@ extern const AttentionKernels kAttentionKernels;
 namespace avx512 {
 extern const AttentionKernels kAttentionKernels;
 extern const Bf16Kernels kBf16Kernels;
+void half_rate_softmax(const SoftmaxArgs& args);  // CpuTraits::half_rate_512
 }  // namespace avx512
 namespace amx {  // the rest of this level is avx512's
 extern const TileKernels kTileKernels;
