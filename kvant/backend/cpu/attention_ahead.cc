@@ -6,6 +6,9 @@
 
 namespace kvant::backend::cpu {
 
+// Streams that are a multiple of it apart alias (CpuTraits).
+constexpr int64_t kAliasBytes = 2048;
+
 // The unit of a page that all rows read as stored and this task reads; otherwise null.
 const std::byte* Task::stored_unit(int64_t page) const {
   if (page >= end_page_ || boundary_of(page) > first_position()) return nullptr;
@@ -18,12 +21,12 @@ void Task::read_until(int64_t split) {
   end_page_ = split * attention::kSplitTokens / call_.view.page_tokens;
 }
 
-// Puts into next_ what to fetch while `page` is read. Where the processor's own prefetcher, which
-// frees the line buffers, gets only so far ahead in a stream, several streams: the last quarter of
-// the next unit, the third of the one after it, and so on, so that each unit is there when its turn
-// comes. Otherwise the next unit from its beginning to its end (docs/kernels/cpu-attention.md).
+// Puts into next_ what to fetch while `page` is read: the last quarter of the next unit, the third
+// of the one after it, and so on, so that each unit is there when its turn comes.
 void Task::look_ahead(int64_t page) {
-  if (cpu_traits().fetches_one_stream) return look_ahead_one(page);
+  if (cpu_traits().streams_alias && unit_lines_ % (kFetchStreams * kAliasBytes / 64) == 0) {
+    return look_ahead_near(page);
+  }
   if (page == ahead_of_ + 1) {
     std::copy(ahead_ + 1, ahead_ + kFetchStreams, ahead_);
     ahead_[kFetchStreams - 1] = stored_unit(page + kFetchStreams);
@@ -44,7 +47,9 @@ void Task::look_ahead(int64_t page) {
   next_.lines = static_cast<int>((unit_lines_ + kFetchStreams - 1) / kFetchStreams);
 }
 
-void Task::look_ahead_one(int64_t page) {
+// The next unit from its beginning to its end, four neighbouring lines at a time: where the four
+// streams would alias.
+void Task::look_ahead_near(int64_t page) {
   if (page != ahead_of_ && page != ahead_of_ + 1) fetch_lines(stored_unit(page), unit_lines_);
   ahead_of_ = page;
   ahead_[0] = stored_unit(page + 1);
@@ -54,7 +59,7 @@ void Task::look_ahead_one(int64_t page) {
   for (int i = 0; i < kFetchStreams; ++i) {
     next_.stream[i] = reinterpret_cast<const uint8_t*>(ahead_[0]) + 64 * i;
   }
-  next_.lines = static_cast<int>((unit_lines_ + kFetchStreams - 1) / kFetchStreams);
+  next_.lines = static_cast<int>(unit_lines_ / kFetchStreams);
 }
 
 void Task::fetch_lines(const std::byte* unit, int64_t lines) {

@@ -54,7 +54,7 @@ struct QueryBytes {
 };
 template <typename Page>
 KVANT_INLINE QueryBytes query_bytes(const RoundQueriesArgs& a, const Page& page) {
-  if (!kIsWhole<Page> && a.tile_rows == 0) {
+  if ((kHalfRate || !kIsWhole<Page>) && a.tile_rows == 0) {
     return {page.head_dim, 64, a.out.lo - a.out.hi, false};
   }
   return {64, kQueryTileBytes, a.tile_rows * 64, true};
@@ -201,9 +201,9 @@ void round_queries(const RoundQueriesArgs& a) {
     const int64_t stride = a.head_dim / kLanes;
     for (int64_t r = 0; r < a.rows; ++r) a.out.start[r * stride] = a.out.rest[r * stride] = 0;
   }
-  if (a.head_dim == 128 && a.tile_rows != 0) {
+  if (a.head_dim == 128 && (kHalfRate || a.tile_rows != 0)) {
     round_page<true>(a, WholePage<128>{});
-  } else if (a.head_dim == 64 && a.tile_rows != 0) {
+  } else if (a.head_dim == 64 && (kHalfRate || a.tile_rows != 0)) {
     round_page<true>(a, WholePage<64>{});
   } else {
     round_page<true>(a, any);

@@ -155,7 +155,7 @@ class Task {
   bool sees_split(int64_t split) const;
   const std::byte* stored_unit(int64_t page) const;
   void look_ahead(int64_t page);
-  void look_ahead_one(int64_t page);
+  void look_ahead_near(int64_t page);
   static void fetch_lines(const std::byte* unit, int64_t lines);
   void fetch_missing(int64_t page) const;
   Sides sides_of(const PageDecoder& k, const PageDecoder& v) const;
