@@ -81,8 +81,8 @@ CpuTraits ask_for_traits() {
   //   AMD family 19h (Zen 4)                           1             1              2
   //   Intel Sapphire Rapids                            0.45          1.8            2
   __builtin_cpu_init();
-  const bool zen4 = __builtin_cpu_is("amd") && amd_family() == 0x19 &&
-                    __builtin_cpu_supports("avx512bf16");
+  const bool zen4 =
+      __builtin_cpu_is("amd") && amd_family() == 0x19 && __builtin_cpu_supports("avx512bf16");
   traits.fast_bf16_dots = zen4;
   traits.half_rate_512 = zen4;
   traits.streams_alias = zen4;

@@ -54,7 +54,7 @@ struct QueryBytes {
 };
 template <typename Page>
 KVANT_INLINE QueryBytes query_bytes(const RoundQueriesArgs& a, const Page& page) {
-  if ((kHalfRate || !kIsWhole<Page>) && a.tile_rows == 0) {
+  if ((kHalfRate || !kIsWhole<Page>)&&a.tile_rows == 0) {
     return {page.head_dim, 64, a.out.lo - a.out.hi, false};
   }
   return {64, kQueryTileBytes, a.tile_rows * 64, true};

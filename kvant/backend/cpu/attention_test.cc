@@ -83,6 +83,32 @@ TEST(CpuAttention, EveryKeyFormatMeetsEveryValueFormat) {
   }
 }
 
+// Kernels know these sizes, and BF16 products take no others.
+TEST(CpuAttention, EveryFormatWithPagesOf64Tokens) {
+  const auto names = bases(false);
+  for (CpuLevel level : levels()) {
+    for (const std::string& v : names) {
+      for (const std::string& k : bases(true)) {
+        if (k != v && v != names.front()) continue;  // all keys once, all values once
+        const std::string kv = "k=" + k + ",v=" + v;
+        for (int group : {1, 3, 7}) {
+          RigOptions options;
+          options.kv = kv.c_str();
+          options.num_layers = 1;
+          options.num_kv_heads = 1;
+          options.page_tokens = 64;
+          options.head_dim = 64;
+          options.group = group;
+          options.level = level;
+          SCOPED_TRACE(describe(options));
+          run_short_story(options);
+          if (HasFatalFailure()) return;
+        }
+      }
+    }
+  }
+}
+
 TEST(CpuAttention, EveryOption) {
   const char* specs[] = {"k=int8+mean,v=int8+sink",
                          "k=fp8+mean,v=nvfp4+46+sink",
@@ -231,6 +257,25 @@ std::vector<float> outputs_of(RigOptions options, const std::vector<int>& chunks
   return rig.outputs(0, 0);
 }
 
+void expect_same_bits(RigOptions options) {
+  SCOPED_TRACE(describe(options));
+  const std::vector<float> expected = outputs_of(options, {1}, false);  // decode all the way
+  ASSERT_EQ(expected.size(), static_cast<size_t>(kLength * options.group * options.head_dim));
+  const std::vector<std::vector<int>> plans = {{1100}, {512}, {3, 1, 64, 7}, {33, 200}};
+  for (const std::vector<int>& chunks : plans) {
+    for (int threads : {1, 4}) {
+      for (bool neighbours : {false, true}) {
+        options.num_threads = threads;
+        const std::vector<float> found = outputs_of(options, chunks, neighbours);
+        ASSERT_EQ(found.size(), expected.size());
+        EXPECT_EQ(std::memcmp(found.data(), expected.data(), found.size() * sizeof(float)), 0)
+            << "chunks of " << chunks[0] << ", " << threads << " threads, neighbours "
+            << neighbours;
+      }
+    }
+  }
+}
+
 TEST(CpuAttention, BitsDoNotDependOnChunksBatchOrThreads) {
   struct Setting {
     const char* kv;
@@ -253,22 +298,22 @@ TEST(CpuAttention, BitsDoNotDependOnChunksBatchOrThreads) {
     options.params.softcap = 30.0f;
     options.params.rope.rotary_dim = 48;
     options.level = detect_cpu_level();
-    SCOPED_TRACE(describe(options));
-    const std::vector<float> expected = outputs_of(options, {1}, false);  // decode all the way
-    ASSERT_EQ(expected.size(), static_cast<size_t>(kLength * setting.group * 48));
-    const std::vector<std::vector<int>> plans = {{1100}, {512}, {3, 1, 64, 7}, {33, 200}};
-    for (const std::vector<int>& chunks : plans) {
-      for (int threads : {1, 4}) {
-        for (bool neighbours : {false, true}) {
-          options.num_threads = threads;
-          const std::vector<float> found = outputs_of(options, chunks, neighbours);
-          ASSERT_EQ(found.size(), expected.size());
-          EXPECT_EQ(std::memcmp(found.data(), expected.data(), found.size() * sizeof(float)), 0)
-              << "chunks of " << chunks[0] << ", " << threads << " threads, neighbours "
-              << neighbours;
-        }
-      }
-    }
+    options.num_threads = setting.threads;
+    expect_same_bits(options);
+  }
+}
+
+// Whole pages without softcap have kernels of their own, and BF16 products take only such sizes.
+TEST(CpuAttention, BitsOfWholePagesDoNotDependOnChunksBatchOrThreads) {
+  for (const char* kv : {"bf16", "fp8", "mxfp8", "k=fp8:token,v=nvfp4", "4bit", "8bit", "3bit"}) {
+    RigOptions options;
+    options.kv = kv;
+    options.group = 3;
+    options.head_dim = 64;
+    options.page_tokens = 64;
+    options.num_kv_heads = 1;
+    options.level = detect_cpu_level();
+    expect_same_bits(options);
   }
 }
 
