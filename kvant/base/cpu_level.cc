@@ -83,9 +83,7 @@ CpuTraits ask_for_traits() {
   __builtin_cpu_init();
   const bool zen4 =
       __builtin_cpu_is("amd") && amd_family() == 0x19 && __builtin_cpu_supports("avx512bf16");
-  traits.fast_bf16_dots = zen4;
   traits.half_rate_512 = zen4;
-  traits.streams_alias = zen4;
 #endif
   return traits;
 }

@@ -28,9 +28,9 @@ CpuLevel detect_cpu_level();
 // results (docs/kernels/cpu-attention.md); what is not in the table is taken to be like Sapphire
 // Rapids.
 struct CpuTraits {
-  bool fast_bf16_dots = false;  // vdpbf16ps, which levels from avx512 on have, as often as FMAs
-  bool half_rate_512 = false;   // instructions of 512 bits take twice as long as of 256
-  bool streams_alias = false;   // prefetches a multiple of 2 KiB apart are in each other's way
+  // Instructions of 512 bits take twice as long as those of 256, vdpbf16ps (which levels from
+  // avx512 on have) as long as FMAs.
+  bool half_rate_512 = false;
 };
 const CpuTraits& cpu_traits();
 

@@ -19,18 +19,6 @@ constexpr int kMaxGroup = 16;
 constexpr int kRunsPerThread = 8;  // of one call: even shares although threads differ in speed
 
 #if defined(__x86_64__)
-const AttentionKernels& avx512_kernels() {
-  static const AttentionKernels all = [] {
-    AttentionKernels kernels = avx512::kAttentionKernels;
-    if (cpu_traits().fast_bf16_dots) kernels.bf16 = &avx512::kBf16Kernels;
-    if (cpu_traits().half_rate_512) {
-      kernels.integer = &avx512::kHalfRateIntegerKernels;
-      kernels.softmax = avx512::half_rate_softmax;
-    }
-    return kernels;
-  }();
-  return all;
-}
 const AttentionKernels& amx_kernels() {
   static const AttentionKernels all = [] {
     AttentionKernels kernels = avx512::kAttentionKernels;
@@ -45,7 +33,9 @@ const AttentionKernels& amx_kernels() {
 const AttentionKernels& kernels_of(CpuLevel level) {
 #if defined(__x86_64__)
   if (level == CpuLevel::kAmx) return amx_kernels();
-  if (level == CpuLevel::kAvx512) return avx512_kernels();
+  if (level == CpuLevel::kAvx512) {
+    return cpu_traits().half_rate_512 ? avx512::kHalfRateKernels : avx512::kAttentionKernels;
+  }
   if (level == CpuLevel::kAvx2) return avx2::kAttentionKernels;
 #endif
   static_cast<void>(level);

@@ -2,11 +2,10 @@
 #include <algorithm>
 
 #include "kvant/backend/cpu/attention_task.h"
-#include "kvant/base/cpu_level.h"
 
 namespace kvant::backend::cpu {
 
-// Streams that are a multiple of it apart alias (CpuTraits).
+// Streams that are a multiple of it apart alias (AttentionKernels::streams_alias).
 constexpr int64_t kAliasBytes = 2048;
 
 // The unit of a page that all rows read as stored and this task reads; otherwise null.
@@ -24,7 +23,7 @@ void Task::read_until(int64_t split) {
 // Puts into next_ what to fetch while `page` is read: the last quarter of the next unit, the third
 // of the one after it, and so on, so that each unit is there when its turn comes.
 void Task::look_ahead(int64_t page) {
-  if (cpu_traits().streams_alias && unit_lines_ % (kFetchStreams * kAliasBytes / 64) == 0) {
+  if (call_.kernels.streams_alias && unit_lines_ % (kFetchStreams * kAliasBytes / 64) == 0) {
     return look_ahead_near(page);
   }
   if (page == ahead_of_ + 1) {

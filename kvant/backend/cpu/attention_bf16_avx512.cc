@@ -6,6 +6,7 @@
 // bytes: in registers for few rows, once for all rows otherwise. A row's sums run over channels or
 // tokens in the same order either way (ADR 0003).
 #define KVANT_LEVEL avx512
+#define KVANT_HALF_RATE_512
 #include "kvant/backend/cpu/attention_bf16-inl.h"
 #include "kvant/backend/cpu/attention_fetch-inl.h"
 #include "kvant/backend/cpu/attention_kernels.h"

@@ -16,7 +16,7 @@ class Fetcher {
   Fetcher(const FetchPart& part, int steps) : all_(part.all), steps_(steps > 0 ? steps : 1) {
     if (all_ == nullptr) return;
     const int first = all_->lines * part.begin / 64;
-    offset_ = all_->step * first;
+    offset_ = step_of(*all_) * first;
     lines_ = all_->lines * part.end / 64 - first;
   }
   // As many steps at once as `weight` says.
@@ -26,12 +26,22 @@ class Fetcher {
       unroll<kFetchStreams>([&](auto i) __attribute__((always_inline)) {
         __builtin_prefetch(all_->stream[i.value] + offset_, 0, 2);
       });
-      offset_ += all_->step;
+      offset_ += step_of(*all_);
       due_ -= steps_;
     }
   }
 
  private:
+  // Other processors have no other step, and sources that may run on them do not look.
+  KVANT_INLINE static int64_t step_of(const FetchAhead& all) {
+#if defined(KVANT_HALF_RATE_512)
+    return all.step;
+#else
+    static_cast<void>(all);
+    return 64;
+#endif
+  }
+
   const FetchAhead* all_;
   int64_t offset_ = 0;
   int lines_ = 0;

@@ -1,19 +1,5 @@
-// Attention's integer products and softmax for processors whose 512-bit instructions take two
-// halves (Zen 4). They are bound by the two pipes that multiply, which other instructions leave
-// alone here.
+// The attention kernels for processors whose 512-bit instructions take two halves (Zen 4,
+// CpuTraits::half_rate_512).
 #define KVANT_LEVEL avx512
 #define KVANT_HALF_RATE_512
-#include "kvant/backend/cpu/attention_integer_keys-inl.h"
-#include "kvant/backend/cpu/attention_integer_values-inl.h"
-#include "kvant/backend/cpu/attention_softmax-inl.h"
-
-namespace kvant::backend::cpu::avx512 {
-
-extern const IntegerKernels kHalfRateIntegerKernels;
-const IntegerKernels kHalfRateIntegerKernels = {round_queries, scores, values};
-
-void half_rate_softmax(const SoftmaxArgs& args) {
-  softmax(args);
-}
-
-}  // namespace kvant::backend::cpu::avx512
+#include "kvant/backend/cpu/attention_kernels-inl.h"

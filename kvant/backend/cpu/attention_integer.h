@@ -43,8 +43,8 @@ struct IntegerRows {
 constexpr int kFetchStreams = 4;
 struct FetchAhead {
   const uint8_t* stream[kFetchStreams] = {};
-  int64_t step = 64;
   int lines = 0;
+  int64_t step = 64;  // other steps are for kernels of CpuTraits::half_rate_512
 };
 
 // What one pass over the page fetches: from 64th `begin` to 64th `end`; nothing if `all` is null.

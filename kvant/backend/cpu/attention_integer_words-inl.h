@@ -1,6 +1,6 @@
 // Products of weights and values in words, two tokens a lane, where taking words apart costs
 // nothing beside the products and bytes need more other instructions; included by
-// attention_halves_avx512.cc only.
+// attention_integer_halves_avx512.cc only.
 #pragma once
 
 #include "kvant/backend/cpu/attention_integer_weights-inl.h"

@@ -646,6 +646,13 @@ void pre_rope(const PreRopeArgs& a) {
 
 }  // namespace
 
+#if defined(KVANT_HALF_RATE_512)
+extern const AttentionKernels kHalfRateKernels;
+const AttentionKernels kHalfRateKernels = {
+    decode_k,        decode_v,      scores,   scores_of_codes, softmax, values,
+    values_of_codes, pre_rope,      dot_rows, scale_rows,      merge,   &kHalfRateIntegerKernels,
+    nullptr,         &kBf16Kernels, true};
+#else
 #if defined(__AVX512VNNI__)
 constexpr const IntegerKernels* kInteger = &kIntegerKernels;
 #else
@@ -654,7 +661,9 @@ constexpr const IntegerKernels* kInteger = nullptr;
 
 extern const AttentionKernels kAttentionKernels;
 const AttentionKernels kAttentionKernels = {
-    decode_k, decode_v, scores,     scores_of_codes, softmax,  values,  values_of_codes,
-    pre_rope, dot_rows, scale_rows, merge,           kInteger, nullptr, nullptr};
+    decode_k, decode_v,        scores,   scores_of_codes, softmax,
+    values,   values_of_codes, pre_rope, dot_rows,        scale_rows,
+    merge,    kInteger,        nullptr,  nullptr,         false};
+#endif
 
 }  // namespace kvant::backend::cpu::KVANT_LEVEL

@@ -178,6 +178,9 @@ struct AttentionKernels {
   const IntegerKernels* integer;
   const TileKernels* tiles;  // null where the level has none
   const Bf16Kernels* bf16;   // null where they are not faster than fp32
+  // Prefetches a multiple of 2 KiB apart are in each other's way, and kernels look at
+  // FetchAhead::step.
+  bool streams_alias;
 };
 
 namespace scalar {
@@ -188,8 +191,8 @@ extern const AttentionKernels kAttentionKernels;
 }
 namespace avx512 {
 extern const AttentionKernels kAttentionKernels;
-extern const Bf16Kernels kBf16Kernels;
-void half_rate_softmax(const SoftmaxArgs& args);  // CpuTraits::half_rate_512
+extern const AttentionKernels kHalfRateKernels;  // CpuTraits::half_rate_512
+extern const Bf16Kernels kBf16Kernels;           // of those
 }  // namespace avx512
 namespace amx {  // the rest of this level is avx512's
 extern const TileKernels kTileKernels;
