@@ -103,9 +103,7 @@ KVANT_INLINE __m512i key_bytes(const uint8_t* p) {
   if constexpr (C == Code::kS8) {
     return _mm512_xor_si512(_mm512_loadu_si512(p + 64 * J), _mm512_set1_epi8(-128));
   } else if constexpr (C == Code::kE2m1) {
-    const __m512i w = _mm512_loadu_si512(p + 64 * (J / 2));
-    return _mm512_permutexvar_epi8(J % 2 == 0 ? w : _mm512_srli_epi16(w, 4),
-                                   _mm512_load_si512(kUnsignedE2m1));
+    return e2m1_bytes(_mm512_loadu_si512(p + 64 * (J / 2)), J % 2 == 1);
   } else if constexpr (C == Code::kU4) {
     const __m512i w = _mm512_loadu_si512(p + 64 * (J / 2));
     return _mm512_and_si512(J % 2 == 0 ? w : _mm512_srli_epi16(w, 4), _mm512_set1_epi8(15));

@@ -164,7 +164,7 @@ struct Stage {
     const uint8_t* low;
     const uint8_t* high;
     const uint8_t* rest;
-    int rest_tile;  // bytes of the rest's plane for four tiles
+    int rest_group;  // bytes of the rest's plane for four tiles
 
     __device__ void locate(const WeightTiles&, const uint8_t* data, int64_t stride,
                            int64_t strip_index, int num_tiles, int tile, int lane) {
@@ -176,21 +176,21 @@ struct Stage {
       if constexpr (kScales == 0) return;
       if (at < kSmallHigh) {
         rest = strip + planes.high + tile * kTile.high + at;
-        rest_tile = kGroupTiles * kTile.high;
+        rest_group = kGroupTiles * kTile.high;
       } else if (at < kSmallHigh + kScales) {
         rest = strip + planes.scales + tile * kTile.scales + (at - kSmallHigh);
-        rest_tile = kGroupTiles * kTile.scales;
+        rest_group = kGroupTiles * kTile.scales;
       } else {
         rest =
             strip + planes.super + tile / kGroupTiles * kTile.super + (at - kSmallHigh - kScales);
-        rest_tile = kTile.super;
+        rest_group = kTile.super;
       }
     }
     // `tiles`: a multiple of kGroupTiles.
     __device__ void advance(int tiles) {
       low += tiles * kTile.low;
       if constexpr (kHigh == 512) high += tiles * kTile.high;
-      if constexpr (kScales > 0) rest += tiles / kGroupTiles * rest_tile;
+      if constexpr (kScales > 0) rest += tiles / kGroupTiles * rest_group;
     }
     // The tiles that are there of those from `tile` on, where it has come to; `target` and `lane`
     // in bytes of shared memory and lanes.

@@ -48,12 +48,46 @@ struct LaneRows {
   }
 };
 
+// sums += a block of weights times the same inputs of x, `words` of a tile. A block is what shares
+// a scale.
+template <WeightType kType>
+__device__ __forceinline__ void add_block(const RawTile<kType>& raw, int block, const uint4& words,
+                                          int (&sums)[4]) {
+  constexpr bool kSigned = kSignBit<kType> != 0;
+  uint32_t a[2 * kScaleSteps<kType>];
+  raw.bytes(block, a);
+  if constexpr (kScaleSteps<kType> == 2) {
+    ptx::mma_bytes<kSigned>(sums, a, block == 0 ? words.x : words.z,
+                            block == 0 ? words.y : words.w);
+  } else {
+    ptx::mma_bytes<kSigned>(sums, a,
+                            block == 0   ? words.x
+                            : block == 1 ? words.y
+                            : block == 2 ? words.z
+                                         : words.w);
+  }
+}
+
+// Scales sums of block `block` of a tile, whose scales of x are `x`, and adds them.
+template <WeightType kType>
+__device__ __forceinline__ void add_scaled(const RowScales& scales, const float4& x, int block,
+                                           const int (&sums)[4], float (&total)[2]) {
+  constexpr int kBlocks = 4 / kScaleSteps<kType>;
+  const float x_scale = block < kBlocks / 2 ? x.x : x.z;
+  const float x_sum = block < kBlocks / 2 ? x.y : x.w;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const auto whole = static_cast<float>(sums[2 * r] * 256 + sums[2 * r + 1]);
+    total[r] = fmaf(scales.scale[r] * x_scale, whole, total[r]);
+    if constexpr (kHasOffset<kType>) total[r] = fmaf(scales.offset[r], x_sum, total[r]);
+  }
+}
+
 // Sums of products with bytes are whole numbers; they are scaled block by block.
 template <WeightType kType, int kTiles>
 __device__ __forceinline__ void add_tile(const RawTile<kType>& raw,
                                          const LaneRows<kType, kTiles>& rows, int tile,
                                          Sums<kTiles>& total) {
-  constexpr bool kSigned = kSignBit<kType> != 0;
   constexpr int kSteps = kScaleSteps<kType>;
   uint4 x[kTiles];
   float4 x_scales[kTiles];
@@ -63,31 +97,13 @@ __device__ __forceinline__ void add_tile(const RawTile<kType>& raw,
     x_scales[n] = rows.block_scales(n, tile);
   }
 #pragma unroll
-  for (int s = 0; s < 4; s += kSteps) {
-    uint32_t a[2 * kSteps];
-    raw.bytes(s / kSteps, a);
-    const RowScales scales = raw.row_scales(s);
+  for (int block = 0; block < 4 / kSteps; ++block) {
+    const RowScales scales = raw.row_scales(block * kSteps);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       int sums[4] = {};
-      if constexpr (kSteps == 2) {
-        ptx::mma_bytes<kSigned>(sums, a, s == 0 ? x[n].x : x[n].z, s == 0 ? x[n].y : x[n].w);
-      } else {
-        ptx::mma_bytes<kSigned>(sums, a,
-                                s == 0   ? x[n].x
-                                : s == 1 ? x[n].y
-                                : s == 2 ? x[n].z
-                                         : x[n].w);
-      }
-      const float x_scale = s < 2 ? x_scales[n].x : x_scales[n].z;
-      const float x_sum = s < 2 ? x_scales[n].y : x_scales[n].w;
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float& sum = total.v[n][r];
-        const auto whole = static_cast<float>(sums[2 * r] * 256 + sums[2 * r + 1]);
-        sum = fmaf(scales.scale[r] * x_scale, whole, sum);
-        if constexpr (kHasOffset<kType>) sum = fmaf(scales.offset[r], x_sum, sum);
-      }
+      add_block(raw, block, x[n], sums);
+      add_scaled<kType>(scales, x_scales[n], block, sums, total.v[n]);
     }
   }
 }
@@ -110,25 +126,9 @@ struct OneRow {
         scales(rows.scales + row * int64_t{rows.scale_bytes} + lane % 4 * 16) {}
 };
 
-// Sums of blocks `block` of the tiles of a stage, a block of so many inputs as share a scale.
-template <WeightType kType>
-__device__ __forceinline__ void add_scaled(const RowScales& scales, float4 x, int block,
-                                           const int (&sums)[4], float (&total)[2]) {
-  constexpr int kBlocks = 4 / kScaleSteps<kType>;
-  const float x_scale = block < kBlocks / 2 ? x.x : x.z;
-  const float x_sum = block < kBlocks / 2 ? x.y : x.w;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const auto whole = static_cast<float>(sums[2 * r] * 256 + sums[2 * r + 1]);
-    total[r] = fmaf(scales.scale[r] * x_scale, whole, total[r]);
-    if constexpr (kHasOffset<kType>) total[r] = fmaf(scales.offset[r], x_sum, total[r]);
-  }
-}
-
 template <WeightType kType>
 __device__ __forceinline__ void add_stage_of_one(const uint8_t* stage, const OneRow<kType>& row,
                                                  int first, int num_tiles, float (&total)[2]) {
-  constexpr bool kSigned = kSignBit<kType> != 0;
   constexpr int kSteps = kScaleSteps<kType>;
   constexpr int kBlocks = 4 / kSteps;
   constexpr int kStageTiles = Stage<kType>::kTiles;
@@ -144,22 +144,9 @@ __device__ __forceinline__ void add_stage_of_one(const uint8_t* stage, const One
     RawTile<kType> raw;
     raw.load_stage(stage, tile, lane);
     const uint32_t mine = column_tile == tile ? ~0u : 0u;
+    const uint4 words = {x.x & mine, x.y & mine, x.z & mine, x.w & mine};
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-      uint32_t a[2 * kSteps];
-      raw.bytes(block, a);
-      if constexpr (kSteps == 2) {
-        ptx::mma_bytes<kSigned>(sums[block], a, (block == 0 ? x.x : x.z) & mine,
-                                (block == 0 ? x.y : x.w) & mine);
-      } else {
-        ptx::mma_bytes<kSigned>(sums[block], a,
-                                (block == 0   ? x.x
-                                 : block == 1 ? x.y
-                                 : block == 2 ? x.z
-                                              : x.w) &
-                                    mine);
-      }
-    }
+    for (int block = 0; block < kBlocks; ++block) add_block(raw, block, words, sums[block]);
   }
   if (sum_tile >= kStageTiles || first + sum_tile >= num_tiles) return;
   RawTile<kType> raw;  // what it has beside codes
