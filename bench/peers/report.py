@@ -30,7 +30,9 @@ def decode_rows(samples, results, depths, main):
             row["ratio"] = {
                 "shallow": spread(_by_round(lambda p, k: p / k, samples[at_shallow], base[0])),
                 "deep": spread(_by_round(lambda p, k: p / k, samples[at_deep], base[1])),
-                "growth": spread(_by_round(_ratio, growth, base_growth))}
+                # Nothing can be told where the noise is more than what the context costs kvant.
+                "growth": spread(_by_round(lambda p, k: p / k, growth, base_growth))
+                          if min(base_growth) > 0 else None}
         rows.append(row)
     return rows
 
@@ -50,10 +52,6 @@ def prefill_rows(samples, lengths, main, wrong):
             row["lengths"][length] = cell
         rows.append(row)
     return rows
-
-
-def _ratio(peer, own):
-    return peer / own if own > 0 else float("inf")
 
 
 def floor_seconds(bytes_of_weights, kv_values, bits, gb_per_s):
@@ -122,7 +120,8 @@ def _decode(results):
     for row in results["decode"]:
         floor = f"{row['deep']['median'] / row['floor']:.2f}x" if row["floor"] else ""
         ratio = row.get("ratio")
-        ratios = [_times(ratio[k]) for k in ("shallow", "deep", "growth")] if ratio else ["", "", ""]
+        ratios = ([_times(ratio[k]) if ratio[k] else "lost in noise"
+                   for k in ("shallow", "deep", "growth")] if ratio else ["", "", ""])
         rows.append([row["engine"], row["cache"], _speed(row["shallow"]), _speed(row["deep"]),
                      f"{row['deep']['median'] * 1e3:.2f}", _range(row["growth"], 1e3, 2), floor,
                      *ratios])
@@ -140,7 +139,8 @@ def _decode_summary(results):
         for measure, name in names.items():
             rows = [row for row in results["decode"] if row["engine"] == peer]
             row = min(rows, key=lambda row, m=measure: row[m]["median"])
-            best.append(f"{name} {row['ratio'][measure]['median']:.2f}x ({row['cache']})")
+            if row["ratio"][measure]:
+                best.append(f"{name} {row['ratio'][measure]['median']:.2f}x ({row['cache']})")
         lines.append(f"kvant {results['main']} against the best cache type of {peer}: "
                      + ", ".join(best) + ".")
     for row in results["decode"]:
