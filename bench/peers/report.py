@@ -14,6 +14,10 @@ def _by_round(function, *columns):
     return [function(*values) for values in zip(*columns)]
 
 
+def _ratio(peer, own):
+    return spread(_by_round(lambda p, k: p / k, peer, own))
+
+
 def decode_rows(samples, results, depths, main):
     """One row for every engine and cache. Ratios are of times, peer over kvant's `main` cache."""
     shallow, deep = ([key for key in samples if key[2:] == ("decode", depth)] for depth in depths)
@@ -28,11 +32,10 @@ def decode_rows(samples, results, depths, main):
             base = [samples["kvant", main, "decode", depth] for depth in depths]
             base_growth = _by_round(lambda a, b: b - a, *base)
             row["ratio"] = {
-                "shallow": spread(_by_round(lambda p, k: p / k, samples[at_shallow], base[0])),
-                "deep": spread(_by_round(lambda p, k: p / k, samples[at_deep], base[1])),
+                "shallow": _ratio(samples[at_shallow], base[0]),
+                "deep": _ratio(samples[at_deep], base[1]),
                 # Nothing can be told where the noise is more than what the context costs kvant.
-                "growth": spread(_by_round(lambda p, k: p / k, growth, base_growth))
-                          if min(base_growth) > 0 else None}
+                "growth": _ratio(growth, base_growth) if min(base_growth) > 0 else None}
         rows.append(row)
     return rows
 
@@ -48,7 +51,7 @@ def prefill_rows(samples, lengths, main, wrong):
             cell = {"seconds_per_token": spread(own)}
             if engine != "kvant":
                 base = samples["kvant", main, "prefill", length]
-                cell["ratio"] = spread(_by_round(lambda p, k: p / k, own, base))
+                cell["ratio"] = _ratio(own, base)
             row["lengths"][length] = cell
         rows.append(row)
     return rows
