@@ -84,9 +84,12 @@ bool transforms_values(const SideFormat& v) {
 constexpr int kReservedShared = 1024;  // bytes of each block, by the system
 // Slots of a ring whose slots take half a step. Where they take whole steps (ring.cuh): bytes of a
 // multiprocessor that are on their way beside the steps in work. With more of either the
-// multiprocessors drift apart, and the last one counts (docs/kernels/cuda-decode.md).
+// multiprocessors drift apart, and the last one counts (docs/kernels/cuda-decode.md). The first
+// turn, which fills the ring before there are queries, has a slot more; teams with few steps keep
+// it.
 constexpr int kHalfSlots = 3;
 constexpr int kBytesAhead = 36 << 10;
+constexpr int kFewSteps = 16;
 // A change of units takes a team about three microseconds.
 constexpr int kChangeBytes = 16 << 10;
 // Merging the results of blocks takes the device about three microseconds.
@@ -150,11 +153,23 @@ Residency residency_of(const DecodeVariant& variant, int slot_bytes, int wanted_
   return best;
 }
 
+// Full or on their way at a time, once a ring has been full the first time.
+int slots_ahead(const DecodeVariant& variant, int slot_bytes) {
+  if (!variant.slots_take_steps) return kHalfSlots;
+  return std::clamp(1 + kBytesAhead / (variant.blocks * variant.teams * slot_bytes), 2, kMaxSlots);
+}
+
 Residency residency_of(const DecodeVariant& variant, const AttentionArgs& args) {
   const int bytes = slot_bytes_of(args, variant.slots_take_steps);
-  if (!variant.slots_take_steps) return residency_of(variant, bytes, kHalfSlots);
-  const int ahead = kBytesAhead / (variant.blocks * variant.teams * bytes);
-  return residency_of(variant, bytes, std::clamp(1 + ahead, 2, kMaxSlots));
+  const int slots = slots_ahead(variant, bytes) + (variant.slots_take_steps ? 1 : 0);
+  return residency_of(variant, bytes, std::min(slots, kMaxSlots));
+}
+
+// Whether teams of the plan have so few steps each that the ring's first turn is a large part.
+bool has_few_steps(const DecodePlan& plan, int num_workers) {
+  int64_t pages = 0;
+  for (const Segment& segment : plan.segments) pages += segment.page_end - segment.page_begin;
+  return pages <= int64_t{kFewSteps} * num_workers;
 }
 
 }  // namespace
@@ -334,6 +349,7 @@ Status CudaAttention::configure(const AttentionArgs& args, int layer) {
   blocks_of_sm_ = residency.blocks;
   params_.teams = residency.teams;
   params_.num_slots = residency.slots;
+  params_.spare_slots = std::max(residency.slots - slots_ahead(*variant_, residency.slot_bytes), 0);
   smem_bytes_ = params_.teams * (params_.num_slots * params_.slot_bytes + variant_->team_bytes);
   return cuda_status(cudaFuncSetAttribute(variant_->kernel,
                                           cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes_),
@@ -380,6 +396,7 @@ Status CudaAttention::prepare(const AttentionArgs& args, cudaStream_t stream) {
   shape.most_partials =
       static_cast<int>(kPositionPartialBytes / (int64_t{shape.max_rows} * view.head_dim * 4));
   const DecodePlan plan = make_plan(view, shape);
+  if (has_few_steps(plan, shape.num_workers)) params_.spare_slots = 0;
   const int64_t num_rows = int64_t{num_partials_ + shape.num_workers} * shape.max_rows;
   num_rows_ = 0;
   for (const cache::SequenceView& sequence : view.sequences)

@@ -107,6 +107,24 @@ inline constexpr int kFixedBytes = static_cast<int>(sizeof(RingState) * Shape::k
                                                         Shape::kTeams) +
                                    128;
 
+// Keeps a team's ring full. Where slots take whole steps, each copy of the first turn, which begins
+// while kernels before this one still run, waits for the one before: what those kernels read, and
+// the queries, would wait behind all that is on its way.
+template <typename Shape, typename Ring>
+__device__ __forceinline__ void keep_full(Producer<Shape>& producer, const Ring& ring,
+                                          int spare_slots) {
+  for (int i = 0; producer.active(); ++i) {
+    if (!Shape::kSlotsTakeSteps) {
+      producer.wait_for_slot(0);
+    } else if (i >= ring.num_slots) {
+      producer.wait_for_slot(spare_slots);
+    } else if (i > 0) {
+      ring.wait({i - 1, 0});
+    }
+    producer.issue();
+  }
+}
+
 // Up to four teams have a warp of producers each, which sleeps until a slot is empty. For more, one
 // warp works, a lane for each team, which looks at their slots in turn.
 template <typename Shape, typename RingOf>
@@ -118,10 +136,7 @@ __device__ __forceinline__ void run_producers(const DecodeParams& params, const 
   Producer<Shape> producer(params, ring_of(team),
                            static_cast<int>(blockIdx.x) * params.teams + team);
   if constexpr (kWarpEach) {
-    while (producer.active()) {
-      producer.wait_for_slot();
-      producer.issue();
-    }
+    keep_full(producer, ring_of(team), params.spare_slots);
   } else {
     // A page lasts a team microseconds: looking every 200 ns is enough, and takes few issue slots
     // from the consumers.

@@ -82,7 +82,8 @@ struct DecodeParams {
   float scale_log2;  // of scores, times log2 e
   float softcap;     // 0: none
   int32_t teams;     // of a block: those of the kernel, less where shared memory does not take them
-  int32_t num_slots;
+  int32_t num_slots;    // of a team's ring
+  int32_t spare_slots;  // of these, 0 or 1: what stays empty after the first turn
   int32_t slot_bytes;
   PreRopeParams pre_rope;
 };

@@ -29,8 +29,11 @@ class Producer {
   __device__ bool slot_is_empty() const {
     return ptx::mbarrier_test_wait(ring_.empty(ring_.next), ring_.next.parity ^ 1);
   }
-  __device__ void wait_for_slot() const {
-    ptx::mbarrier_wait(ring_.empty(ring_.next), ring_.next.parity ^ 1);
+
+  // Until the next slot is empty, with `spare_slots` = 1 the one after it, too.
+  __device__ void wait_for_slot(int spare_slots) const {
+    const Slot slot = spare_slots == 0 ? ring_.next : ring_.after_next();
+    ptx::mbarrier_wait(ring_.empty(slot), slot.parity ^ 1);
   }
 
   // Starts the copies of the next slot.

@@ -44,9 +44,13 @@ struct Ring {
   int slot_bytes;
   Slot next = {0, 0};
 
+  __device__ __forceinline__ Slot after_next() const {
+    return next.index + 1 == num_slots ? Slot{0, next.parity ^ 1}
+                                       : Slot{next.index + 1, next.parity};
+  }
   __device__ __forceinline__ Slot take() {
     const Slot slot = next;
-    if (++next.index == num_slots) next = {0, next.parity ^ 1};
+    next = after_next();
     return slot;
   }
   // The slot of the values whose keys are in `keys`.
