@@ -3,11 +3,10 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "kvant/backend/cuda/dense/bulk_product.h"
 #include "kvant/backend/cuda/dense/file_blocks.cuh"
-#include "kvant/backend/cuda/dense/gate.cuh"
 #include "kvant/backend/cuda/dense/operators.h"
-#include "kvant/backend/cuda/dense/prepared_rows.cuh"
-#include "kvant/backend/cuda/dense/product_tiles.cuh"
+#include "kvant/backend/cuda/dense/product_items.cuh"
 #include "kvant/backend/cuda/dense/stage_products.cuh"
 #include "kvant/backend/cuda/device.h"
 #include "kvant/backend/cuda/launch.h"
@@ -17,14 +16,6 @@
 namespace kvant::backend::cuda {
 namespace {
 
-constexpr int kWarps = 8;  // of a team, which shares the inputs of a strip
-constexpr int kTeamThreads = 32 * kWarps;
-constexpr int kTeams = kTeamsOfBlock;
-constexpr int kThreads = kTeams * kTeamThreads;
-// Rows of x that blocks prepare for themselves, each block all of them: beyond that a kernel that
-// does it once is faster, though it is one launch more. Measured on an H100 (cuda-linear.md).
-constexpr int kMostNormedInBlocks = 4;
-constexpr int kMostValuesInBlocks = 12288;  // of rows as they are, if there is more than one
 // A multiprocessor has one block, so that all have equal work; its shared memory is filled with
 // weights while it waits for its inputs.
 constexpr int kSharedMemory = 226 << 10;
@@ -36,80 +27,18 @@ inline constexpr int kRingBytes = kTiles == 4 || kSmall ? 4736
                                   : kTiles == 1         ? 9728
                                                         : 7168;
 
-struct ProductArgs {
-  ProductTarget targets[kMaxProductTargets];
-  int first_strip[kMaxProductTargets];  // of each target among all
-  int num_targets;
-  int64_t stride;  // of a strip, or of a row of floats, in bytes
-  int num_groups;  // of rows of x
-  int num_items;   // strips x groups
-  const float* x;
-  int64_t num_rows;
-  ExpertChoice choice;
-  RowNorm norm;
-  bool gated;
-  GateKind gate;
-  uint8_t* prepared;  // all rows of x; null: each block prepares them for itself
-  int prepared_rows;
-};
-
-// What a block multiplies at a time: a strip and up to kGroupRows rows, or one row and its expert.
-// With a gate, that strip of both matrices: the teams of a block have one each.
-struct Item {
-  int target = 0;
-  int64_t strip = 0;
-  int64_t first_row = 0;  // of the output
-  int rows = 0;
-  int x_row = 0;
-
-  __device__ Item(const ProductArgs& args, int index) {
-    int all_strip = index;
-    int group = 0;
-    if (args.num_groups > 1) {
-      all_strip = index / args.num_groups;
-      group = index % args.num_groups;
-    }
-    while (target + 1 < args.num_targets && all_strip >= args.first_strip[target + 1]) ++target;
-    strip = all_strip - args.first_strip[target];
-    if (args.choice.experts != nullptr) {
-      first_row = group;
-      rows = 1;
-      x_row = group / args.choice.rows_per_x;
-    } else {
-      first_row = group * int64_t{kGroupRows};
-      rows = static_cast<int>(min(args.num_rows - first_row, int64_t{kGroupRows}));
-      x_row = static_cast<int>(first_row);
-    }
-  }
-  // Of the first a team takes, and of those that follow.
-  __device__ static int first(const ProductArgs& args) {
-    const int team = args.gated ? 0 : static_cast<int>(threadIdx.x) / kTeamThreads;
-    return static_cast<int>(blockIdx.x + team * gridDim.x);
-  }
-  __device__ static int next(const ProductArgs& args, int index) {
-    return index + (args.gated ? 1 : kTeams) * static_cast<int>(gridDim.x);
-  }
-  __device__ const uint8_t* data(const ProductArgs& args) const {
-    return data(args, args.gated ? static_cast<int>(threadIdx.x) / kTeamThreads : 0);
-  }
-  // `half`: with a gate, which of both.
-  __device__ const uint8_t* data(const ProductArgs& args, int half) const {
-    return args.choice.experts != nullptr ? args.choice.matrices[args.choice.experts[first_row]]
-                                          : args.targets[target + half].weights.data;
-  }
-};
-
 // A warp's stages in the order in which it multiplies them: of every item, every kWarps-th unit.
 template <WeightType kType>
 class StageStream {
  public:
   // `warp` of a team.
-  __device__ StageStream(const ProductArgs& args, int num_tiles, int warp, int lane)
+  __device__ StageStream(const ProductArgs& args, int num_tiles, int team, int warp, int lane)
       : args_(args),
         num_tiles_(num_tiles),
+        team_(team),
         first_(warp * kUnitTiles<kType>),
         lane_(lane),
-        item_(first_ < num_tiles ? Item::first(args) : args.num_items) {
+        item_(first_ < num_tiles ? Item::first(args, team) : args.num_items) {
     start_item();
   }
 
@@ -127,8 +56,8 @@ class StageStream {
     tile_ = first_;
     if (item_ >= args_.num_items) return;
     const Item item(args_, item_);
-    source_.locate(args_.targets[item.target].weights, item.data(args_), args_.stride, item.strip,
-                   num_tiles_, tile_, lane_);
+    source_.locate(args_.targets[item.target].weights, item.data(args_, team_), args_.stride,
+                   item.strip, num_tiles_, tile_, lane_);
   }
   __device__ void advance() {
     constexpr int kTiles = Stage<kType>::kTiles;
@@ -146,84 +75,12 @@ class StageStream {
 
   const ProductArgs& args_;
   const int num_tiles_;
+  const int team_;
   const int first_;
   const int lane_;
   int item_;
   int tile_ = 0;
   typename Stage<kType>::Source source_;
-};
-
-// The sums of a team's warps for an item; two take turns, so that one barrier an item is enough,
-// where there is memory for them.
-template <int kTiles, int kTurns>
-struct Parts {
-  float v[kTurns][kWarps][kTiles * kRowTile][kStripRows + 1];
-
-  __device__ void put(const Sums<kTiles>& sums, int turn) {
-    const int lane = threadIdx.x % 32;
-    const int warp = threadIdx.x / 32 % kWarps;
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        v[turn][warp][n * kRowTile + lane % 4][lane / 4 + 8 * r] = sums.v[n][r];
-      }
-    }
-  }
-  // In the order of the warps.
-  __device__ float sum(int turn, int row, int output) const {
-    float sum = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += v[turn][w][row][output];
-    return sum;
-  }
-};
-
-// The output of an item that a thread writes, if it has one.
-template <WeightType kType>
-struct Output {
-  float* out = nullptr;
-  float before = 0.0f;  // what is added to the sum, with the bias
-  float bias = 0.0f;
-  int row = 0;
-  int in_strip = 0;
-  float scale[2] = {1.0f, 1.0f};  // of the sum; with a gate, of both
-
-  // Reads early what is added, which nobody else writes, and scales of rows; adds nothing yet, as
-  // its warp would wait for memory before it multiplies.
-  __device__ Output(const ProductArgs& args, const Item& item)
-      : row(static_cast<int>(threadIdx.x) % kTeamThreads / kStripRows),
-        in_strip(static_cast<int>(threadIdx.x) % kStripRows) {
-    const ProductTarget& target = args.targets[item.target];
-    const int64_t output = item.strip * kStripRows + in_strip;
-    if (row >= item.rows || output >= target.weights.rows) return;
-    if (args.gated && threadIdx.x >= kTeamThreads) return;  // the first team writes for both
-    out = target.out + (item.first_row + row) * target.weights.rows + output;
-    if (target.accumulate) before = *out;
-    if (target.bias != nullptr) bias = target.bias[output];
-    if constexpr (kRowScaled<kType>) {
-      const auto of = [&](int half) {
-        return *row_scale<kType>(target.weights, item.data(args, half), item.strip, in_strip);
-      };
-      scale[0] = of(0);
-      if (args.gated) scale[1] = of(1);
-    }
-  }
-
-  // Once all warps have put their sums; `parts` of the teams, `own` the thread's.
-  template <typename Sums>
-  __device__ void write(const ProductArgs& args, const Sums (&parts)[kTeams], int own,
-                        int turn) const {
-    if (out == nullptr) return;
-    const float sum = scaled(parts[own].sum(turn, row, in_strip), 0);
-    *out = args.gated ? activate(args.gate, sum) * scaled(parts[1].sum(turn, row, in_strip), 1)
-                      : before + bias + sum;
-  }
-
- private:
-  __device__ float scaled(float sum, int half) const {
-    return kRowScaled<kType> ? sum * kOfE4m3Sums * scale[half] : sum;
-  }
 };
 
 template <WeightType kType, int kTiles, bool kSmall>
@@ -246,37 +103,12 @@ struct Ring {
 template <int kTiles>
 inline constexpr bool kStages = kTiles <= 2;
 
-// All rows of x, by all threads of the block. `norm_weights`: the thread's first, if they are
-// normed, which only up to kRowTile are.
-template <WeightType kType, int kTiles>
-__device__ void prepare_all(const ProductArgs& args, const PreparedRows& prepared,
-                            const float (&norm_weights)[8]) {
-  const RowWriter<kRowForm<kType>> writer{prepared};
-  const auto cols = args.targets[0].weights.cols;
-  const int padded = static_cast<int>(args.targets[0].weights.padded_cols());
-  const auto normed = [&](auto count, int row) {
-    prepare_normed<decltype(count)::value>(writer, row, args.x, cols, padded, args.norm.weight,
-                                           args.norm.epsilon, norm_weights);
-  };
-  if (kTiles == 1 && args.norm.weight != nullptr) {
-    int row = 0;
-    for (; row + 2 <= args.prepared_rows; row += 2) normed(std::integral_constant<int, 2>(), row);
-    if (row < args.prepared_rows) normed(std::integral_constant<int, 1>(), row);
-  } else if (args.prepared_rows == 1) {
-    prepare_inputs(writer, 0, args.x, cols, 0, padded, kThreads);
-  } else {
-    prepare_rows_whole(writer, args.prepared_rows, args.x, cols, padded, kThreads);
-  }
-}
-
-// Blocks stay; each team takes every so many-th item. kOne: items have a single row, and blocks
-// prepare the rows for themselves.
-template <WeightType kType, int kTiles, bool kSmall, bool kOne>
+// Blocks stay; each team takes every so many-th item.
+template <WeightType kType, int kTiles, bool kSmall>
 __global__ void __launch_bounds__(kThreads, 1)
     product_kernel(const __grid_constant__ ProductArgs args) {
   using Rings = Ring<kType, kTiles, kSmall>;
   using Total = std::conditional_t<kAsBytes<kType>, Sums<kTiles>, FloatSums<kTiles>>;
-  constexpr bool kTilesAside = kOne && kAsBytes<kType>;
   constexpr int kSlots = Rings::kSlots;
   constexpr int kRingSize = Rings::kBytes;
   constexpr int kStageBytes = Stage<kType>::kBytes;
@@ -294,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto cols = args.targets[0].weights.cols;
   const int padded = static_cast<int>(args.targets[0].weights.padded_cols());
   const int num_tiles = padded / kTileCols;
-  StageStream<kType> stream(args, num_tiles, warp, lane);
+  StageStream<kType> stream(args, num_tiles, team, warp, lane);
 #pragma unroll
   for (int slot = 0; slot < kSlots - 1; ++slot) stream.copy_next(ring_address + slot * kStageBytes);
   float norm_weights[8] = {};
@@ -303,27 +135,21 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   ptx::wait_prerequisites();
 
-  const bool staged = kOne || (kStages<kTiles> && args.prepared == nullptr);
+  const bool staged = kStages<kTiles> && args.prepared == nullptr;
   const PreparedRows prepared(staged ? memory + Rings::kAll : args.prepared, kAsBytes<kType>,
                               args.prepared_rows, padded);
   if (staged) {
-    prepare_all<kType, kTiles>(args, prepared, norm_weights);
+    prepare_all<kType, kTiles == 1>(args, prepared, norm_weights);
     __syncthreads();
   }
 
   const uint8_t* stage = ring;
   uint32_t free_stage = ring_address + (kSlots - 1) * kStageBytes;
   int turn = 0;
-  for (int index = Item::first(args); index < args.num_items;
+  for (int index = Item::first(args, team); index < args.num_items;
        index = Item::next(args, index), turn = (turn + 1) % Rings::kTurns) {
     const Item item(args, index);
-    const auto rows = [&] {
-      if constexpr (kTilesAside) {
-        return OneRow<kType>(prepared, item.x_row, lane);
-      } else {
-        return LaneRows<kType, kTiles>(prepared, item.x_row, item.rows, lane);
-      }
-    }();
+    const LaneRows<kType, kTiles> rows(prepared, item.x_row, item.rows, lane);
     const Output<kType> output(args, item);
     Total total = {};
     for (int unit = warp * kUnitTiles<kType>; unit < num_tiles;
@@ -336,18 +162,14 @@ __global__ void __launch_bounds__(kThreads, 1)
         free_stage = free_stage == ring_address + (kSlots - 1) * kStageBytes
                          ? ring_address
                          : free_stage + kStageBytes;
-        if constexpr (kTilesAside) {
-          add_stage_of_one(stage, rows, unit + part, num_tiles, total.v[0]);
-        } else {
-          add_stage<kType>(stage, rows, unit + part, num_tiles, total);
-        }
+        add_stage<Stage<kType>::kTiles>([&](auto& raw, int i) { raw.load_stage(stage, i, lane); },
+                                        rows, unit + part, num_tiles, total);
         stage = stage == ring + (kSlots - 1) * kStageBytes ? ring : stage + kStageBytes;
       }
     }
     const auto meet = [&] {
       ptx::named_barrier(args.gated ? 1 : 1 + team, args.gated ? kThreads : kTeamThreads);
     };
-    if constexpr (kTilesAside) join_tiles(total.v[0]);
     parts[team].put(finished<kType>(total), turn);
     meet();
     output.write(args, parts, team, turn);
@@ -412,8 +234,12 @@ __global__ void __launch_bounds__(kNormThreads)
                     norm.epsilon, weights);
 }
 
+// In the workspace.
 template <WeightType kType>
-Status prepare_rows(const ProductArgs& args, cudaStream_t stream) {
+Status prepare_rows(ProductArgs& args, const RowProduct& product, cudaStream_t stream) {
+  KVANT_CHECK(prepared_bytes<kType>(args) <= product.workspace_bytes,
+              "reserve_workspace covers the prepared rows");
+  args.prepared = reinterpret_cast<uint8_t*>(product.workspace);
   const WeightTiles& weights = args.targets[0].weights;
   const int padded = static_cast<int>(weights.padded_cols());
   const auto rows = static_cast<unsigned>(args.prepared_rows);
@@ -428,16 +254,7 @@ Status prepare_rows(const ProductArgs& args, cudaStream_t stream) {
                            args.prepared_rows, args.prepared);
 }
 
-// Whether blocks prepare the rows for themselves, which takes so many bytes.
-template <int kTiles>
-bool prepares_in_blocks(const ProductArgs& args, int64_t bytes, int64_t most_bytes) {
-  if (!kStages<kTiles> || bytes > most_bytes) return false;
-  if (args.norm.weight != nullptr) return args.prepared_rows <= kMostNormedInBlocks;
-  return args.prepared_rows == 1 ||
-         args.prepared_rows * args.targets[0].weights.padded_cols() <= kMostValuesInBlocks;
-}
-
-template <WeightType kType, int kTiles, bool kOne, bool kSmall = false>
+template <WeightType kType, int kTiles, bool kSmall = false>
 Status launch_product(ProductArgs args, const RowProduct& product, cudaStream_t stream) {
   using Rings = Ring<kType, kTiles, kSmall>;
   if constexpr (!kSmall) {
@@ -447,23 +264,16 @@ Status launch_product(ProductArgs args, const RowProduct& product, cudaStream_t 
                                  {static_cast<unsigned>(product.num_sms), kThreads, 0, stream},
                                  args);
       } else {
-        return launch_product<kType, kTiles, kOne, true>(args, product, stream);
+        return launch_product<kType, kTiles, true>(args, product, stream);
       }
     }
   }
-  const int padded = static_cast<int>(args.targets[0].weights.padded_cols());
-  const PreparedRows shape(nullptr, kAsBytes<kType>, args.prepared_rows, padded);
-  const int64_t bytes = shape.bytes(args.prepared_rows);
-  const bool staged = prepares_in_blocks<kTiles>(args, bytes, Rings::most_staged());
-  if constexpr (kOne) {
-    if (!staged) return launch_product<kType, kTiles, false, kSmall>(args, product, stream);
-  }
+  const int64_t bytes = prepared_bytes<kType>(args);
+  const bool staged = kStages<kTiles> && bytes <= Rings::most_staged() && prepares_in_blocks(args);
   if (!staged) {
-    KVANT_CHECK(bytes <= product.workspace_bytes, "reserve_workspace covers the prepared rows");
-    args.prepared = reinterpret_cast<uint8_t*>(product.workspace);
-    KVANT_TRY(prepare_rows<kType>(args, stream));
+    KVANT_TRY(prepare_rows<kType>(args, product, stream));
   }
-  const auto kernel = product_kernel<kType, kTiles, kSmall, kOne>;
+  const auto kernel = product_kernel<kType, kTiles, kSmall>;
   static const cudaError_t allowed = cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Rings::kAll + Rings::most_staged());
   KVANT_TRY(cuda_status(allowed, "asking for shared memory"));
@@ -509,13 +319,14 @@ Status multiply_chunk(const RowProduct& product, std::span<const ProductTarget> 
     strips = args.first_strip[1];
   }
   args.num_items = strips * args.num_groups;
-  const int64_t rows = chosen ? 1 : std::min<int64_t>(product.num_rows, kGroupRows);
-  return for_weight_type<WeightTag>(weights.type, [&](auto tag) {
+  return for_weight_type<WeightTag>(weights.type, [&](auto tag) -> Status {
     constexpr WeightType kType = decltype(tag)::kValue;
-    if (rows == 1 && !product.deterministic)
-      return launch_product<kType, 1, true>(args, product, stream);
-    return for_row_tiles(rows, [&](auto tiles) {
-      return launch_product<kType, decltype(tiles)::value, false>(args, product, stream);
+    if (takes_bulk_product(args, product)) {
+      if (!prepares_in_blocks(args)) KVANT_TRY(prepare_rows<kType>(args, product, stream));
+      return multiply_bulk(args, product, stream);
+    }
+    return for_row_tiles(rows_of_items(args), [&](auto tiles) {
+      return launch_product<kType, decltype(tiles)::value>(args, product, stream);
     });
   });
 }

@@ -4,8 +4,8 @@
 // a scale; products of a block are summed exactly. With float weights, of 8 bits too, they enter as
 // two BF16 numbers each (16 bits of mantissa). Sums over blocks are fp32. The order of a sum is
 // that of tiles over a fixed number of warps, so that a row's bits depend on nothing but the row
-// and the matrix; a single row has an order of its own, unless `deterministic`.
-// docs/kernels/cuda-linear.md.
+// and the matrix; up to four rows have orders of their own (bulk_product.h), unless
+// `deterministic`. docs/kernels/cuda-linear.md.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -259,8 +259,9 @@ struct RawTile {
 
   __device__ void load(const TileSource<kType>& source) { load_from<true>(source); }
   // From shared memory.
+  __device__ void load_shared(const TilePlaces& at) { load_from<false>(at); }
   __device__ void load_stage(const uint8_t* stage, int i, int lane) {
-    load_from<false>(Stage<kType>::places(stage, i, lane));
+    load_shared(Stage<kType>::places(stage, i, lane));
   }
 
   // Codes of steps 2 b and 2 b + 1 as bytes, left operand of m16n8k32; of Q6_K of step b, of
@@ -433,16 +434,19 @@ struct FloatTile {
       }
     }
   }
-  // From shared memory.
-  __device__ void load_stage(const uint8_t* stage, int /*i*/, int lane) {
+  // From shared memory, which has the lane's part of row g + 8 r and `part` at first + r *
+  // row_bytes + part * part_bytes.
+  __device__ void load_shared(const uint8_t* first, int row_bytes, int part_bytes) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
 #pragma unroll
       for (int part = 0; part < kWords; ++part) {
-        raw[r][part] =
-            *reinterpret_cast<const uint4*>(stage + (r * kWords + part) * 512 + lane * 16);
+        raw[r][part] = *reinterpret_cast<const uint4*>(first + r * row_bytes + part * part_bytes);
       }
     }
+  }
+  __device__ void load_stage(const uint8_t* stage, int /*i*/, int lane) {
+    load_shared(stage + lane * 16, kWords * 512, 512);
   }
   // Values 2 * p and 2 * p + 1 of step s in row r.
   __device__ float2 values(int r, int s, int p) const {
@@ -511,12 +515,14 @@ struct E4m3Tile {
     }
   }
   // From shared memory.
-  __device__ void load_stage(const uint8_t* stage, int i, int lane) {
-    const uint8_t* low = Stage<kType>::places(stage, i, lane).low;
+  __device__ void load_shared(const TilePlaces& at) {
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      words[part] = *reinterpret_cast<const uint4*>(low + part * 512);
+      words[part] = *reinterpret_cast<const uint4*>(at.low + part * 512);
     }
+  }
+  __device__ void load_stage(const uint8_t* stage, int i, int lane) {
+    load_shared(Stage<kType>::places(stage, i, lane));
   }
   __device__ void operands(int s, uint32_t (&high)[4], uint32_t (&low)[4]) const {
     const uint4& v = words[s / 2];

@@ -1,8 +1,10 @@
-// RMS norms of rows by blocks of kNormThreads, in one order of sums wherever they are done: thread
-// t has inputs [8 t, 8 t + 8) and those 8 kNormThreads further on.
+// RMS norms of rows by the first kNormThreads of a block, in one order of sums wherever they are
+// done: thread t has inputs [8 t, 8 t + 8) and those 8 kNormThreads further on.
 #pragma once
 
 #include <cstdint>
+
+#include "kvant/backend/cuda/ptx.cuh"
 
 namespace kvant::backend::cuda {
 
@@ -55,12 +57,12 @@ __device__ inline void norm_factors(const float* x, int64_t cols, const float (&
 #pragma unroll
     for (float& sum : sums) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
   }
-  __syncthreads();  // the parts of the rows before have been read
+  ptx::named_barrier(0, kNormThreads);  // the parts of the rows before have been read
   if (threadIdx.x % 32 == 0) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) parts[r][threadIdx.x / 32] = sums[r];
   }
-  __syncthreads();
+  ptx::named_barrier(0, kNormThreads);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     float sum = 0.0f;

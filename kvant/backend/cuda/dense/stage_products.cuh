@@ -120,18 +120,20 @@ struct OneRow {
   const uint8_t* data;    // of the lane's column
   const uint8_t* scales;  // of the lane's tile
 
-  __device__ OneRow(const PreparedRows& rows, int row, int lane)
+  __device__ OneRow(const PreparedRows& rows, int row, int /*count*/, int lane)
       : data(rows.data + row * int64_t{rows.row_bytes} + lane / 8 * 128 + lane / 4 % 2 * 64 +
              lane % 4 * 16),
         scales(rows.scales + row * int64_t{rows.scale_bytes} + lane % 4 * 16) {}
 };
 
-template <WeightType kType>
-__device__ __forceinline__ void add_stage_of_one(const uint8_t* stage, const OneRow<kType>& row,
+// A unit of a warp; `load(raw, i)` reads tile i of it, `first` is the first one's number in the
+// strip.
+template <WeightType kType, typename Load>
+__device__ __forceinline__ void add_stage_of_one(const Load& load, const OneRow<kType>& row,
                                                  int first, int num_tiles, float (&total)[2]) {
   constexpr int kSteps = kScaleSteps<kType>;
   constexpr int kBlocks = 4 / kSteps;
-  constexpr int kStageTiles = Stage<kType>::kTiles;
+  constexpr int kStageTiles = kUnitTiles<kType>;
   const int lane = threadIdx.x % 32;
   const int column_tile = lane / 8;
   const int sum_tile = lane % 4;
@@ -142,7 +144,7 @@ __device__ __forceinline__ void add_stage_of_one(const uint8_t* stage, const One
 #pragma unroll
   for (int tile = 0; tile < kStageTiles; ++tile) {
     RawTile<kType> raw;
-    raw.load_stage(stage, tile, lane);
+    load(raw, tile);
     const uint32_t mine = column_tile == tile ? ~0u : 0u;
     const uint4 words = {x.x & mine, x.y & mine, x.z & mine, x.w & mine};
 #pragma unroll
@@ -150,7 +152,7 @@ __device__ __forceinline__ void add_stage_of_one(const uint8_t* stage, const One
   }
   if (sum_tile >= kStageTiles || first + sum_tile >= num_tiles) return;
   RawTile<kType> raw;  // what it has beside codes
-  raw.load_stage(stage, sum_tile, lane);
+  load(raw, sum_tile);
   const float4 x_scales = *reinterpret_cast<const float4*>(row.scales + first * 16);
 #pragma unroll
   for (int block = 0; block < kBlocks; ++block)
@@ -198,20 +200,19 @@ __device__ __forceinline__ void add_tile(const Tile& raw, const LaneRows<kType, 
   }
 }
 
-// The tiles of a stage that are there, from `first` on.
-template <WeightType kType, int kTiles, typename Total>
-__device__ __forceinline__ void add_stage(const uint8_t* stage, const LaneRows<kType, kTiles>& rows,
+// Of kStageTiles tiles of a strip those that are there, from `first` on; `load(raw, i)` reads the
+// i-th.
+template <int kStageTiles, typename Load, WeightType kType, int kTiles, typename Total>
+__device__ __forceinline__ void add_stage(const Load& load, const LaneRows<kType, kTiles>& rows,
                                           int first, int num_tiles, Total& total) {
-  constexpr int kStageTiles = Stage<kType>::kTiles;
   constexpr int kStep = std::min(2, kStageTiles);
-  const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int step = 0; step < kStageTiles; step += kStep) {
     if (step > 0 && first + step >= num_tiles) return;
 #pragma unroll
     for (int i = step; i < step + kStep; ++i) {
       typename TileOf<kType>::Type raw;
-      raw.load_stage(stage, i, lane);
+      load(raw, i);
       add_tile(raw, rows, first + i, total);
     }
   }
