@@ -121,6 +121,14 @@ TEST_F(CudaDecode, LongAndManySequences) {
   }
 }
 
+// More than 16 for each team of an H100: a slot of each ring stays empty after its first turn.
+TEST_F(CudaDecode, ManyPagesForEachTeam) {
+  ProblemOptions options;
+  options.group = 1;
+  options.lengths.assign(20, 14'000);
+  EXPECT_LT(decode_error(options), kErrorLimit);
+}
+
 // Terms that queries and outputs take over from the pages, beside pages in BF16 that have none.
 TEST_F(CudaDecode, SmoothedRotatedAndBiased) {
   for (const char* kv :

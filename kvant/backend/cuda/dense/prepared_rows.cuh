@@ -34,7 +34,7 @@ struct PreparedRows {
   int row_bytes = 0;
   int scale_bytes = 0;  // of a row; 16 more than it needs, to spread rows over banks
 
-  __host__ __device__ PreparedRows() = default;
+  PreparedRows() = default;
   __host__ __device__ PreparedRows(uint8_t* at, bool codes, int rows, int padded)
       : data(at),
         row_bytes(padded * (codes ? 2 : 4)),

@@ -40,29 +40,28 @@ struct TeamStage {
                      stage + kSuperAt + tile / kGroupTiles * kTile.super + g * (kTile.super / 8)});
   }
 
-  // By a warp; each plane is one lane's.
+  // By a warp, whose first lane does it.
   static __device__ void copy(const StageSource& from, uint32_t target, uint32_t full, int lane,
                               uint64_t policy) {
+    if (lane != 0) return;
     const StripPlanes planes(kTile, from.num_tiles);
     const uint8_t* const strip = from.data + from.strip * from.stride;
     const int groups = (from.there + kGroupTiles - 1) / kGroupTiles;
     const int super = groups * kTile.super;
-    if (lane == 0) {
-      ptx::begin_copies(full, from.there * (kTile.low + kTile.high + kTile.scales) + super);
-      ptx::bulk_copy(target, strip + from.first * kTile.low, from.there * kTile.low, full, policy);
-      if constexpr (kTile.high > 0) {
-        ptx::bulk_copy(target + kHighAt, strip + planes.high + from.first * kTile.high,
-                       from.there * kTile.high, full, policy);
-      }
-      if constexpr (kTile.scales > 0) {
-        ptx::bulk_copy(target + kScalesAt, strip + planes.scales + from.first * kTile.scales,
-                       from.there * kTile.scales, full, policy);
-      }
-      if constexpr (kTile.super > 0) {
-        ptx::bulk_copy(target + kSuperAt,
-                       strip + planes.super + from.first / kGroupTiles * kTile.super, super, full,
-                       policy);
-      }
+    ptx::begin_copies(full, from.there * (kTile.low + kTile.high + kTile.scales) + super);
+    ptx::bulk_copy(target, strip + from.first * kTile.low, from.there * kTile.low, full, policy);
+    if constexpr (kTile.high > 0) {
+      ptx::bulk_copy(target + kHighAt, strip + planes.high + from.first * kTile.high,
+                     from.there * kTile.high, full, policy);
+    }
+    if constexpr (kTile.scales > 0) {
+      ptx::bulk_copy(target + kScalesAt, strip + planes.scales + from.first * kTile.scales,
+                     from.there * kTile.scales, full, policy);
+    }
+    if constexpr (kTile.super > 0) {
+      ptx::bulk_copy(target + kSuperAt,
+                     strip + planes.super + from.first / kGroupTiles * kTile.super, super, full,
+                     policy);
     }
   }
 };
