@@ -84,12 +84,11 @@ bool transforms_values(const SideFormat& v) {
 constexpr int kReservedShared = 1024;  // bytes of each block, by the system
 // Slots of a ring whose slots take half a step. Where they take whole steps (ring.cuh): bytes of a
 // multiprocessor that are on their way beside the steps in work. With more of either the
-// multiprocessors drift apart, and the last one counts (docs/kernels/cuda-decode.md). The first
-// turn, which fills the ring before there are queries, has a slot more; teams with few steps keep
-// it.
+// multiprocessors drift apart, and the last one counts (docs/kernels/cuda-decode.md).
 constexpr int kHalfSlots = 3;
 constexpr int kBytesAhead = 36 << 10;
-constexpr int kFewSteps = 16;
+// Pages of a team up to which its ring keeps the slot that it has for the first turn.
+constexpr int kFewPages = 16;
 // A change of units takes a team about three microseconds.
 constexpr int kChangeBytes = 16 << 10;
 // Merging the results of blocks takes the device about three microseconds.
@@ -132,6 +131,7 @@ struct Residency {
   int teams = 0;
   int slots = 0;
   int slot_bytes = 0;
+  int spare_slots = 0;  // of `slots`, those that are filled in the ring's first turn only
 };
 Residency residency_of(const DecodeVariant& variant, int slot_bytes, int wanted_slots) {
   // The ring takes a result of the team when its last segment ends.
@@ -153,23 +153,29 @@ Residency residency_of(const DecodeVariant& variant, int slot_bytes, int wanted_
   return best;
 }
 
-// Full or on their way at a time, once a ring has been full the first time.
+// Slots that are full or on their way at a time, once a ring has been full the first time.
 int slots_ahead(const DecodeVariant& variant, int slot_bytes) {
   if (!variant.slots_take_steps) return kHalfSlots;
   return std::clamp(1 + kBytesAhead / (variant.blocks * variant.teams * slot_bytes), 2, kMaxSlots);
 }
 
+// The first turn, which fills the ring before there are queries, has a slot more. Only Hopper's
+// producers leave it empty later (kernel.cuh).
 Residency residency_of(const DecodeVariant& variant, const AttentionArgs& args) {
   const int bytes = slot_bytes_of(args, variant.slots_take_steps);
-  const int slots = slots_ahead(variant, bytes) + (variant.slots_take_steps ? 1 : 0);
-  return residency_of(variant, bytes, std::min(slots, kMaxSlots));
+  const int ahead = slots_ahead(variant, bytes);
+  const bool has_spare = variant.slots_take_steps && device_traits().level == DeviceLevel::kHopper;
+  const int wanted = std::min(ahead + (has_spare ? 1 : 0), kMaxSlots);
+  Residency residency = residency_of(variant, bytes, wanted);
+  residency.spare_slots = std::max(residency.slots - ahead, 0);
+  return residency;
 }
 
-// Whether teams of the plan have so few steps each that the ring's first turn is a large part.
-bool has_few_steps(const DecodePlan& plan, int num_workers) {
+// Whether teams of the plan have so few pages each that the ring's first turn is a large part.
+bool has_few_pages(const DecodePlan& plan, int num_workers) {
   int64_t pages = 0;
   for (const Segment& segment : plan.segments) pages += segment.page_end - segment.page_begin;
-  return pages <= int64_t{kFewSteps} * num_workers;
+  return pages <= int64_t{kFewPages} * num_workers;
 }
 
 }  // namespace
@@ -349,7 +355,7 @@ Status CudaAttention::configure(const AttentionArgs& args, int layer) {
   blocks_of_sm_ = residency.blocks;
   params_.teams = residency.teams;
   params_.num_slots = residency.slots;
-  params_.spare_slots = std::max(residency.slots - slots_ahead(*variant_, residency.slot_bytes), 0);
+  params_.spare_slots = residency.spare_slots;
   smem_bytes_ = params_.teams * (params_.num_slots * params_.slot_bytes + variant_->team_bytes);
   return cuda_status(cudaFuncSetAttribute(variant_->kernel,
                                           cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes_),
@@ -396,7 +402,7 @@ Status CudaAttention::prepare(const AttentionArgs& args, cudaStream_t stream) {
   shape.most_partials =
       static_cast<int>(kPositionPartialBytes / (int64_t{shape.max_rows} * view.head_dim * 4));
   const DecodePlan plan = make_plan(view, shape);
-  if (has_few_steps(plan, shape.num_workers)) params_.spare_slots = 0;
+  if (has_few_pages(plan, shape.num_workers)) params_.spare_slots = 0;
   const int64_t num_rows = int64_t{num_partials_ + shape.num_workers} * shape.max_rows;
   num_rows_ = 0;
   for (const cache::SequenceView& sequence : view.sequences)
