@@ -81,6 +81,17 @@ bool transforms_values(const SideFormat& v) {
   return v.rotate || v.bias;
 }
 
+// Pages of a step for each multiprocessor, if memory is fast.
+int64_t fast_pages_of(const cache::GroupView& view) {
+  if (!device_traits().fast_memory) return kNotFast;
+  int64_t pages = 0;
+  for (const cache::SequenceView& sequence : view.sequences) {
+    const int64_t tokens = sequence.first_position + sequence.num_new_tokens;
+    pages += (tokens + view.page_tokens - 1) / view.page_tokens - sequence.first_page;
+  }
+  return pages * view.num_kv_heads / device_traits().num_sms;
+}
+
 constexpr int kReservedShared = 1024;  // bytes of each block, by the system
 // Slots of a ring whose slots take half a step. Where they take whole steps (ring.cuh): bytes of a
 // multiprocessor that are on their way beside the steps in work. With more of either the
@@ -240,6 +251,7 @@ Result<const DecodeVariant*> CudaAttention::choose_variant(const AttentionArgs& 
   if (!deterministic_) {
     for (const cache::SequenceView& sequence : view.sequences)
       query.rows = std::max(query.rows, group * sequence.num_new_tokens);
+    query.fast_pages = fast_pages_of(view);
   }
   query.rows = std::min(16, query.rows);
   query.pre_rope = k.pre_rope;

@@ -1,6 +1,8 @@
 #include "kvant/backend/cuda/device.h"
 
+#include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <string>
 #include <string_view>
 
@@ -12,7 +14,8 @@ namespace {
 constexpr int kLeastMajor = 8;
 constexpr int kHopperMajor = 9;
 constexpr const char* kLevelVariable = "KVANT_CUDA_LEVEL";
-constexpr int kSmallShared = 100 * 1024;  // of a multiprocessor; a block has 1 KiB less
+constexpr int kSmallShared = 100 * 1024;    // of a multiprocessor; a block has 1 KiB less
+constexpr double kFastBytesOfCycle = 16.0;  // H100: 12.8, H200: 18.4
 
 // Only to ask what code this build has for the device.
 __global__ void probe_kernel() {}
@@ -26,6 +29,14 @@ int attribute(cudaDeviceAttr what, int device) {
   int value = 0;
   if (cudaDeviceGetAttribute(&value, what, device) != cudaSuccess) cudaGetLastError();
   return value;
+}
+
+// What memory gives a multiprocessor in a cycle, both at their highest clocks; 0 if unknown.
+double bytes_of_cycle(int device, int num_sms) {
+  const double transfers = 2e3 * attribute(cudaDevAttrMemoryClockRate, device);
+  const double bytes = attribute(cudaDevAttrGlobalMemoryBusWidth, device) / 8.0;
+  const double cycles = 1e3 * attribute(cudaDevAttrClockRate, device);
+  return cycles > 0.0 && num_sms > 0 ? transfers * bytes / cycles / num_sms : 0.0;
 }
 
 DeviceTraits ask_device() {
@@ -47,8 +58,13 @@ DeviceTraits ask_device() {
     traits.shared_per_sm = kSmallShared;
     traits.shared_per_block = kSmallShared - 1024;
   }
-  const bool hopper = major == kHopperMajor && wanted_level().empty();
+  const std::string_view wanted = wanted_level();
+  const bool hopper =
+      major == kHopperMajor && (wanted.empty() || wanted == "h100" || wanted == "h200");
   traits.level = hopper ? DeviceLevel::kHopper : DeviceLevel::kGeneric;
+  traits.fast_memory =
+      hopper && (wanted.empty() ? bytes_of_cycle(device, traits.num_sms) > kFastBytesOfCycle
+                                : wanted == "h200");
   return traits;
 }
 
@@ -68,9 +84,11 @@ const DeviceTraits& device_traits() {
 
 Result<cudaDeviceProp> find_device() {
   const std::string_view level = wanted_level();
-  if (!level.empty() && level != "generic" && level != "small") {
+  constexpr std::string_view kLevels[] = {"", "generic", "small", "h100", "h200"};
+  if (std::find(std::begin(kLevels), std::end(kLevels), level) == std::end(kLevels)) {
     return Error(ErrorCode::kInvalidArgument,
-                 std::string(kLevelVariable) + ": expected generic or small, or nothing; found " +
+                 std::string(kLevelVariable) +
+                     ": expected generic, small, h100 or h200, or nothing; found " +
                      std::string(level));
   }
   int count = 0;

@@ -14,7 +14,8 @@ TEST(CudaDevice, LevelsThatDoNotExistAreErrors) {
   ::unsetenv("KVANT_CUDA_LEVEL");
   ASSERT_FALSE(status.has_value());
   EXPECT_EQ(status.error().code(), ErrorCode::kInvalidArgument);
-  EXPECT_NE(status.error().message().find("expected generic or small"), std::string::npos);
+  EXPECT_NE(status.error().message().find("expected generic, small, h100 or h200"),
+            std::string::npos);
   EXPECT_NE(status.error().message().find("ampere"), std::string::npos);
 }
 

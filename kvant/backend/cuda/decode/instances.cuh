@@ -28,4 +28,11 @@ DecodeVariant row() {
   return variant;
 }
 
+// A row for GPUs with fast memory and steps of at least so many pages for each multiprocessor: in
+// front of the row for all.
+constexpr DecodeVariant on_fast_memory(DecodeVariant variant, int least_pages) {
+  variant.least_fast_pages = least_pages;
+  return variant;
+}
+
 }  // namespace kvant::backend::cuda

@@ -21,6 +21,7 @@ const DecodeVariant* find_variant(const VariantQuery& query) {
       if (variant.pre_rope != query.pre_rope || (query.any && !any)) continue;
       if (!any && (variant.key != query.key || variant.value != query.value)) continue;
       if (variant.page_tokens != 0 && variant.page_tokens != query.page_tokens) continue;
+      if (query.fast_pages < variant.least_fast_pages) continue;
       if (variant.head_dim == query.head_dim && query.rows <= variant.max_rows) return &variant;
     }
   }

@@ -7,6 +7,10 @@
 
 namespace kvant::backend::cuda {
 
+// Pages that a step has for each multiprocessor of a GPU with fast memory (device.h), and how many
+// a kernel for such GPUs asks for; on other GPUs, and of kernels for all.
+inline constexpr int kNotFast = -1;
+
 struct DecodeVariant {
   KeyKernel key;
   ValueKernel value;
@@ -20,6 +24,7 @@ struct DecodeVariant {
   int team_bytes;         // dynamic shared memory of a team besides its ring
   int fixed_bytes;        // static shared memory of a block
   const void* kernel;
+  int least_fast_pages = kNotFast;
 };
 
 // One per source file of instances; find_variant searches them in this order.
@@ -41,10 +46,11 @@ struct VariantQuery {
   int rows = 1;  // query rows of a tile, at most 16
   bool pre_rope = false;
   bool any = false;  // only the one that decides at run time will do
+  int64_t fast_pages = kNotFast;
 };
 
-// The kernel for these formats, or the one that decides at run time; null for a head_dim that no
-// kernel has.
+// The first kernel for these formats, or the one that decides at run time; null for a head_dim that
+// no kernel has.
 const DecodeVariant* find_variant(const VariantQuery& query);
 
 // The most of any kernel for this head_dim, on one multiprocessor.
