@@ -2,9 +2,10 @@
 //
 // Usage: kvant_cuda_decode_bench [--kv A;B;...] [--heads Q/KV] [--head-dim D] [--shape BxL,...]
 //                                [--shared TOKENS [--shared-blocks N,N,...]] [--json FILE]
-//                                [--replays N]
+//                                [--replays N] [--pause MS]
 // Example: kvant_cuda_decode_bench --kv 'nvfp4;4bit' --heads 32/8 --shape 1x131072,8x32768
 //          kvant_cuda_decode_bench --shape 1x131072+31x4096   one batch of both lengths
+//          kvant_cuda_decode_bench --replays 2 --pause 700    a burst, before power is limited
 //
 // Random data, pages of 64 tokens in random order, cold L2 (copies that exceed it several times are
 // used in turn), graph replays, the median. Bytes counted: what attention must read of the cache,
@@ -18,11 +19,13 @@
 #include <fmt/format.h>
 #include <CLI/CLI.hpp>
 
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <numeric>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "bench/gpu/memory_kernels.h"
@@ -56,6 +59,7 @@ struct Options {
   std::vector<int> shared_blocks;
   std::string json;
   int replays = 13;
+  int pause_ms = 0;  // before each row
 };
 
 constexpr int kPageTokens = 64;
@@ -348,6 +352,7 @@ void run(const Options& options) {
           std::exit(69);
         }
         check(cudaDeviceSynchronize(), "preparing");
+        std::this_thread::sleep_for(std::chrono::milliseconds(options.pause_ms));
         const Timed timed = time_graph(
             [&](int copy, cudaStream_t stream) {
               const Status launched = (*attention)->launch(problem.args(copy), stream);
@@ -410,6 +415,8 @@ int main(int argc, char** argv) {
       ->delimiter(',');
   app.add_option("--json", options.json, "append a line of JSON per row to this file");
   app.add_option("--replays", options.replays, "graph replays, of which the median is taken");
+  app.add_option("--pause", options.pause_ms, "milliseconds without work before each row")
+      ->check(CLI::Range(0, 60000));
   CLI11_PARSE(app, argc, argv);
   options.kv = split(kv, ';');
   if (std::sscanf(heads.c_str(), "%d/%d", &options.query_heads, &options.kv_heads) != 2) {
