@@ -54,11 +54,11 @@ DeviceTraits ask_device() {
   cudaFuncAttributes probe = {};
   if (cudaFuncGetAttributes(&probe, probe_kernel) != cudaSuccess) cudaGetLastError();
   traits.overlaps = major >= kHopperMajor && probe.ptxVersion >= 10 * kHopperMajor;
-  if (wanted_level() == "small") {
+  const std::string_view wanted = wanted_level();
+  if (wanted == "small") {
     traits.shared_per_sm = kSmallShared;
     traits.shared_per_block = kSmallShared - 1024;
   }
-  const std::string_view wanted = wanted_level();
   const bool hopper =
       major == kHopperMajor && (wanted.empty() || wanted == "h100" || wanted == "h200");
   traits.level = hopper ? DeviceLevel::kHopper : DeviceLevel::kGeneric;

@@ -7,8 +7,8 @@
 
 namespace kvant::backend::cuda {
 
-// Pages that a step has for each multiprocessor of a GPU with fast memory (device.h), and how many
-// a kernel for such GPUs asks for; on other GPUs, and of kernels for all.
+// VariantQuery::fast_pages where memory is not fast (device.h), DecodeVariant::least_fast_pages of
+// kernels that do not ask for it.
 inline constexpr int kNotFast = -1;
 
 struct DecodeVariant {
@@ -24,7 +24,7 @@ struct DecodeVariant {
   int team_bytes;         // dynamic shared memory of a team besides its ring
   int fixed_bytes;        // static shared memory of a block
   const void* kernel;
-  int least_fast_pages = kNotFast;
+  int least_fast_pages = kNotFast;  // pages for each multiprocessor, where memory is fast
 };
 
 // One per source file of instances; find_variant searches them in this order.
@@ -45,8 +45,8 @@ struct VariantQuery {
   int page_tokens = 0;
   int rows = 1;  // query rows of a tile, at most 16
   bool pre_rope = false;
-  bool any = false;  // only the one that decides at run time will do
-  int64_t fast_pages = kNotFast;
+  bool any = false;               // only the one that decides at run time will do
+  int64_t fast_pages = kNotFast;  // that the step has for each multiprocessor
 };
 
 // The first kernel for these formats, or the one that decides at run time; null for a head_dim that
