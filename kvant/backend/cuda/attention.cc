@@ -4,6 +4,7 @@
 #include <string>
 
 #include "kvant/backend/cuda/decode/combine.h"
+#include "kvant/backend/cuda/decode/residency.h"
 #include "kvant/backend/cuda/device.h"
 #include "kvant/backend/cuda/launch.h"
 #include "kvant/base/check.h"
@@ -81,30 +82,6 @@ bool transforms_values(const SideFormat& v) {
   return v.rotate || v.bias;
 }
 
-// Pages of a step for each multiprocessor, if memory is fast.
-int64_t fast_pages_of(const cache::GroupView& view) {
-  if (!device_traits().fast_memory) return kNotFast;
-  int64_t pages = 0;
-  for (const cache::SequenceView& sequence : view.sequences) {
-    const int64_t tokens = sequence.first_position + sequence.num_new_tokens;
-    pages += (tokens + view.page_tokens - 1) / view.page_tokens - sequence.first_page;
-  }
-  return pages * view.num_kv_heads / device_traits().num_sms;
-}
-
-constexpr int kReservedShared = 1024;  // bytes of each block, by the system
-// Slots of a ring whose slots take half a step. Where they take whole steps (ring.cuh): bytes of a
-// multiprocessor that are on their way beside the steps in work. With more of either the
-// multiprocessors drift apart, and the last one counts (docs/kernels/cuda-decode.md).
-constexpr int kHalfSlots = 3;
-constexpr int kBytesAhead = 36 << 10;
-// Pages of a team up to which its ring keeps the slot that it has for the first turn.
-constexpr int kFewPages = 16;
-// A change of units takes a team about three microseconds.
-constexpr int kChangeBytes = 16 << 10;
-// Merging the results of blocks takes the device about three microseconds.
-constexpr int kMergeBytes = 64 << 10;
-
 const SideFormat& stored_keys(const AttentionArgs& args) {
   return args.view->kinds[cache::kKindStored].k_format[args.group_layer];
 }
@@ -133,60 +110,6 @@ int slot_bytes_of(const AttentionArgs& args, bool takes_steps) {
                         : std::max({bytes, sections.k_bytes, sections.v_bytes});
   }
   return bytes + (angle_bytes(args) + 127) / 128 * 128;
-}
-
-// What a kernel is made for, less where a GPU has too little shared memory: blocks of a
-// multiprocessor, teams of a block, slots of a team's ring. Nothing fits: all 0.
-struct Residency {
-  int blocks = 0;
-  int teams = 0;
-  int slots = 0;
-  int slot_bytes = 0;
-  int spare_slots = 0;  // of `slots`, those that are filled in the ring's first turn only
-};
-Residency residency_of(const DecodeVariant& variant, int slot_bytes, int wanted_slots) {
-  // The ring takes a result of the team when its last segment ends.
-  const int result_bytes = variant.max_rows * (variant.head_dim + 4) * 4;
-  Residency best;
-  best.slot_bytes = slot_bytes;
-  for (int blocks = variant.blocks; blocks > 0; --blocks) {
-    const int memory =
-        device_traits().shared_per_sm / blocks - kReservedShared - variant.fixed_bytes;
-    for (int teams = variant.teams; blocks * teams > best.blocks * best.teams; --teams) {
-      const int slots = std::min(wanted_slots, (memory / teams - variant.team_bytes) / slot_bytes);
-      if (slots >= 2 && slots * slot_bytes >= result_bytes) {
-        best.blocks = blocks;
-        best.teams = teams;
-        best.slots = slots;
-      }
-    }
-  }
-  return best;
-}
-
-// Slots that are full or on their way at a time, once a ring has been full the first time.
-int slots_ahead(const DecodeVariant& variant, int slot_bytes) {
-  if (!variant.slots_take_steps) return kHalfSlots;
-  return std::clamp(1 + kBytesAhead / (variant.blocks * variant.teams * slot_bytes), 2, kMaxSlots);
-}
-
-// The first turn, which fills the ring before there are queries, has a slot more. Only Hopper's
-// producers leave it empty later (kernel.cuh).
-Residency residency_of(const DecodeVariant& variant, const AttentionArgs& args) {
-  const int bytes = slot_bytes_of(args, variant.slots_take_steps);
-  const int ahead = slots_ahead(variant, bytes);
-  const bool has_spare = variant.slots_take_steps && device_traits().level == DeviceLevel::kHopper;
-  const int wanted = std::min(ahead + (has_spare ? 1 : 0), kMaxSlots);
-  Residency residency = residency_of(variant, bytes, wanted);
-  residency.spare_slots = std::max(residency.slots - ahead, 0);
-  return residency;
-}
-
-// Whether teams of the plan have so few pages each that the ring's first turn is a large part.
-bool has_few_pages(const DecodePlan& plan, int num_workers) {
-  int64_t pages = 0;
-  for (const Segment& segment : plan.segments) pages += segment.page_end - segment.page_begin;
-  return pages <= int64_t{kFewPages} * num_workers;
 }
 
 }  // namespace
@@ -259,14 +182,15 @@ Result<const DecodeVariant*> CudaAttention::choose_variant(const AttentionArgs& 
                   ? k.mean || transforms_keys(k) || args.params.rope.rotary_dim != view.head_dim
                   : k.mean && is_channel(query.key);
   const DecodeVariant* variant = find_variant(query);
-  if (variant != nullptr && residency_of(*variant, args).blocks == 0) {
+  if (variant != nullptr &&
+      residency_of(*variant, slot_bytes_of(args, variant->slots_take_steps)).blocks == 0) {
     query.any = true;  // its slots are smaller
     variant = find_variant(query);
   }
   if (variant == nullptr)
     return unsupported("head_dim " + std::to_string(view.head_dim) + " with " +
                        std::to_string(group) + " query heads per KV head");
-  if (residency_of(*variant, args).blocks == 0)
+  if (residency_of(*variant, slot_bytes_of(args, variant->slots_take_steps)).blocks == 0)
     return unsupported(
         "pages of " + std::to_string(view.kinds[cache::kKindStored].units[args.group_layer].bytes) +
         " bytes per KV head; use smaller pages");
@@ -362,7 +286,8 @@ Status CudaAttention::configure(const AttentionArgs& args, int layer) {
     params_.pre_rope.rotation_scale =
         formats::rotation_scale(formats::rotation_block(view.head_dim));
   }
-  const Residency residency = residency_of(*variant_, args);
+  const Residency residency =
+      residency_of(*variant_, slot_bytes_of(args, variant_->slots_take_steps));
   params_.slot_bytes = residency.slot_bytes;
   blocks_of_sm_ = residency.blocks;
   params_.teams = residency.teams;
@@ -378,14 +303,19 @@ Status CudaAttention::configure(const AttentionArgs& args, int layer) {
 // results would not fit the workspace.
 DecodePlan CudaAttention::make_plan(const cache::GroupView& view, PlanShape& shape) {
   for (;;) {
-    num_blocks_ = (num_sms_ - static_cast<int>(shared_.starts.size())) * blocks_of_sm_;
+    const int most_blocks = (num_sms_ - static_cast<int>(shared_.starts.size())) * blocks_of_sm_;
+    num_blocks_ = most_blocks;
+    if (shared_.empty())
+      num_blocks_ -= blocks_to_leave(view, *variant_, params_.group, most_blocks);
     shape.num_workers = num_blocks_ * params_.teams;
+    shape.spare_blocks = spare_blocks_of(*variant_, num_blocks_);
     shape.elsewhere = shared_.sequences;
     DecodePlan plan = make_decode_plan(view, shape);
     // Each block cuts a unit at most twice: 2 partial results of blocks, and one sum per worker.
     num_partials_ = std::max(2 * num_blocks_, plan.num_partials);
     const int64_t rows = int64_t{num_partials_ + shape.num_workers} * shape.max_rows;
     const bool fits = rows * row_bytes(view.head_dim) <= partial_bytes_;
+    if (has_few_pages(plan, most_blocks * params_.teams)) params_.spare_slots = 0;
     if (fits || shared_.empty() || partials_ == nullptr || owned_partials_ != nullptr) return plan;
     shared_ = {};
     num_sharing_ = 0;
@@ -414,7 +344,6 @@ Status CudaAttention::prepare(const AttentionArgs& args, cudaStream_t stream) {
   shape.most_partials =
       static_cast<int>(kPositionPartialBytes / (int64_t{shape.max_rows} * view.head_dim * 4));
   const DecodePlan plan = make_plan(view, shape);
-  if (has_few_pages(plan, shape.num_workers)) params_.spare_slots = 0;
   const int64_t num_rows = int64_t{num_partials_ + shape.num_workers} * shape.max_rows;
   num_rows_ = 0;
   for (const cache::SequenceView& sequence : view.sequences)

@@ -252,6 +252,11 @@ __device__ __forceinline__ uint32_t movmatrix(uint32_t x) {
 
 // ---- arithmetic ----
 
+// The largest of a warp's numbers, known to all lanes; NaN counts as large.
+__device__ __forceinline__ float warp_max(float x) {
+  const auto ordered = [](int bits) { return bits ^ (bits >> 31 & 0x7fffffff); };
+  return __int_as_float(ordered(__reduce_max_sync(~0u, ordered(__float_as_int(x)))));
+}
 // The lowest `count` bits, all from 32 on.
 __device__ __forceinline__ uint32_t low_bits(uint32_t count) {
   uint32_t y;

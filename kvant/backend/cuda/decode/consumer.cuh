@@ -29,7 +29,7 @@ class Consumer {
         warp_(team_warp),
         lane_(lane) {
     bf16_queries_ = reinterpret_cast<uint4*>(team_memory);
-    std::byte* exchange = team_memory + Shape::kBf16QueryBytes + Shape::kF16QueryBytes;
+    std::byte* exchange = team_memory + Shape::kExchangeStart;
     exchange_ = reinterpret_cast<float*>(exchange);
     f16_queries_ = reinterpret_cast<uint2*>(
         Shape::kF16QueryBytes > 0 ? team_memory + Shape::kBf16QueryBytes : exchange);
@@ -46,12 +46,21 @@ class Consumer {
     }
   }
 
-  // `word`: this lane's word of the segment (lanes below 16); `leaves`: its sums go to the block's
-  // merge as they are, which only a team's last segment may.
-  __device__ __forceinline__ void run_segment(uint32_t word, int worker, bool leaves) {
+  // What the segment's work needs of tables: without waiting for other kernels. `word`: this lane's
+  // word of the segment (lanes below 16).
+  __device__ __forceinline__ void enter_segment(uint32_t word) {
     sync_team();  // the team has finished the segment before
-    if (warp_ == 0 && lane_ < 16) reinterpret_cast<uint32_t*>(&now_->segment)[lane_] = word;
+    if (warp_ == 0) {
+      const int head = static_cast<int>(__shfl_sync(~0u, word, offsetof(Segment, kv_head) / 4));
+      if (lane_ < 16) reinterpret_cast<uint32_t*>(&now_->segment)[lane_] = word;
+      if (lane_ == 0) now_->factors = params_.factors[head];
+    }
     sync_team();
+  }
+
+  // The segment entered; `leaves`: its sums go to the block's merge as they are, which only a
+  // team's last segment may.
+  __device__ __forceinline__ void run_segment(int worker, bool leaves) {
     begin(now_->segment);
     int flags;
     do {
@@ -90,7 +99,6 @@ class Consumer {
   // ---- queries ----
 
   __device__ __forceinline__ void begin(const Segment& segment) {
-    if (warp_ == 0 && lane_ == 0) now_->factors = params_.factors[segment.kv_head];
     if (params_.q_bias != nullptr && warp_ == 0 && lane_ < segment.num_rows) {
       const QueryRow at = query_row(params_, segment.first_row, segment.kv_head, lane_);
       now_->biases[lane_] = __ldcg(params_.q_bias + at.row * params_.num_query_heads + at.head);
@@ -608,6 +616,10 @@ class Consumer {
     }
   }
 
+  __device__ __forceinline__ std::byte* team_memory() const {
+    return reinterpret_cast<std::byte*>(bf16_queries_);
+  }
+
   __device__ __forceinline__ void describe(BlockResult<Shape>& result,
                                            const Segment& segment) const {
     result.unit = segment.unit;
@@ -617,21 +629,15 @@ class Consumer {
     result.kv_head = segment.kv_head;
   }
 
-  // The team's last segment: each warp leaves its sums as they are to the block's merge. The ring
-  // is empty, and the exchange is not needed any more.
+  // The team's last segment: each warp leaves its sums as they are to the block's merge.
   __device__ __forceinline__ void leave_result(const Segment& segment) {
     BlockResult<Shape>& result = results_[1];
     put_states(result.states[warp_]);
-    constexpr int kPart = Shape::kRows * Shape::kRowStride;
-    float* sums =
-        warp_ == 0 ? reinterpret_cast<float*>(ring_.slots) : exchange_ + (warp_ - 1) * kPart;
-    if (lane_ == 0) result.sums[warp_] = sums;
     if (warp_ == 0 && lane_ == 0) {
       describe(result, segment);
-      result.num_parts = kTeam;
-      result.row_stride = Shape::kRowStride;
       result.factor = now_->factors.value;
     }
+    float* sums = left_sums<Shape>(ring_.slots, team_memory(), warp_);
     sync_team();  // no warp of the team reads the ring any more
 #pragma unroll
     for (int n = 0; n < kNTiles; ++n) {
@@ -736,10 +742,7 @@ class Consumer {
     float* sums = params_.worker_sums + static_cast<int64_t>(worker) * params_.max_rows * kHeadDim;
     if (segment.is_shared != 0 && warp_ == 0 && lane_ == 0) {
       describe(result, segment);
-      result.num_parts = 1;
-      result.row_stride = kHeadDim;
       result.factor = 1.0f;
-      result.sums[0] = sums;
     }
 #pragma unroll
     for (int n = 0; n < kNTiles; ++n) {

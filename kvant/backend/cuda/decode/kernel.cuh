@@ -8,72 +8,10 @@
 #pragma once
 
 #include "kvant/backend/cuda/decode/consumer.cuh"
+#include "kvant/backend/cuda/decode/merge.cuh"
 #include "kvant/backend/cuda/decode/producer.cuh"
 
 namespace kvant::backend::cuda {
-
-// Merges the parts of one unit's results [begin, end): `kMergeChannels` channels of query row r.
-inline constexpr int kMergeChannels = 64;
-template <typename Shape>
-__device__ __forceinline__ void merge_row(const DecodeParams& params,
-                                          const BlockResult<Shape>* results, int begin, int end,
-                                          int r, int piece, int lane) {
-  const BlockResult<Shape>& first = results[begin];
-  const auto each_part = [&](auto&& use) {
-    for (int i = begin; i < end; ++i) {
-      if (results[i].unit < 0) continue;
-#pragma unroll
-      for (int part = 0; part < Shape::kTeam; ++part)
-        if (part < results[i].num_parts) use(results[i], part, results[i].states[part][r]);
-    }
-  };
-  float2 state = {kNoReference, 0.0f};
-  each_part([&](const auto&, int, float2 next) { state.x = fmaxf(state.x, next.x); });
-  const int channel = piece * kMergeChannels + lane * 2;
-  const bool valid = channel < Shape::kHeadDim;
-  float2 sum = {0.0f, 0.0f};
-  each_part([&](const BlockResult<Shape>& result, int part, float2 next) {
-    const float factor = ptx::exp2_approx(next.x - state.x);
-    state.y = fmaf(next.y, factor, state.y);
-    const float* at = result.sums[part] + r * result.row_stride + (valid ? channel : 0);
-    const float2 x = *reinterpret_cast<const float2*>(at);
-    sum.x = fmaf(x.x, factor * result.factor, sum.x);
-    sum.y = fmaf(x.y, factor * result.factor, sum.y);
-  });
-  float* out;
-  float scale = 1.0f;
-  if (first.partial >= 0) {
-    const int64_t at = static_cast<int64_t>(first.partial) * params.max_rows + r;
-    out = params.partial_sums + at * Shape::kHeadDim;
-    if (piece == 0 && lane == 0) params.partial_states[at] = state;
-  } else {
-    const QueryRow at = query_row(params, first.first_row, first.kv_head, r);
-    out = params.out + (at.row * params.num_query_heads + at.head) * Shape::kHeadDim;
-    scale = finish_row(params, at, state, piece == 0 && lane == 0);
-  }
-  if (valid) *reinterpret_cast<float2*>(out + channel) = {sum.x * scale, sum.y * scale};
-}
-
-// Merges the results of the block's teams, unit by unit; warps take turns with the rows.
-template <typename Shape>
-__device__ __forceinline__ void merge_block(const DecodeParams& params,
-                                            const BlockResult<Shape>* results, int warp, int lane) {
-  constexpr int kResults = 2 * Shape::kTeams;
-  constexpr int kPieces = (Shape::kHeadDim + kMergeChannels - 1) / kMergeChannels;
-  int turn = 0;  // of the warps
-  for (int begin = 0, end; begin < kResults; begin = end) {
-    end = begin + 1;
-    const BlockResult<Shape>& first = results[begin];
-    if (first.unit < 0) continue;
-    while (end < kResults && (results[end].unit < 0 || results[end].unit == first.unit)) ++end;
-    const int items = first.num_rows * kPieces;
-    int item = warp - turn;
-    if (item < 0) item += Shape::kConsumerWarps;
-    for (; item < items; item += Shape::kConsumerWarps)
-      merge_row<Shape>(params, results, begin, end, item / kPieces, item % kPieces, lane);
-    turn = (turn + items) % Shape::kConsumerWarps;
-  }
-}
 
 // A warp's part of what its team has to do. `own`: memory of the team beside its ring.
 template <typename Shape>
@@ -87,16 +25,21 @@ __device__ __forceinline__ void run_segments(const DecodeParams& params,
   const WorkerStart& start = params.workers[worker];
   const int num_segments = start.num_segments;
   uint32_t word = reinterpret_cast<const uint32_t*>(&start.segment)[lane % 16];
-  // Queries, and buffers that the kernels before still read.
-  if (!params.beside_shared) ptx::wait_prerequisites();
   // The last segment's sums go to the block's merge, unless each is to be merged by itself.
   const int merged_in_block = params.by_position ? -1 : num_segments - 1;
+  // Queries, and buffers that the kernels before still read.
+  const auto wait = [&] {
+    if (!params.beside_shared) ptx::wait_prerequisites();
+  };
+  if (num_segments == 0) wait();
   for (int i = 0; i < num_segments; ++i) {
     if (i > 0) {
       const Segment* next = params.segments + start.first_segment + i;
       word = reinterpret_cast<const uint32_t*>(next)[lane % 16];
     }
-    consumer.run_segment(word, worker, i == merged_in_block);
+    consumer.enter_segment(word);
+    if (i == 0) wait();
+    consumer.run_segment(worker, i == merged_in_block);
   }
 }
 
@@ -191,7 +134,15 @@ __global__ void __launch_bounds__(kLaunchThreads<Shape>, Shape::kBlocks)
     }
     __threadfence_block();
     ptx::named_barrier(kBlockBarrier, Shape::kConsumerWarps * 32);
-    merge_block<Shape>(params, &results[0][0], warp, lane);
+    const LeftParts<Shape> left = {&results[0][0],
+                                   memory,
+                                   ring_bytes,
+                                   memory + params.teams * ring_bytes,
+                                   params.worker_sums + static_cast<int64_t>(blockIdx.x) *
+                                                            params.teams * params.max_rows *
+                                                            Shape::kHeadDim,
+                                   params.max_rows};
+    merge_block<Shape>(params, left, warp, lane);
     if (params.beside_shared) ptx::wait_prerequisites();  // the merge that follows waits for both
   }
 }

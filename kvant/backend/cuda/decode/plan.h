@@ -8,7 +8,8 @@
 // Others leave partial results: those of the workers of one block are merged in the block, one per
 // block remains, and a second kernel merges these. Both merge in the order of the pages: results
 // depend on the plan only, never on timing. Where it takes no longer than the second kernel would,
-// each unit stays within a block, and there is no second kernel.
+// each unit stays within a block, and there is no second kernel. Where a few blocks without work
+// make it possible, blocks have whole units or equal parts of a single one.
 //
 // With PlanShape::by_position (--deterministic) the plan of a query depends on its position only: a
 // tile is one token, and units are cut where split_end() says, each piece a segment with a partial
@@ -84,6 +85,9 @@ struct PlanShape {
   int64_t bf16_bytes = 1;
   int64_t change_bytes = 0;  // what a worker could read while it goes from one unit to the next
   int64_t merge_bytes = 0;   // what a block could read while results of blocks are merged
+  // Blocks that may get no work where the others then have no parts of two units: the device's
+  // memory is busy without them.
+  int spare_blocks = 0;
   std::span<const ReadElsewhere> elsewhere = {};  // [sequence], or empty
   // No segment has both pages as stored and pages in BF16: stored values are rotated back, or get
   // their bias, when results are merged.

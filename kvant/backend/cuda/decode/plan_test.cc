@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <map>
 #include <numeric>
+#include <set>
 
 namespace kvant::backend::cuda {
 namespace {
@@ -223,6 +224,52 @@ TEST(DecodePlan, WholeUnitsAreSpreadOverBlocks) {
   const std::vector<int64_t> loads = block_loads(plan, shape);
   // 120 units have a block each.
   EXPECT_EQ(std::count_if(loads.begin(), loads.end(), [](int64_t load) { return load > 0; }), 120);
+}
+
+// Units that each block has parts of.
+std::vector<std::set<int>> block_units(const DecodePlan& plan, const PlanShape& shape) {
+  std::vector<std::set<int>> units(static_cast<size_t>(shape.num_workers / shape.block_workers));
+  for (int w = 0; w < shape.num_workers; ++w) {
+    const WorkerStart& start = plan.workers[w];
+    for (int i = 0; i < start.num_segments; ++i)
+      units[w / shape.block_workers].insert(plan.segments[start.first_segment + i].unit);
+  }
+  return units;
+}
+
+TEST(DecodePlan, SpareBlocksStayIdleWhereThenNoneHasPartsOfTwoUnits) {
+  PlanShape shape = shape_of(4, 8, 132 * 4);
+  shape.merge_bytes = 64 << 10;
+  shape.spare_blocks = 8;
+  struct Case {
+    std::vector<int64_t> lengths;
+    int busy;   // blocks with work, at most
+    int parts;  // blocks of a unit; 0: as without spare blocks
+  };
+  // Three KV heads each.
+  for (const Case& c :
+       {Case{std::vector<int64_t>(42, 32769), 126, 1}, Case{std::vector<int64_t>(84, 8193), 126, 1},
+        Case{std::vector<int64_t>(21, 32769), 126, 2},
+        Case{std::vector<int64_t>(14, 32769), 126, 3},
+        Case{std::vector<int64_t>(10, 32769), 132, 0}, Case{{131073}, 132, 0}}) {
+    const Sequences sequences = make_sequences(c.lengths, 1, 64);
+    const DecodePlan plan = make_decode_plan(sequences.group, shape);
+    check_cover(plan, shape.num_workers);
+    const std::vector<int64_t> loads = block_loads(plan, shape);
+    EXPECT_EQ(std::count_if(loads.begin(), loads.end(), [](int64_t load) { return load > 0; }),
+              c.busy);
+    const int64_t all = std::accumulate(loads.begin(), loads.end(), int64_t{0});
+    EXPECT_LE(*std::max_element(loads.begin(), loads.end()), all / 124 + 2 * 32768);
+    EXPECT_EQ(plan.split_units.empty(), c.parts == 1);
+    if (c.parts == 0) continue;
+    for (const SplitUnit& unit : plan.split_units) EXPECT_EQ(unit.num_partials, c.parts);
+    std::map<int, int> blocks_of_unit;
+    for (const std::set<int>& units : block_units(plan, shape)) {
+      EXPECT_LE(units.size(), c.parts == 1 ? 2u : 1u);
+      for (const int unit : units) ++blocks_of_unit[unit];
+    }
+    for (const auto& [unit, blocks] : blocks_of_unit) EXPECT_EQ(blocks, c.parts) << unit;
+  }
 }
 
 TEST(DecodePlan, TilesDoNotCrossPages) {

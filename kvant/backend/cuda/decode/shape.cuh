@@ -62,11 +62,12 @@ struct DecodeShape {
           ? 0
           : kNumNTiles * kSteps * 32 * 8;
   static constexpr int kExchangeBytes = (kTeamWarps - 1) * kNumNTiles * 8 * (kDim + 4) * 4;
+  static constexpr int kExchangeStart = kBf16QueryBytes + kF16QueryBytes;
   static constexpr int kStateBytes = kTeamWarps * kNumNTiles * 8 * 8;
   static constexpr int kTeamBytes =
       kBf16QueryBytes + kF16QueryBytes + kExchangeBytes + kStateBytes + sizeof(TeamSegment);
   static_assert(kPreRope || kF16QueryBytes > 0 || kExchangeBytes >= kNumNTiles * kSteps * 32 * 8);
-  // A result that waits for the block's merge, [row][channel]: padded against bank conflicts.
+  // Of a row that waits for the block's merge: padded against bank conflicts.
   static constexpr int kRowStride = kDim + 4;
   static constexpr int kRows = kNumNTiles * 8;
 };
@@ -80,12 +81,18 @@ struct BlockResult {
   int32_t first_row;
   int32_t num_rows;
   int32_t kv_head;
-  int32_t num_parts;
-  int32_t row_stride;
   float factor;  // of the sums
-  const float* sums[Shape::kTeam];
   float2 states[Shape::kTeam][Shape::kRows];
 };
+
+// Where a warp leaves the sums of its team's last segment, [row][kRowStride]: the ring is empty
+// then, and the exchange is not needed any more. `ring`, `own`: the team's ring and memory.
+template <typename Shape>
+__device__ __forceinline__ float* left_sums(std::byte* ring, std::byte* own, int warp) {
+  constexpr int kPart = Shape::kRows * Shape::kRowStride;
+  return warp == 0 ? reinterpret_cast<float*>(ring)
+                   : reinterpret_cast<float*>(own + Shape::kExchangeStart) + (warp - 1) * kPart;
+}
 
 // Row of the step's activations and query head of a tile's query row.
 struct QueryRow {
