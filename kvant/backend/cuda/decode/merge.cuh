@@ -31,11 +31,10 @@ struct LeftParts {
     return left_sums<Shape>(rings + team * ring_bytes, own + team * Shape::kTeamBytes, warp) +
            r * Shape::kRowStride;
   }
-  // 32 numbers of a warp: where queries were.
+  // 32 numbers of a warp: where the first team's queries were. Not every team may be at work.
   __device__ __forceinline__ float* scratch(int warp) const {
-    static_assert(Shape::kBf16QueryBytes >= Shape::kTeam * 128);
-    return reinterpret_cast<float*>(own + warp / Shape::kTeam * Shape::kTeamBytes) +
-           warp % Shape::kTeam * 32;
+    static_assert(Shape::kBf16QueryBytes >= Shape::kConsumerWarps * 128);
+    return reinterpret_cast<float*>(own) + warp * 32;
   }
 };
 
