@@ -80,10 +80,11 @@ int64_t fast_pages_of(const cache::GroupView& view) {
   return device_traits().fast_memory ? num_pages_of(view) / device_traits().num_sms : kNotFast;
 }
 
-// Not for keys of fewer than 4 bits: their work for each byte is so much that every block counts.
+// Not for keys of fewer than 4 bits or before RoPE: their work for each byte is so much that every
+// block counts.
 int spare_blocks_of(const DecodeVariant& variant, int num_blocks) {
-  const bool counts =
-      variant.key == KeyKernel::kInt3Channel || variant.key == KeyKernel::kInt2Channel;
+  const bool counts = variant.pre_rope || variant.key == KeyKernel::kInt3Channel ||
+                      variant.key == KeyKernel::kInt2Channel;
   return counts || !has_blocks_to_spare() ? 0 : num_blocks / kBlocksToSpare;
 }
 
