@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "kvant/backend/cuda/append.h"
+#include "kvant/backend/cuda/device.h"
 #include "kvant/cache/layout.h"
 #include "kvant/formats/sections.h"
 #include "kvant/formats/spec.h"
@@ -295,8 +296,8 @@ int run(int argc, char** argv) {
       return 64;
     }
   }
-  cudaDeviceProp properties;
-  require(cudaGetDeviceProperties(&properties, 0), "finding a device");
+  const auto properties = find_device();
+  if (!properties) require(Status(properties.error()));
   cudaStream_t stream;
   require(cudaStreamCreate(&stream), "making a stream");
   auto append = CacheAppend::create();
@@ -317,7 +318,7 @@ int run(int argc, char** argv) {
   }
   const double big = static_cast<double>(1 << 30);
   const double big_us = std::min(copy_us(stream, 1 << 30, true), copy_us(stream, 1 << 30, false));
-  report(rows, properties.name, big / big_us / 1e3);
+  report(rows, properties->name, big / big_us / 1e3);
   return 0;
 }
 

@@ -31,6 +31,7 @@
 #include "bench/gpu/memory_kernels.h"
 #include "bench/gpu/timing.h"
 #include "kvant/backend/cuda/attention.h"
+#include "kvant/backend/cuda/device.h"
 #include "kvant/formats/format.h"
 
 namespace kvant::bench {
@@ -317,8 +318,12 @@ struct Mode {
 };
 
 void run(const Options& options) {
-  cudaDeviceProp device;
-  check(cudaGetDeviceProperties(&device, 0), "asking for device 0");
+  const Result<cudaDeviceProp> found = backend::cuda::find_device();
+  if (!found) {
+    fmt::print(stderr, "error: {}\n", found.error().message());
+    std::exit(69);
+  }
+  const cudaDeviceProp& device = *found;
   fmt::print("{}, {} multiprocessors; {}/{} heads, head_dim {}\n", device.name,
              device.multiProcessorCount, options.query_heads, options.kv_heads, options.head_dim);
   fmt::print("{:<28} {:>12} {:>9} {:>9} {:>9} {:>7} {:>9}\n", "format", "shape", "us", "least",

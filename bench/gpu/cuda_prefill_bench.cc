@@ -24,6 +24,7 @@
 #include <string>
 #include <vector>
 
+#include "kvant/backend/cuda/device.h"
 #include "kvant/backend/cuda/prefill/prefill_attention.h"
 #include "kvant/cache/layout.h"
 #include "kvant/formats/codec.h"
@@ -355,6 +356,7 @@ int table(std::vector<std::string> shapes, ImageType images) {
 int main(int argc, char** argv) {
   using kvant::backend::cuda::ImageType;
   std::vector<std::string> args(argv + 1, argv + argc);
+  kvant::backend::cuda::require(kvant::backend::cuda::find_device());
   ImageType images = ImageType::kF16;
   if (args.size() >= 2 && args[0] == "--attn" && args[1] == "fp8") {
     images = ImageType::kE4m3;
