@@ -112,6 +112,10 @@ int slot_bytes_of(const AttentionArgs& args, bool takes_steps) {
   return bytes + (angle_bytes(args) + 127) / 128 * 128;
 }
 
+Residency residency_of(const DecodeVariant& variant, const AttentionArgs& args) {
+  return residency_of(variant, slot_bytes_of(args, variant.slots_take_steps));
+}
+
 }  // namespace
 
 Result<std::unique_ptr<CudaAttention>> CudaAttention::create() {
@@ -182,15 +186,14 @@ Result<const DecodeVariant*> CudaAttention::choose_variant(const AttentionArgs& 
                   ? k.mean || transforms_keys(k) || args.params.rope.rotary_dim != view.head_dim
                   : k.mean && is_channel(query.key);
   const DecodeVariant* variant = find_variant(query);
-  if (variant != nullptr &&
-      residency_of(*variant, slot_bytes_of(args, variant->slots_take_steps)).blocks == 0) {
+  if (variant != nullptr && residency_of(*variant, args).blocks == 0) {
     query.any = true;  // its slots are smaller
     variant = find_variant(query);
   }
   if (variant == nullptr)
     return unsupported("head_dim " + std::to_string(view.head_dim) + " with " +
                        std::to_string(group) + " query heads per KV head");
-  if (residency_of(*variant, slot_bytes_of(args, variant->slots_take_steps)).blocks == 0)
+  if (residency_of(*variant, args).blocks == 0)
     return unsupported(
         "pages of " + std::to_string(view.kinds[cache::kKindStored].units[args.group_layer].bytes) +
         " bytes per KV head; use smaller pages");
@@ -286,8 +289,7 @@ Status CudaAttention::configure(const AttentionArgs& args, int layer) {
     params_.pre_rope.rotation_scale =
         formats::rotation_scale(formats::rotation_block(view.head_dim));
   }
-  const Residency residency =
-      residency_of(*variant_, slot_bytes_of(args, variant_->slots_take_steps));
+  const Residency residency = residency_of(*variant_, args);
   params_.slot_bytes = residency.slot_bytes;
   blocks_of_sm_ = residency.blocks;
   params_.teams = residency.teams;
@@ -315,8 +317,10 @@ DecodePlan CudaAttention::make_plan(const cache::GroupView& view, PlanShape& sha
     num_partials_ = std::max(2 * num_blocks_, plan.num_partials);
     const int64_t rows = int64_t{num_partials_ + shape.num_workers} * shape.max_rows;
     const bool fits = rows * row_bytes(view.head_dim) <= partial_bytes_;
-    if (has_few_pages(plan, most_blocks * params_.teams)) params_.spare_slots = 0;
-    if (fits || shared_.empty() || partials_ == nullptr || owned_partials_ != nullptr) return plan;
+    if (fits || shared_.empty() || partials_ == nullptr || owned_partials_ != nullptr) {
+      if (has_few_pages(plan, most_blocks * params_.teams)) params_.spare_slots = 0;
+      return plan;
+    }
     shared_ = {};
     num_sharing_ = 0;
     params_.beside_shared = false;

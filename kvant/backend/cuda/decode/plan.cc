@@ -229,7 +229,6 @@ class Planner {
           ends.push_back(done + tile.cost * part / parts);
         done += tile.cost;
         if (parts > 1) ends.push_back(begin = done);
-        if (ends.size() > static_cast<size_t>(num_blocks())) return {};
       }
     }
     if (done > begin) ends.push_back(done);
