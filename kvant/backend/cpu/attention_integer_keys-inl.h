@@ -19,17 +19,25 @@ int code_offset(Code code) {
   return code == Code::kE2m1 ? 12 : code == Code::kS8 ? 128 : 0;
 }
 
-// Where packing (store_bytes()) leaves each channel of 64 that key_bytes() takes out of K's words
-// in turn: words hold four, eight or sixteen channels.
+// The channel of sixteen that is byte `place` % 4 of vector `place` / 4 of those that key_bytes()
+// takes out of K's words in turn: words hold four, eight or sixteen channels.
+template <int kBits>
+constexpr int channel_of(int place) {
+  return kBits == 8   ? place
+         : kBits == 4 ? place / 8 * 8 + place % 4 * 2 + place / 4 % 2
+                      : place % 4 * 4 + place / 4;
+}
+
+// Where the bytes of K's channels in turn are: of 64, as packing (store_bytes()) leaves them, or
+// (kHalfRate) of 32 integers in two vectors, their low bytes and then the next ones.
 template <int kBits>
 constexpr Order<int8_t, 64> order_of_channels() {
   Order<int8_t, 64> order{};
   for (int i = 0; i < 64; ++i) {
-    const int place = i % 16;  // byte place % 4 of vector place / 4
-    const int channel = kBits == 8   ? place
-                        : kBits == 4 ? place / 8 * 8 + place % 4 * 2 + place / 4 % 2
-                                     : place % 4 * 4 + place / 4;
-    order.at[i] = static_cast<int8_t>(channel / 4 * 16 + i / 16 * 4 + channel % 4);
+    const int channel = channel_of<kBits>(i % 16);
+    const int packed = channel / 4 * 16 + i / 16 * 4 + channel % 4;
+    const int in_integers = i / 16 % 2 * 64 + 4 * channel + i / 32;
+    order.at[i] = static_cast<int8_t>(kHalfRate ? in_integers : packed);
   }
   return order;
 }
@@ -37,7 +45,7 @@ alignas(64) constexpr Order<int8_t, 64> kOrderOf8Bits = order_of_channels<8>();
 alignas(64) constexpr Order<int8_t, 64> kOrderOf4Bits = order_of_channels<4>();
 alignas(64) constexpr Order<int8_t, 64> kOrderOf2Bits = order_of_channels<2>();
 
-__m512i packed_order(Code code) {
+__m512i order_of(Code code) {
   const bool two = code == Code::kU3 || code == Code::kU2;
   return _mm512_load_si512((code == Code::kS8 ? kOrderOf8Bits
                             : two             ? kOrderOf2Bits
@@ -60,9 +68,28 @@ KVANT_INLINE QueryBytes query_bytes(const RoundQueriesArgs& a, const Page& page)
   return {64, kQueryTileBytes, a.tile_rows * 64, true};
 }
 
-// 64 integers of at most 16 bits as their low bytes, signed, and what remains, divided by 256.
-KVANT_INLINE void store_bytes(const __m512i* x, __m512i order, __mmask64 mask, int8_t* hi,
+// 64 values times `scale`, at most 16 bits when rounded, as the integers' low bytes, signed, and
+// what remains, divided by 256. Only channels of the mask are stored; `from` has them all.
+KVANT_INLINE void store_bytes(const F* from, F scale, __m512i order, __mmask64 mask, int8_t* hi,
                               int8_t* lo) {
+  if constexpr (kHalfRate) {
+    // The sum's low bits are the integer plus 128, which rounds what remains and flips the low
+    // byte's sign: no conversions, and a permute for all packing.
+    const F magic = bcast(0x1.8p23f + 128.0f);
+    const __m512i flip = _mm512_zextsi256_si512(_mm256_set1_epi8(-128));
+    unroll<2>([&](auto h) KVANT_ALWAYS {
+      const __m512i a = as_int(fma(from[2 * h.value], scale, magic)).v;
+      const __m512i b = as_int(fma(from[2 * h.value + 1], scale, magic)).v;
+      const __m512i bytes = _mm512_xor_si512(_mm512_permutex2var_epi8(a, order, b), flip);
+      const auto part = static_cast<__mmask32>(mask >> (32 * h.value));
+      _mm256_mask_storeu_epi8(lo + 32 * h.value, part, _mm512_castsi512_si256(bytes));
+      _mm256_mask_storeu_epi8(hi + 32 * h.value, part, _mm512_extracti64x4_epi64(bytes, 1));
+    });
+    return;
+  }
+  __m512i x[4];
+  unroll<4>([&](auto i)
+                KVANT_ALWAYS { x[i.value] = _mm512_cvtps_epi32(mul(from[i.value], scale).v); });
   const __m512i a = _mm512_packs_epi32(x[0], x[1]);
   const __m512i b = _mm512_packs_epi32(x[2], x[3]);
   const __m512i low = _mm512_set1_epi16(255), half = _mm512_set1_epi16(128);
@@ -101,16 +128,13 @@ KVANT_INLINE void round_rows(const RoundQueriesArgs& a, const Page& page, const 
         bytes.whole || d - c >= 64 ? ~__mmask64{0} : (__mmask64{1} << (d - c)) - 1;
     unroll<M>([&](auto m) KVANT_ALWAYS {
       const float* from = x + m.value * d + c;
-      __m512i integers[4];
+      F values[4];
       unroll<4>([&](auto i) KVANT_ALWAYS {
-        integers[i.value] = _mm512_setzero_si512();
-        if (c + i.value * kLanes < d) {
-          integers[i.value] =
-              _mm512_cvtps_epi32(mul(load(from + i.value * kLanes), bcast(inverse[m.value])).v);
-        }
+        values[i.value] = zero();
+        if (c + i.value * kLanes < d) values[i.value] = load(from + i.value * kLanes);
       });
       int8_t* to = hi + m.value * bytes.row;
-      store_bytes(integers, order, mask, to, to + bytes.low);
+      store_bytes(values, bcast(inverse[m.value]), order, mask, to, to + bytes.low);
     });
   }
 }
@@ -170,7 +194,7 @@ KVANT_INLINE void multiply_channels(const RoundQueriesArgs& a, const Page& page,
 
 template <bool kChannels, typename Page>
 KVANT_INLINE void round_page(const RoundQueriesArgs& a, const Page& page) {
-  const __m512i order = packed_order(a.code);
+  const __m512i order = order_of(a.code);
   const int row_steps = (a.rows + kRoundedRows - 1) / kRoundedRows;
   Fetcher fetcher(a.fetch, row_steps * (page.head_dim / kLanes));
   for (int r = 0; r < a.rows; r += kRoundedRows) {
@@ -197,11 +221,13 @@ void round_queries(const RoundQueriesArgs& a) {
     for (int r = 0; r < a.rows; ++r) sum_blocks(a, r);
     return;
   }
-  if (a.tile_rows == 0) {  // nothing is taken back
+  if (!kHalfRate && a.tile_rows == 0) {  // nothing is taken back
     const int64_t stride = a.head_dim / kLanes;
     for (int64_t r = 0; r < a.rows; ++r) a.out.start[r * stride] = a.out.rest[r * stride] = 0;
   }
-  if (a.head_dim == 128 && (kHalfRate || a.tile_rows != 0)) {
+  if (a.head_dim == 256 && kHalfRate) {
+    round_page<true>(a, WholePage<256>{});
+  } else if (a.head_dim == 128 && (kHalfRate || a.tile_rows != 0)) {
     round_page<true>(a, WholePage<128>{});
   } else if (a.head_dim == 64 && (kHalfRate || a.tile_rows != 0)) {
     round_page<true>(a, WholePage<64>{});
@@ -227,11 +253,23 @@ struct KeyFormat {
   static constexpr bool kShort = Short_;  // blocks of sixteen channels
 };
 
+// Channels of a block, which whole pages know: blocks of f16 scales may be 16 or 32.
+template <typename Format, typename Page>
+KVANT_INLINE int key_block(const IntegerScoreArgs& a, const Page& page) {
+  if constexpr (Format::kShort) return kLanes;
+  if constexpr (Format::S == PageScale::kChannelPair) return page.head_dim;
+  return a.block;
+}
+
 // M query rows with N tiles of sixteen keys, which start at `tile`.
-template <typename Format, int M, int N>
+template <typename Format, int M, int N, typename Page>
 struct ScoreTile {
   static constexpr Code C = Format::C;
+  // Whether the low bytes' sums start with what the block takes back: elsewhere shift() adds it.
+  static constexpr bool kTakesBack = kHalfRate && Format::S != PageScale::kChannelPair;
   const IntegerScoreArgs& a;
+  const Page& page;
+  const int block;
   const uint8_t* codes[N];
   const uint8_t* scales[N];
   const int8_t* hi;
@@ -239,26 +277,28 @@ struct ScoreTile {
   const int32_t* start;
   const int32_t* rest;
   const float* sum;
-  int64_t block_stride;
   F total[M][N];
 
-  KVANT_INLINE ScoreTile(const IntegerScoreArgs& args, int row, int tile, int num_blocks)
-      : a(args), block_stride(args.head_dim / kLanes) {
-    const int64_t tile_bytes = int64_t{args.head_dim / kLanes} * key_step_bytes<C>();
+  KVANT_INLINE ScoreTile(const IntegerScoreArgs& args, const Page& p, int row, int tile)
+      : a(args), page(p), block(key_block<Format>(args, p)) {
+    const int64_t tile_bytes = int64_t{page.head_dim / kLanes} * key_step_bytes<C>();
+    const int num_blocks = (page.head_dim + block - 1) / block;
     const int64_t side_bytes = int64_t{num_blocks} * kLanes * scale_stride(Format::S);
     unroll<N>([&](auto n) KVANT_ALWAYS {
       codes[n.value] = args.codes + (tile + n.value) * tile_bytes;
       scales[n.value] = args.scales + (tile + n.value) * side_bytes;
     });
-    hi = args.q.hi + static_cast<int64_t>(row) * args.head_dim;
-    lo = args.q.lo + static_cast<int64_t>(row) * args.head_dim;
-    start = args.q.start + row * block_stride;
-    rest = args.q.rest + row * block_stride;
-    sum = args.q.sum + row * block_stride;
+    hi = args.q.hi + static_cast<int64_t>(row) * page.head_dim;
+    lo = args.q.lo + static_cast<int64_t>(row) * page.head_dim;
+    start = args.q.start + row * block_stride();
+    rest = args.q.rest + row * block_stride();
+    sum = args.q.sum + row * block_stride();
     unroll<M>([&](auto m) KVANT_ALWAYS {
       unroll<N>([&](auto n) KVANT_ALWAYS { total[m.value][n.value] = zero(); });
     });
   }
+
+  KVANT_INLINE int64_t block_stride() const { return page.head_dim / kLanes; }
 
   KVANT_INLINE static void multiply(__m512i (&acc)[M][N], const __m512i (&key)[N], const int8_t* q,
                                     int d) {
@@ -272,7 +312,7 @@ struct ScoreTile {
   KVANT_INLINE void begin_block(__m512i (&acc)[M][N], int b) const {
     unroll<M>([&](auto m) KVANT_ALWAYS {
       const __m512i first =
-          kHalfRate ? _mm512_setzero_si512() : bcast_dword(start + m.value * block_stride + b);
+          kHalfRate ? _mm512_setzero_si512() : bcast_dword(start + m.value * block_stride() + b);
       unroll<N>([&](auto n) KVANT_ALWAYS { acc[m.value][n.value] = first; });
     });
   }
@@ -280,7 +320,7 @@ struct ScoreTile {
   // The high bytes' sums times 256, and what the block takes back.
   KVANT_INLINE void shift(__m512i (&acc)[M][N], int b) const {
     unroll<M>([&](auto m) KVANT_ALWAYS {
-      const __m512i low = bcast_dword(rest + m.value * block_stride + b);
+      const __m512i low = bcast_dword(rest + m.value * block_stride() + b);
       unroll<N>([&](auto n) KVANT_ALWAYS {
         __m512i& high = acc[m.value][n.value];
         if constexpr (kHalfRate) {  // vpshldd is one for the pipes that multiply
@@ -306,7 +346,7 @@ struct ScoreTile {
         const F zero_point = load_f16(side + kSideBytes / 2);
         unroll<M>([&](auto m) KVANT_ALWAYS {
           total[m.value][n.value] =
-              fma(bcast(sum[m.value * block_stride + b]), zero_point, total[m.value][n.value]);
+              fma(bcast(sum[m.value * block_stride() + b]), zero_point, total[m.value][n.value]);
         });
       }
     });
@@ -328,11 +368,13 @@ struct ScoreTile {
     __m512i acc[M][N];
     begin_block(acc, b);
     const int c = b * kLanes;
-    unroll<4>([&](auto j)
-                  KVANT_ALWAYS { multiply(acc, key[j.value], hi + c + 4 * j.value, a.head_dim); });
+    unroll<4>([&](auto j) KVANT_ALWAYS {
+      multiply(acc, key[j.value], hi + c + 4 * j.value, page.head_dim);
+    });
     shift(acc, b);
-    unroll<4>([&](auto j)
-                  KVANT_ALWAYS { multiply(acc, key[j.value], lo + c + 4 * j.value, a.head_dim); });
+    unroll<4>([&](auto j) KVANT_ALWAYS {
+      multiply(acc, key[j.value], lo + c + 4 * j.value, page.head_dim);
+    });
     end_block(acc, b);
   }
 
@@ -341,10 +383,10 @@ struct ScoreTile {
     begin_block(high, b);
     unroll<M>([&](auto m) KVANT_ALWAYS {
       const __m512i first =
-          kHalfRate ? bcast_dword(rest + m.value * block_stride + b) : _mm512_setzero_si512();
+          kTakesBack ? bcast_dword(rest + m.value * block_stride() + b) : _mm512_setzero_si512();
       unroll<N>([&](auto n) KVANT_ALWAYS { low[m.value][n.value] = first; });
     });
-    const int first = b * (a.block / kLanes);
+    const int first = b * (block / kLanes);
     for (int i = first; i < first + steps; ++i) {
       unroll<4>([&](auto j) KVANT_ALWAYS {
         __m512i key[N];
@@ -352,8 +394,8 @@ struct ScoreTile {
           key[n.value] = key_bytes<C, j.value>(codes[n.value] + i * key_step_bytes<C>());
         });
         const int c = i * kLanes + 4 * j.value;
-        multiply(high, key, hi + c, a.head_dim);
-        multiply(low, key, lo + c, a.head_dim);
+        multiply(high, key, hi + c, page.head_dim);
+        multiply(low, key, lo + c, page.head_dim);
       });
       fetcher.step();
     }
@@ -369,22 +411,22 @@ struct ScoreTile {
   }
 };
 
-template <typename Format, int M, int N>
-KVANT_OWN_FRAME void score_tile(const IntegerScoreArgs& a, int row, int tile, Fetcher& fetcher) {
-  const int num_blocks = (a.head_dim + a.block - 1) / a.block;
-  ScoreTile<Format, M, N> t(a, row, tile, num_blocks);
-  for (int b = 0; b < num_blocks; ++b) {
+template <typename Format, int M, int N, typename Page>
+KVANT_OWN_FRAME void score_tile(const IntegerScoreArgs& a, const Page& page, int row, int tile,
+                                Fetcher& fetcher) {
+  ScoreTile<Format, M, N, Page> t(a, page, row, tile);
+  for (int c = 0, b = 0; c < page.head_dim; c += t.block, ++b) {
     if constexpr (Format::kShort) {
       t.short_block(b);
       fetcher.step();
     } else {
-      const int end = (b + 1) * a.block < a.head_dim ? (b + 1) * a.block : a.head_dim;
-      t.long_block(b, (end - b * a.block) / kLanes, fetcher);
+      const int end = c + t.block < page.head_dim ? c + t.block : page.head_dim;
+      t.long_block(b, (end - c) / kLanes, fetcher);
     }
   }
   const float factor = Format::S == PageScale::kE4m3 ? kE4m3Factor : 1.0f;
   unroll<M>([&](auto m) KVANT_ALWAYS {
-    float* s = a.s + static_cast<int64_t>(row + m.value) * a.page_tokens + tile * kLanes;
+    float* s = a.s + static_cast<int64_t>(row + m.value) * page.page_tokens + tile * kLanes;
     const F scale = bcast(a.q.scale[row + m.value] * factor);
     unroll<N>([&](auto n) KVANT_ALWAYS {
       store(s + n.value * kLanes, mul(t.total[m.value][n.value], scale));
@@ -392,19 +434,28 @@ KVANT_OWN_FRAME void score_tile(const IntegerScoreArgs& a, int row, int tile, Fe
   });
 }
 
-template <typename Format>
-void scores_of(const IntegerScoreArgs& a) {
+template <typename Format, typename Page>
+void scores_of_page(const IntegerScoreArgs& a, const Page& page) {
   const int row_steps = (a.rows + kMaxRows - 1) / kMaxRows;
-  const int tile_steps = (a.num_tiles + kKeyTiles - 1) / kKeyTiles;
-  Fetcher fetcher(a.fetch, tile_steps * row_steps * (a.head_dim / kLanes));
-  for (int tile = 0; tile < a.num_tiles; tile += kKeyTiles) {
+  const int tile_steps = (page.num_tiles + kKeyTiles - 1) / kKeyTiles;
+  Fetcher fetcher(a.fetch, tile_steps * row_steps * (page.head_dim / kLanes));
+  for (int tile = 0; tile < page.num_tiles; tile += kKeyTiles) {
     for (int r = 0; r < a.rows; r += kMaxRows) {
       with_count<kMaxRows>(a.rows - r, [&](auto m) {
-        with_count<kKeyTiles>(a.num_tiles - tile, [&](auto n) {
-          score_tile<Format, decltype(m)::value, decltype(n)::value>(a, r, tile, fetcher);
+        with_count<kKeyTiles>(page.num_tiles - tile, [&](auto n) {
+          score_tile<Format, decltype(m)::value, decltype(n)::value>(a, page, r, tile, fetcher);
         });
       });
     }
+  }
+}
+
+template <typename Format>
+void scores_of(const IntegerScoreArgs& a) {
+  if constexpr (kHalfRate) {
+    with_wide_page(a, [&](const auto& page) { scores_of_page<Format>(a, page); });
+  } else {
+    scores_of_page<Format>(a, AnyPage{a.head_dim, a.page_tokens, a.num_tiles});
   }
 }
 

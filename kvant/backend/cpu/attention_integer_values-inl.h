@@ -119,8 +119,7 @@ void values(const IntegerValueArgs& a) {
   with_value_side(a, [&](auto side) {
     using Side = decltype(side);
     if constexpr (kHalfRate) {
-      if (is_whole(a) && a.head_dim == 256) return values_of<Side>(a, WholePage<256>{});
-      with_page(a, [&](const auto& page) { values_of<Side>(a, page); });
+      with_wide_page(a, [&](const auto& page) { values_of<Side>(a, page); });
     } else {
       values_of<Side>(a, AnyPage{a.head_dim, a.page_tokens, a.num_tiles});
     }

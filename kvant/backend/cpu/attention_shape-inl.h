@@ -42,5 +42,12 @@ KVANT_INLINE void with_page(const Args& args, Fn&& f) {
   f(AnyPage{args.head_dim, args.page_tokens, args.num_tiles});
 }
 
+// The same for kernels that know head_dim 256, too.
+template <typename Args, typename Fn>
+KVANT_INLINE void with_wide_page(const Args& args, Fn&& f) {
+  if (is_whole(args) && args.head_dim == 256) return f(WholePage<256>{});
+  with_page(args, f);
+}
+
 }  // namespace
 }  // namespace kvant::backend::cpu::KVANT_LEVEL

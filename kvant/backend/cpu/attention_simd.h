@@ -591,16 +591,17 @@ constexpr Roots kRootsOfTwo = {
 constexpr float kExpC1 = 0.693157344f, kExpC2 = 0.240228268f;
 #endif
 
-// e^x for x <= 88, relative error below 2e-7 (for |x| < 20 with AVX2; elsewhere 9e-8 |x| more); 0
-// below -60: of a weight that small nothing is left in a sum, but times a scale it would be
-// subnormal, which costs processors a hundred cycles.
-KVANT_INLINE F exp_lanes(F x) {
-  const F lowest = bcast(-60.0f);
+constexpr float kLog2E = 1.44269504f;
+
+// 2^t for t <= 127, relative error below 2e-7; 0 below -86.5 (e^-60): of a weight that small
+// nothing is left in a sum, but times a scale it would be subnormal, which costs processors a
+// hundred cycles.
+KVANT_INLINE F exp2_lanes(F t) {
+  const F lowest = bcast(-86.5f);
 #if defined(__AVX512DQ__)
   // 2^t = 2^(n / 32) 2^r with n an integer and |r| <= 1/64: the polynomial is the one of degree 2
   // that is nearest to 2^r, relatively, with p(0) = 1. A lookup and a shift instead of a longer
   // one: after products in tiles only one port multiplies for a while.
-  const F t = mul(x, bcast(1.44269504f));
   const F biased = add(t, bcast(0x1.8p18f));                        // n in the low bits
   const F r = {_mm512_reduce_ps(t.v, 5 << 4 | _MM_FROUND_NO_EXC)};  // less n / 32
   const F p = mul(fma(r, bcast(kExpC2), bcast(kExpC1)), r);
@@ -608,27 +609,30 @@ KVANT_INLINE F exp_lanes(F x) {
   const __m512i root = _mm512_permutex2var_epi32(_mm512_load_si512(kRootsOfTwo.at), n,
                                                  _mm512_load_si512(kRootsOfTwo.at + kLanes));
   const F power = as_float({_mm512_add_epi32(root, _mm512_slli_epi32(n, 18))});
-  const __mmask16 counts = _mm512_cmp_ps_mask(x.v, lowest.v, _CMP_GE_OQ);
+  const __mmask16 counts = _mm512_cmp_ps_mask(t.v, lowest.v, _CMP_GE_OQ);
   return {_mm512_maskz_fmadd_ps(counts, p.v, power.v, power.v)};
 #else
-  const F clipped = max(x, lowest);
+  const F clipped = max(t, lowest);
   const F magic = bcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  const F biased = fma(clipped, bcast(1.44269504f), magic);
-  const F n = sub(biased, magic);
-  // r = x - n ln 2, with ln 2 in two parts, the first with few enough bits that n * it is exact.
-  F r = fma(n, bcast(-0.693359375f), clipped);
-  r = fma(n, bcast(2.12194440e-4f), r);
-  F p = bcast(1.0f / 5040.0f);
-  p = fma(p, r, bcast(1.0f / 720.0f));
-  p = fma(p, r, bcast(1.0f / 120.0f));
-  p = fma(p, r, bcast(1.0f / 24.0f));
-  p = fma(p, r, bcast(1.0f / 6.0f));
-  p = fma(p, r, bcast(0.5f));
-  p = fma(p, r, bcast(1.0f));
+  const F biased = add(clipped, magic);
+  const F r = sub(clipped, sub(biased, magic));
+  // The series of 2^r, |r| <= 1/2: (ln 2)^k / k!.
+  F p = bcast(1.52527338e-5f);
+  p = fma(p, r, bcast(1.54035304e-4f));
+  p = fma(p, r, bcast(1.33335581e-3f));
+  p = fma(p, r, bcast(9.61812911e-3f));
+  p = fma(p, r, bcast(5.55041087e-2f));
+  p = fma(p, r, bcast(2.40226507e-1f));
+  p = fma(p, r, bcast(6.93147181e-1f));
   p = fma(p, r, bcast(1.0f));
   const F scaled = as_float(add_i(as_int(p), shl(as_int(biased), 23)));
-  return zero_below(x, lowest, scaled);
+  return zero_below(t, lowest, scaled);
 #endif
+}
+
+// e^x for x <= 88, to 9e-8 |x| more; 0 below -60.
+KVANT_INLINE F exp_lanes(F x) {
+  return exp2_lanes(mul(x, bcast(kLog2E)));
 }
 
 // tanh through exp; absolute error below 2e-7.

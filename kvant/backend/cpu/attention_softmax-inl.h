@@ -59,104 +59,84 @@ KVANT_INLINE void finish_rows(const SoftmaxArgs& a, int row, F factor, F maxima,
   add_sums(a.share + row, a.add_to_share ? page_sum : zero());
 }
 
-// M rows from `row` on go together: one alone is a chain of latencies.
+// What makes weights of M rows' scores, a lane for each row.
+struct Exponents {
+  F multiplier;  // in all lanes: weight = 2^(score * multiplier + base)
+  F base;
+  F maxima;  // of all pages so far
+  F factor;  // of what was accumulated before
+};
+
+// Finds the largest score of M rows from `row` on, which rounding leaves in its place. Scores that
+// are capped or masked are written so.
 template <typename How, int M, typename Page>
-void softmax_rows(const SoftmaxArgs& a, const Page& page, int row, Fetcher& fetcher) {
+KVANT_INLINE Exponents find_exponents(const SoftmaxArgs& a, const Page& page, int row,
+                                      Fetcher& fetcher) {
   const int64_t stride = page.page_tokens;
   float* s = a.s + row * stride;
-  // Copies: stores of scores could change what `a` points to.
-  const F multiplier = bcast(a.multiplier), weight_scale = bcast(a.weight_scale);
-  alignas(64) float offset[kLanes];
-  store(offset, mul(load_first<M>(a.offset + row), bcast(a.offset_scale)));
+  F multiplier = bcast(a.multiplier);
+  F offset = mul(load_first<M>(a.offset + row), bcast(a.offset_scale));
+  alignas(64) float of_row[kLanes];
+  if constexpr (How::kCapped) store(of_row, offset);
   F largest[M];
   unroll<M>([&](auto m) { largest[m.value] = bcast(-kInfinity); });
   for (int tile = 0; tile < page.num_tiles; ++tile) {
     unroll<M>([&](auto m) {
       float* x = s + m.value * stride + tile * kLanes;
-      F score = fma(load(x), multiplier, bcast(offset[m.value]));
+      F score = load(x);
       if constexpr (How::kCapped) {
+        score = fma(score, multiplier, bcast(of_row[m.value]));
         score = mul(bcast(a.softcap), tanh_lanes(div(score, bcast(a.softcap))));
       }
       if constexpr (How::kMasked) {
         const int64_t position = a.first_position + (row + m.value) / a.group;
         score = select(visible_lanes(a, position, tile), bcast(-kInfinity), score);
+        store(x, score);
       }
-      store(x, score);
       largest[m.value] = max(largest[m.value], score);
     });
-    fetcher.step();
+    if constexpr (How::kMasked) fetcher.step(M);
+  }
+  if constexpr (How::kCapped) {
+    multiplier = bcast(1.0f);
+    offset = zero();
   }
   // The rows' lanes stay together: a scalar would be a chain through memory.
   const F before = load_first<M>(a.max + row);
-  const F maxima = max(max_rows(largest), before);
-  const F factor = exp_lanes(sub(before, maxima));
+  const F maxima = max(fma(max_rows(largest), multiplier, offset), before);
+  const F log2_e = bcast(kLog2E);
+  return {mul(multiplier, log2_e), mul(sub(offset, maxima), log2_e), maxima,
+          exp_lanes(sub(before, maxima))};
+}
+
+// M rows from `row` on go together: one alone is a chain of latencies.
+template <typename How, int M, typename Page>
+void softmax_rows(const SoftmaxArgs& a, const Page& page, int row, Fetcher& fetcher) {
+  const int64_t stride = page.page_tokens;
+  float* s = a.s + row * stride;
+  const Exponents e = find_exponents<How, M>(a, page, row, fetcher);
+  // A copy: stores of scores could change what `a` points to.
+  const F weight_scale = bcast(a.weight_scale);
+  const bool scales = a.weight_scale != 1.0f;
   alignas(64) float base[kLanes];
-  store(base, maxima);
+  store(base, e.base);
   F sum[M];
   unroll<M>([&](auto m) { sum[m.value] = zero(); });
   for (int tile = 0; tile < page.num_tiles; ++tile) {
     unroll<M>([&](auto m) {
       float* x = s + m.value * stride + tile * kLanes;
-      const F weight = exp_lanes(sub(load(x), bcast(base[m.value])));
+      const F weight = exp2_lanes(fma(load(x), e.multiplier, bcast(base[m.value])));
       sum[m.value] = add(sum[m.value], weight);
-      store(x, mul(weight, weight_scale));
+      store(x, scales ? mul(weight, weight_scale) : weight);
     });
     fetcher.step(M);
   }
-  finish_rows<M>(a, row, factor, maxima, sum_rows(sum));
+  finish_rows<M>(a, row, e.factor, e.maxima, sum_rows(sum));
 }
-
-#if defined(KVANT_HALF_RATE_512)
-// softmax_rows() of M <= 4 rows of a whole page, with the same bits: scores stay in registers,
-// because a store takes more than a cycle from a pipe that multiplies.
-template <int M>
-void softmax_whole(const SoftmaxArgs& a, int row, Fetcher& fetcher) {
-  constexpr int kTiles = 4, kStride = kTiles * kLanes;
-  float* s = a.s + row * kStride;
-  const F multiplier = bcast(a.multiplier), weight_scale = bcast(a.weight_scale);
-  const bool scales = a.weight_scale != 1.0f;
-  alignas(64) float lanes[kLanes];
-  store(lanes, mul(load_first<M>(a.offset + row), bcast(a.offset_scale)));
-  F x[M][kTiles], largest[M];
-  unroll<M>([&](auto m) {
-    const F offset = bcast(lanes[m.value]);
-    unroll<kTiles>([&](auto tile) {
-      x[m.value][tile.value] =
-          fma(load(s + m.value * kStride + tile.value * kLanes), multiplier, offset);
-    });
-    largest[m.value] = max(max(x[m.value][0], x[m.value][1]), max(x[m.value][2], x[m.value][3]));
-  });
-  fetcher.step(kTiles);
-  const F before = load_first<M>(a.max + row);
-  const F maxima = max(max_rows(largest), before);
-  store(lanes, maxima);
-  F sum[M];
-  unroll<M>([&](auto m) {
-    const F base = bcast(lanes[m.value]);
-    sum[m.value] = zero();
-    unroll<kTiles>([&](auto tile) {
-      const F weight = exp_lanes(sub(x[m.value][tile.value], base));
-      sum[m.value] = add(sum[m.value], weight);
-      store(s + m.value * kStride + tile.value * kLanes,
-            scales ? mul(weight, weight_scale) : weight);
-    });
-    fetcher.step(kTiles);
-  });
-  finish_rows<M>(a, row, exp_lanes(sub(before, maxima)), maxima, sum_rows(sum));
-}
-#endif
 
 template <typename How, typename Page>
 void softmax_page(const SoftmaxArgs& a, const Page& page) {
-  Fetcher fetcher(a.fetch, (a.rows + steps_of(a.rows, kSoftmaxRows)) * page.num_tiles);
-#if defined(KVANT_HALF_RATE_512)
-  if constexpr (!How::kMasked && kIsWhole<Page>) {
-    for (int r = 0; r < a.rows; r += 4) {
-      with_count<4>(a.rows - r, [&](auto m) { softmax_whole<m.value>(a, r, fetcher); });
-    }
-    return;
-  }
-#endif
+  Fetcher fetcher(a.fetch, (How::kMasked ? 2 : 1) * a.rows * page.num_tiles);
   for (int r = 0; r < a.rows; r += kSoftmaxRows) {
     with_count<kSoftmaxRows>(
         a.rows - r, [&](auto m) { softmax_rows<How, decltype(m)::value>(a, page, r, fetcher); });
