@@ -12,9 +12,7 @@ constexpr int kWarps = kCombineThreads / 32;
 __device__ __forceinline__ float2 merge_states(const float2* states, int count, int lane) {
   float2 merged = {kNoReference, 0.0f};
   for (int i = lane; i < count; i += 32) merged.x = fmaxf(merged.x, states[i].x);
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2)
-    merged.x = fmaxf(merged.x, __shfl_xor_sync(~0u, merged.x, distance));
+  merged.x = ptx::warp_max(merged.x);
   for (int i = lane; i < count; i += 32)
     merged.y = fmaf(states[i].y, ptx::exp2_approx(states[i].x - merged.x), merged.y);
 #pragma unroll

@@ -17,10 +17,14 @@ __device__ inline void zero_padding(std::byte* unit, int begin, int end) {
 
 // ---- closers: what closes a side, by a warp a tile or by all threads a page ----
 
+// How long a side takes beside the other one's.
+enum class CloseWork : uint8_t { kPlain, kMean, kSearch };
+
 // Rows whose tiles need nothing of the rest of the page.
 template <typename Codec, bool kValues>
 struct CloseByTile {
   static constexpr bool kByTile = true;
+  static constexpr CloseWork kWork = Codec::kFourOverSix ? CloseWork::kSearch : CloseWork::kPlain;
   // Both return whether the side is to be closed again, by the general kernel.
   static __device__ __forceinline__ bool close(const CloseUnit& unit, int tile, int lane) {
     return close_tile<Codec, kValues, false>(unit, nullptr, tile, lane);
@@ -41,6 +45,7 @@ __device__ __forceinline__ bool close_tiles(const CloseUnit& unit, const float* 
 template <typename Codec>
 struct CloseLessMean {
   static constexpr bool kByTile = false;
+  static constexpr CloseWork kWork = CloseWork::kMean;
   static __device__ bool close(const CloseUnit& unit, std::byte* shared) {
     auto* mean = reinterpret_cast<float*>(shared);
     page_mean(unit, mean);
@@ -51,6 +56,7 @@ struct CloseLessMean {
 
 struct CloseChannels {
   static constexpr bool kByTile = false;
+  static constexpr CloseWork kWork = CloseWork::kPlain;
   static __device__ bool close(const CloseUnit& unit, std::byte* shared) {
     return close_int4_channel(unit, reinterpret_cast<uint32_t*>(shared));
   }
@@ -60,6 +66,7 @@ struct CloseChannels {
 template <bool kValues>
 struct CloseAny {
   static constexpr bool kByTile = false;
+  static constexpr CloseWork kWork = CloseWork::kPlain;  // not known
 
   template <template <bool> typename Codec>
   static __device__ bool close_rows(const CloseUnit& unit, std::byte* shared) {
@@ -190,16 +197,33 @@ __device__ __forceinline__ void close_side(const CloseArgs& args, const ClosedPa
   close_general(unit, shared, args.rows.counters);
 }
 
+// A page and a side of one KV head.
+struct BlockWork {
+  int unit;
+  bool keys;
+};
+
+// Keys and values in turn; where one side takes longer, all of it comes first, so that the last
+// blocks are short ones.
+template <typename Keys, typename Values>
+__device__ __forceinline__ BlockWork work_of_block() {
+  const int block = static_cast<int>(blockIdx.x);
+  if constexpr (Keys::kWork == Values::kWork) return {block / 2, block % 2 == 0};
+  const int num_units = static_cast<int>(gridDim.x / 2);
+  const bool first = block < num_units;
+  return {first ? block : block - num_units, first == (Keys::kWork > Values::kWork)};
+}
+
 template <typename Keys, typename Values, int kBlocks>
 __global__ void __launch_bounds__(kCloseThreads, kBlocks)
     close_kernel(const __grid_constant__ CloseArgs args) {
   ptx::launch_dependents();
   // The page's BF16 side, then what closing needs.
   extern __shared__ __align__(16) std::byte close_scratch[];
-  const int unit = static_cast<int>(blockIdx.x / 2);
-  const ClosedPage page = args.pages[unit / args.rows.num_kv_heads];
-  const int head = unit % args.rows.num_kv_heads;
-  if (blockIdx.x % 2 == 0) {
+  const BlockWork work = work_of_block<Keys, Values>();
+  const ClosedPage page = args.pages[work.unit / args.rows.num_kv_heads];
+  const int head = work.unit % args.rows.num_kv_heads;
+  if (work.keys) {
     close_side<false, Keys>(args, page, head, close_scratch);
   } else {
     close_side<true, Values>(args, page, head, close_scratch);
