@@ -25,9 +25,10 @@ enum class PageScale : uint8_t;
 
 // Query rows as integers: x = scale * (256 * hi + lo), channels in the order of K's words.
 struct IntegerRows {
-  int8_t* hi = nullptr;    // [rows][head_dim]; or tiles of both (RoundQueriesArgs), aligned to 64
-  int8_t* lo = nullptr;    // [rows][head_dim]
-  float* scale = nullptr;  // [rows]
+  int8_t* hi = nullptr;      // [rows][head_dim]; or tiles of both (RoundQueriesArgs), aligned to 64
+  int8_t* lo = nullptr;      // [rows][head_dim]
+  int16_t* words = nullptr;  // [rows][head_dim], in place of both where products take words (avx2)
+  float* scale = nullptr;    // [rows]
   // Of each block of K, [rows][head_dim / 16]: the sum of the integers times minus the codes'
   // offset, as 256 * start + (rest >> 24 unsigned) or (kHalfRateIntegerKernels) as `rest`, and that
   // sum itself. With scales per channel
@@ -115,6 +116,7 @@ struct IntegerKernels {
   void (*round_queries)(const RoundQueriesArgs& args);
   void (*scores)(const IntegerScoreArgs& args);
   void (*values)(const IntegerValueArgs& args);
+  bool values_with_zeros;  // values() takes PageScale::kF16Pair
 };
 
 constexpr int kMaxHeadDim = 256;
@@ -130,6 +132,9 @@ constexpr int64_t integer_scratch_bytes(int head_dim) {
   return head_dim / 16 * (kMaxTileRows * 128 + 128 + 256);
 }
 
+namespace avx2 {
+extern const IntegerKernels kIntegerKernels;
+}
 namespace avx512 {
 extern const IntegerKernels kIntegerKernels;
 extern const IntegerKernels kHalfRateIntegerKernels;  // CpuTraits::half_rate_512

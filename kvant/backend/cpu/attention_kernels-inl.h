@@ -653,7 +653,7 @@ const AttentionKernels kHalfRateKernels = {
     values_of_codes, pre_rope,      dot_rows, scale_rows,      merge,   &kHalfRateIntegerKernels,
     nullptr,         &kBf16Kernels, true};
 #else
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) || defined(__AVX2__)
 constexpr const IntegerKernels* kInteger = &kIntegerKernels;
 #else
 constexpr const IntegerKernels* kInteger = nullptr;

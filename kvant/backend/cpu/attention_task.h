@@ -71,8 +71,9 @@ struct WorkerMemory {
 
 inline IntegerRows rows_from(const IntegerRows& q, int64_t row, int head_dim) {
   const int64_t blocks = row * (head_dim / 16);
-  return {q.hi + row * head_dim, q.lo + row * head_dim, q.scale + row,
-          q.start + blocks,      q.rest + blocks,       q.sum + blocks};
+  return {q.hi + row * head_dim, q.lo + row * head_dim, q.words + row * head_dim,
+          q.scale + row,         q.start + blocks,      q.rest + blocks,
+          q.sum + blocks};
 }
 
 WorkerMemory take_worker(Cutter& cutter, int head_dim, int page_tokens);

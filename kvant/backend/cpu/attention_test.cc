@@ -23,7 +23,7 @@ double max_error(const RigOptions& options) {
   const bool integer_format = kv.find("int") != std::string::npos ||
                               kv.find("fp4") != std::string::npos ||
                               kv.find("bit") != std::string::npos;
-  return options.level >= CpuLevel::kAvx512 && integer_format ? 3e-4 : 1e-5;
+  return options.level >= CpuLevel::kAvx2 && integer_format ? 3e-4 : 1e-5;
 }
 
 std::vector<CpuLevel> levels() {

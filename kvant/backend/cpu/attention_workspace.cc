@@ -65,6 +65,7 @@ WorkerMemory take_worker(Cutter& cutter, int head_dim, int page_tokens) {
   w.q_tiles = cutter.take<uint8_t>(query_tile_bytes(kMaxQueryRows, head_dim));
   w.q_integer.hi = cutter.take<int8_t>(query_integer_bytes(kMaxQueryRows, head_dim));
   w.q_integer.lo = w.q_integer.hi + kMaxQueryRows * d;
+  w.q_integer.words = reinterpret_cast<int16_t*>(w.q_integer.hi);
   w.q_integer.scale = cutter.take<float>(kMaxQueryRows);
   w.q_integer.start = cutter.take<int32_t>(kMaxQueryRows * (d / 16));
   w.q_integer.rest = cutter.take<int32_t>(kMaxQueryRows * (d / 16));

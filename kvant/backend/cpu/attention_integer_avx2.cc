@@ -1,0 +1,467 @@
+// Integer products of attention with AVX2 (attention_integer.h): words of queries or weights times
+// codes that are widened to words, two at a time (vpmaddwd). That takes about as many instructions
+// as fp32 products; what is saved is decoding, ten times as many for each code.
+//
+// A 32-bit word of codes holds 4, 8 or 16 of them: channels of a token of K, tokens of a channel of
+// V. They are taken out in pairs (key_pair(), value_pair()), and queries and weights lie in the
+// order of these pairs (store_words()).
+#define KVANT_LEVEL avx2
+#include "kvant/backend/cpu/attention_integer.h"
+
+#include "kvant/backend/cpu/attention_fetch-inl.h"
+#include "kvant/backend/cpu/attention_kernels.h"
+#include "kvant/backend/cpu/attention_scales-inl.h"
+#include "kvant/backend/cpu/attention_simd.h"
+
+namespace kvant::backend::cpu::avx2 {
+namespace {
+
+constexpr int kMaxRows = 4;  // of a register tile
+constexpr int kChunkTokens = 64;
+constexpr float kLargestWord = 32767.0f;
+constexpr int kE2m1Offset = 12;  // makes twice an E2M1 unsigned
+
+template <Code C>
+constexpr int codes_of_word() {
+  return C == Code::kS8 ? 4 : C == Code::kU3 || C == Code::kU2 ? 16 : 8;
+}
+template <Code C>
+constexpr int key_step_bytes() {  // codes_of_word() channels of sixteen tokens
+  return C == Code::kU3 ? 96 : 64;
+}
+// What products with codes have to be multiplied by.
+template <Code C>
+constexpr float code_factor() {
+  return C == Code::kE2m1 ? 0.5f : 1.0f;
+}
+
+KVANT_INLINE __m256i load_32(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
+KVANT_INLINE __m256i bcast_dword(const void* p) {
+  int32_t x;
+  __builtin_memcpy(&x, p, sizeof(x));
+  return _mm256_set1_epi32(x);
+}
+KVANT_INLINE void add_products(__m256i& sum, __m256i a, __m256i b) {
+  sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+}
+
+// ---- codes ----
+
+// Words of codes on the way to pairs: E2M1 as two vectors of bytes, of U3 the high bits apart.
+struct Unpacked {
+  __m256i low;
+  __m256i high;
+};
+
+KVANT_INLINE __m256i e2m1_table(int offset) {
+  const auto entry = [&](int value) { return static_cast<char>(value + offset); };
+  const __m128i table = _mm_setr_epi8(entry(0), entry(1), entry(2), entry(3), entry(4), entry(6),
+                                      entry(8), entry(12), entry(0), entry(-1), entry(-2),
+                                      entry(-3), entry(-4), entry(-6), entry(-8), entry(-12));
+  return _mm256_broadcastsi128_si256(table);
+}
+KVANT_INLINE Unpacked e2m1_bytes(__m256i w, __m256i table) {
+  const __m256i nibble = _mm256_set1_epi8(15);
+  return {_mm256_shuffle_epi8(table, _mm256_and_si256(w, nibble)),
+          _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble))};
+}
+
+// Eight tokens' words at `p`; of U3 the high bits of their sixteen channels at `high`.
+template <Code C>
+KVANT_INLINE Unpacked unpack_keys(const uint8_t* p, const uint8_t* high) {
+  const __m256i w = load_32(p);
+  if constexpr (C == Code::kE2m1) return e2m1_bytes(w, e2m1_table(kE2m1Offset));
+  if constexpr (C == Code::kU3) {
+    const __m256i bits =
+        _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(high)));
+    // Channels from 8 on to the upper half of the word.
+    return {w, _mm256_or_si256(_mm256_and_si256(bits, _mm256_set1_epi32(0xff)),
+                               _mm256_slli_epi32(_mm256_srli_epi32(bits, 8), 16))};
+  }
+  return {w, w};
+}
+
+// Pair P of a word's channels: (0, 2), (1, 3) of four; (0, 4), (2, 6), (1, 5), (3, 7) of eight;
+// (P, P + 8) of sixteen. E2M1 twice its value plus kE2m1Offset.
+template <Code C, int P>
+KVANT_INLINE __m256i key_pair(const Unpacked& keys) {
+  if constexpr (C == Code::kS8) {
+    return _mm256_srai_epi16(P == 0 ? _mm256_slli_epi16(keys.low, 8) : keys.low, 8);
+  } else if constexpr (C == Code::kE2m1) {
+    const __m256i bytes = P < 2 ? keys.low : keys.high;
+    return P % 2 == 0 ? _mm256_and_si256(bytes, _mm256_set1_epi16(0xff))
+                      : _mm256_srli_epi16(bytes, 8);
+  } else if constexpr (C == Code::kU4) {
+    constexpr int kNibble = P / 2 + P % 2 * 2;
+    return _mm256_and_si256(_mm256_srli_epi16(keys.low, 4 * kNibble), _mm256_set1_epi16(15));
+  } else {
+    const __m256i two = _mm256_and_si256(_mm256_srli_epi16(keys.low, 2 * P), _mm256_set1_epi16(3));
+    if constexpr (C == Code::kU2) return two;
+    const __m256i moved =
+        P < 2 ? _mm256_slli_epi16(keys.high, 2 - P) : _mm256_srli_epi16(keys.high, P - 2);
+    return _mm256_or_si256(two, _mm256_and_si256(moved, _mm256_set1_epi16(4)));
+  }
+}
+
+// The same of V's tokens, signed.
+template <Code C, int P>
+KVANT_INLINE __m256i value_pair(const Unpacked& values) {
+  const __m256i bytes = C == Code::kS8 || P < 2 ? values.low : values.high;
+  return _mm256_srai_epi16(P % 2 == 0 ? _mm256_slli_epi16(bytes, 8) : bytes, 8);
+}
+
+// Sixteen integers as words in the order of the pairs.
+template <Code C>
+KVANT_INLINE void store_words(I x, int16_t* to) {
+  const auto pairs = [](auto even, auto odd) { return _mm256_blend_epi16(even, odd, 0xaa); };
+  if constexpr (codes_of_word<C>() == 16) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), pairs(x.lo, _mm256_slli_epi32(x.hi, 16)));
+    return;
+  }
+  for (int half = 0; half < 2; ++half) {
+    const __m256i v = half == 0 ? x.lo : x.hi;
+    __m128i words;
+    if constexpr (C == Code::kS8) {
+      const __m256i odd = _mm256_slli_epi32(_mm256_shuffle_epi32(v, _MM_SHUFFLE(3, 2, 3, 2)), 16);
+      words =
+          _mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs(v, odd), _MM_SHUFFLE(3, 1, 2, 0)));
+    } else {
+      const __m128i odd = _mm_slli_epi32(_mm256_extracti128_si256(v, 1), 16);
+      words = _mm_shuffle_epi32(_mm_blend_epi16(_mm256_castsi256_si128(v), odd, 0xaa),
+                                _MM_SHUFFLE(3, 1, 2, 0));
+    }
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 8 * half), words);
+  }
+}
+
+KVANT_INLINE I round_to_int(F x) {
+  return {_mm256_cvtps_epi32(x.lo), _mm256_cvtps_epi32(x.hi)};
+}
+KVANT_INLINE F magnitude(F x) {
+  const __m256 bits = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  return {_mm256_and_ps(x.lo, bits), _mm256_and_ps(x.hi, bits)};
+}
+KVANT_INLINE float largest_of(F x) {
+  const F one[1] = {x};
+  return _mm256_cvtss_f32(lower_half(max_rows(one)));
+}
+
+// ---- queries ----
+
+// Calls f(Int<code>) for codes that keys have.
+template <typename Fn>
+KVANT_INLINE void with_key_code(Code code, Fn&& f) {
+  switch (code) {
+    case Code::kE2m1: return f(Int<static_cast<int>(Code::kE2m1)>{});
+    case Code::kS8: return f(Int<static_cast<int>(Code::kS8)>{});
+    case Code::kU3: return f(Int<static_cast<int>(Code::kU3)>{});
+    case Code::kU2: return f(Int<static_cast<int>(Code::kU2)>{});
+    default: f(Int<static_cast<int>(Code::kU4)>{});
+  }
+}
+
+// The row's products with the channels' scales to `products`; returns q . zero.
+float multiply_channels(const RoundQueriesArgs& a, const float* q, float* products) {
+  F sum = zero();
+  for (int c = 0; c < a.head_dim; c += kLanes) {
+    const F value = load(q + c);
+    store(products + c, mul(value, load_f16(a.channel + 2 * c)));
+    sum = fma(value, load_f16(a.channel + 2 * (a.head_dim + c)), sum);
+  }
+  return sum_lanes(sum);
+}
+
+// Sums over blocks of a row's integers, and what they take back of the codes' offset.
+void sum_blocks(const RoundQueriesArgs& a, int row) {
+  const int64_t at = static_cast<int64_t>(row) * (a.head_dim / kLanes);
+  const int16_t* words = a.out.words + static_cast<int64_t>(row) * a.head_dim;
+  for (int b = 0; b * a.block < a.head_dim; ++b) {
+    int32_t total = 0;
+    for (int c = b * a.block; c < a.head_dim && c < (b + 1) * a.block; ++c) total += words[c];
+    a.out.start[at + b] = a.code == Code::kE2m1 ? -kE2m1Offset * total : 0;
+    a.out.sum[at + b] = static_cast<float>(total);
+  }
+}
+
+template <Code C>
+void round_rows(const RoundQueriesArgs& a) {
+  float products[kMaxHeadDim];
+  for (int row = 0; row < a.rows; ++row) {
+    const float* x = a.q + static_cast<int64_t>(row) * a.head_dim;
+    if (a.channel != nullptr) {
+      a.out.sum[row] = multiply_channels(a, x, products);
+      x = products;
+    }
+    F most = zero();
+    for (int c = 0; c < a.head_dim; c += kLanes) most = max(most, magnitude(load(x + c)));
+    const float largest = largest_of(most);
+    const F inverse = bcast(largest > 0.0f ? kLargestWord / largest : 0.0f);
+    a.out.scale[row] = largest * (code_factor<C>() / kLargestWord);
+    int16_t* words = a.out.words + static_cast<int64_t>(row) * a.head_dim;
+    for (int c = 0; c < a.head_dim; c += kLanes)
+      store_words<C>(round_to_int(mul(load(x + c), inverse)), words + c);
+    if (a.channel == nullptr) sum_blocks(a, row);
+  }
+}
+
+void round_queries(const RoundQueriesArgs& a) {
+  with_key_code(a.code,
+                [&](auto code) { round_rows<static_cast<Code>(decltype(code)::value)>(a); });
+}
+
+// ---- scores ----
+
+// Scales, and zeros, of a block of eight keys of a tile's sixteen.
+template <PageScale S>
+KVANT_INLINE __m256 eight_scales(const uint8_t* side, int half) {
+  const ScalePair all = load_scales(S, side, 0, 0);
+  return half == 0 ? all.scale.lo : all.scale.hi;
+}
+KVANT_INLINE __m256 eight_f16(const uint8_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+// M query rows with eight keys: half `half` of tile `tile`.
+template <Code C, PageScale S, int M>
+void score_half(const IntegerScoreArgs& a, int row, int tile, int half, Fetcher& fetcher) {
+  constexpr bool kByChannel = S == PageScale::kChannelPair;
+  constexpr int kCodes = codes_of_word<C>(), kSideBytes = kLanes * scale_stride(S);
+  const int64_t d = a.head_dim, block_stride = d / kLanes;
+  const int block = kByChannel ? a.head_dim : a.block;
+  const int num_blocks = (a.head_dim + block - 1) / block;
+  const uint8_t* codes = a.codes + tile * (d / kCodes * key_step_bytes<C>()) + 32 * half;
+  const uint8_t* side = a.scales + int64_t{tile} * num_blocks * kSideBytes;
+  const int16_t* q = a.q.words + row * d;
+  const int64_t first = row * block_stride;
+  __m256 total[M];
+  unroll<M>([&](auto m) { total[m.value] = _mm256_setzero_ps(); });
+  for (int b = 0; b < num_blocks; ++b, side += kSideBytes) {
+    __m256i sum[M];
+    unroll<M>([&](auto m) {
+      sum[m.value] = C == Code::kE2m1 ? bcast_dword(a.q.start + first + m.value * block_stride + b)
+                                      : _mm256_setzero_si256();
+    });
+    const int end = (b + 1) * block < a.head_dim ? (b + 1) * block : a.head_dim;
+    for (int c = b * block; c < end; c += kCodes, codes += key_step_bytes<C>()) {
+      const Unpacked keys = unpack_keys<C>(codes, codes + 64 - 16 * half);
+      unroll<kCodes / 2>([&](auto pair) {
+        const __m256i words = key_pair<C, pair.value>(keys);
+        unroll<M>([&](auto m) {
+          add_products(sum[m.value], words, bcast_dword(q + m.value * d + c + 2 * pair.value));
+        });
+      });
+    }
+    unroll<M>([&](auto m) {
+      const __m256 x = _mm256_cvtepi32_ps(sum[m.value]);
+      if constexpr (kByChannel) {
+        total[m.value] = x;
+      } else {
+        total[m.value] = _mm256_fmadd_ps(x, eight_scales<S>(side, half), total[m.value]);
+      }
+      if constexpr (S == PageScale::kF16Pair) {
+        const float of_block = a.q.sum[first + m.value * block_stride + b];
+        total[m.value] = _mm256_fmadd_ps(
+            _mm256_set1_ps(of_block), eight_f16(side + kSideBytes / 2 + 16 * half), total[m.value]);
+      }
+    });
+    fetcher.step();
+  }
+  unroll<M>([&](auto m) {
+    float* s = a.s + static_cast<int64_t>(row + m.value) * a.page_tokens + tile * kLanes + 8 * half;
+    _mm256_storeu_ps(s, _mm256_mul_ps(total[m.value], _mm256_set1_ps(a.q.scale[row + m.value])));
+  });
+}
+
+template <Code C, PageScale S>
+void scores_of(const IntegerScoreArgs& a) {
+  const int row_steps = (a.rows + kMaxRows - 1) / kMaxRows;
+  const int num_blocks = S == PageScale::kChannelPair ? 1 : (a.head_dim + a.block - 1) / a.block;
+  Fetcher fetcher(a.fetch, 2 * a.num_tiles * row_steps * num_blocks);
+  for (int tile = 0; tile < a.num_tiles; ++tile) {
+    for (int half = 0; half < 2; ++half) {
+      for (int r = 0; r < a.rows; r += kMaxRows) {
+        with_count<kMaxRows>(a.rows - r, [&](auto m) {
+          score_half<C, S, decltype(m)::value>(a, r, tile, half, fetcher);
+        });
+      }
+    }
+  }
+}
+
+void scores(const IntegerScoreArgs& a) {
+  switch (a.scale) {
+    case PageScale::kE4m3: return scores_of<Code::kE2m1, PageScale::kE4m3>(a);
+    case PageScale::kE8m0: return scores_of<Code::kE2m1, PageScale::kE8m0>(a);
+    case PageScale::kF16: return scores_of<Code::kS8, PageScale::kF16>(a);
+    case PageScale::kF16Pair: return scores_of<Code::kU4, PageScale::kF16Pair>(a);
+    default: break;
+  }
+  constexpr PageScale kChannel = PageScale::kChannelPair;
+  if (a.code == Code::kU4) return scores_of<Code::kU4, kChannel>(a);
+  if (a.code == Code::kU3) return scores_of<Code::kU3, kChannel>(a);
+  scores_of<Code::kU2, kChannel>(a);
+}
+
+// ---- values ----
+
+// Up to 64 tokens of a page.
+struct ValueChunk {
+  int first_tile = 0;
+  int num_tiles = 0;               // that have weights
+  F power[kChunkTokens / kLanes];  // of each token: what its scales have to be multiplied by
+  int16_t* scales = nullptr;       // [blocks][64]
+  int16_t* weights = nullptr;      // [blocks][rows of a tile][64]
+  float weight_scale[kMaxRows];
+};
+
+template <PageScale S>
+constexpr int block_of() {  // channels of a scale
+  return S == PageScale::kE4m3 ? 16 : 32;
+}
+
+// Products of weights and scales are halved fifteen times, rounding halves up, and scales that are
+// powers of two often leave a half: a bias that long contexts do not average out. So half of the
+// weights are negative meanwhile.
+KVANT_INLINE __m256i change_signs(__m256i words) {
+  const __m256i signs = _mm256_setr_epi16(1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1);
+  return _mm256_sign_epi16(words, signs);
+}
+
+// Scales rounded to 2^-14 of the power of two of the token's largest, which `power` has 2^-14
+// times.
+template <Code C, PageScale S>
+void prepare_scales(const IntegerValueArgs& a, ValueChunk& chunk) {
+  const int num_blocks = (a.head_dim + block_of<S>() - 1) / block_of<S>();
+  const int64_t block_bytes = static_cast<int64_t>(a.page_tokens) * scale_stride(S);
+  const int left = a.page_tokens / kLanes - chunk.first_tile;
+  const int page_tiles = left < kChunkTokens / kLanes ? left : kChunkTokens / kLanes;
+  for (int tile = 0; tile < page_tiles; ++tile) {
+    const auto scale_of = [&](int b) {
+      return load_scales(S, a.scales + b * block_bytes, (chunk.first_tile + tile) * kLanes, 0)
+          .scale;
+    };
+    F largest = bcast(0x1p-100f);
+    for (int b = 0; b < num_blocks; ++b) largest = max(largest, scale_of(b));
+    const I exponent = and_(as_int(largest), bcast_i(0x7f800000));
+    chunk.power[tile] = mul(as_float(exponent), bcast(0x1p-14f));
+    const __m256i one = _mm256_set1_epi32(0x7f000000);  // 2^-e has exponent 254 - that of 2^e
+    const F inverse =
+        mul(as_float({_mm256_sub_epi32(one, exponent.lo), _mm256_sub_epi32(one, exponent.hi)}),
+            bcast(0x1p14f));
+    for (int b = 0; b < num_blocks; ++b) {
+      store_words<C>(round_to_int(mul(scale_of(b), inverse)),
+                     chunk.scales + b * kChunkTokens + tile * kLanes);
+    }
+  }
+}
+
+// Weights of M rows times the tokens' powers, as integers of which the largest is 2^15 - 1, times
+// the scales of each block.
+template <Code C, PageScale S, int M>
+void prepare_weights(const IntegerValueArgs& a, ValueChunk& chunk, int row, Fetcher& fetcher) {
+  const int num_blocks = (a.head_dim + block_of<S>() - 1) / block_of<S>();
+  for (int m = 0; m < M; ++m) {
+    const float* p =
+        a.p + static_cast<int64_t>(row + m) * a.page_tokens + chunk.first_tile * kLanes;
+    F most = zero();
+    for (int tile = 0; tile < chunk.num_tiles; ++tile)
+      most = max(most, mul(load(p + tile * kLanes), chunk.power[tile]));
+    const float unit = largest_of(most) / kLargestWord;
+    const F inverse = bcast(unit > 0x1p-100f ? 1.0f / unit : 0.0f);
+    chunk.weight_scale[m] = unit * (code_factor<C>() * 0x1p15f);
+    alignas(32) int16_t words[kChunkTokens] = {};
+    for (int tile = 0; tile < chunk.num_tiles; ++tile) {
+      const F weight = mul(mul(load(p + tile * kLanes), chunk.power[tile]), inverse);
+      store_words<C>(round_to_int(weight), words + tile * kLanes);
+    }
+    for (int tile = 0; tile < chunk.num_tiles; ++tile) {
+      const __m256i of_tile = change_signs(load_32(words + tile * kLanes));
+      for (int b = 0; b < num_blocks; ++b) {
+        const __m256i scale = load_32(chunk.scales + b * kChunkTokens + tile * kLanes);
+        int16_t* to = chunk.weights + (b * M + m) * kChunkTokens + tile * kLanes;
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                            change_signs(_mm256_mulhrs_epi16(of_tile, scale)));
+      }
+    }
+    fetcher.step();
+  }
+}
+
+// M query rows with sixteen channels.
+template <Code C, PageScale S, int M>
+void value_tile(const IntegerValueArgs& a, const ValueChunk& chunk, int row, int group,
+                Fetcher& fetcher) {
+  constexpr int kTokens = codes_of_word<C>();
+  const int64_t group_bytes = static_cast<int64_t>(a.page_tokens) / kTokens * 64;
+  const uint8_t* codes = a.codes + group * group_bytes + chunk.first_tile * (kLanes / kTokens * 64);
+  const int16_t* weights = chunk.weights + group * kLanes / block_of<S>() * M * kChunkTokens;
+  const __m256i table = e2m1_table(0);
+  __m256i sum[M][2];
+  unroll<M>([&](auto m) { sum[m.value][0] = sum[m.value][1] = _mm256_setzero_si256(); });
+  const int end = chunk.num_tiles * kLanes;
+  for (int t = 0; t < end; t += kTokens, codes += 64) {
+    Unpacked half[2];
+    unroll<2>([&](auto h) {
+      const __m256i w = load_32(codes + 32 * h.value);
+      half[h.value] = C == Code::kE2m1 ? e2m1_bytes(w, table) : Unpacked{w, w};
+    });
+    unroll<kTokens / 2>([&](auto pair) {
+      const __m256i low = value_pair<C, pair.value>(half[0]);
+      const __m256i high = value_pair<C, pair.value>(half[1]);
+      unroll<M>([&](auto m) {
+        const __m256i weight = bcast_dword(weights + m.value * kChunkTokens + t + 2 * pair.value);
+        add_products(sum[m.value][0], low, weight);
+        add_products(sum[m.value][1], high, weight);
+      });
+    });
+    if (t % kLanes == 0) fetcher.step();
+  }
+  unroll<M>([&](auto m) {
+    const F factor = bcast(chunk.first_tile == 0 ? a.factor[row + m.value] : 1.0f);
+    float* out = a.acc + (row + m.value) * a.acc_stride + group * kLanes;
+    const F x = to_float({sum[m.value][0], sum[m.value][1]});
+    store(out, fma(x, bcast(chunk.weight_scale[m.value]), mul(load(out), factor)));
+  });
+}
+
+template <Code C, PageScale S>
+void values_of(const IntegerValueArgs& a) {
+  const int num_blocks = (a.head_dim + block_of<S>() - 1) / block_of<S>();
+  const int num_groups = a.head_dim / kLanes;
+  ValueChunk chunk;
+  chunk.weights = reinterpret_cast<int16_t*>(a.scratch);
+  chunk.scales = chunk.weights + num_blocks * kMaxRows * kChunkTokens;
+  const int row_steps = (a.rows + kMaxRows - 1) / kMaxRows;
+  const int chunks = (a.num_tiles * kLanes + kChunkTokens - 1) / kChunkTokens;
+  Fetcher fetcher(a.fetch, chunks * a.rows + row_steps * num_groups * a.num_tiles);
+  for (; chunk.first_tile < a.num_tiles; chunk.first_tile += kChunkTokens / kLanes) {
+    const int left = a.num_tiles - chunk.first_tile;
+    chunk.num_tiles = left < kChunkTokens / kLanes ? left : kChunkTokens / kLanes;
+    prepare_scales<C, S>(a, chunk);
+    for (int r = 0; r < a.rows; r += kMaxRows) {
+      with_count<kMaxRows>(a.rows - r, [&](auto m) {
+        constexpr int M = decltype(m)::value;
+        prepare_weights<C, S, M>(a, chunk, r, fetcher);
+        for (int group = 0; group < num_groups; ++group)
+          value_tile<C, S, M>(a, chunk, r, group, fetcher);
+      });
+    }
+  }
+}
+
+void values(const IntegerValueArgs& a) {
+  switch (a.scale) {
+    case PageScale::kE4m3: return values_of<Code::kE2m1, PageScale::kE4m3>(a);
+    case PageScale::kE8m0: return values_of<Code::kE2m1, PageScale::kE8m0>(a);
+    default: values_of<Code::kS8, PageScale::kF16>(a);
+  }
+}
+
+}  // namespace
+
+extern const IntegerKernels kIntegerKernels;
+const IntegerKernels kIntegerKernels = {round_queries, scores, values, false};
+
+}  // namespace kvant::backend::cpu::avx2
