@@ -1,5 +1,5 @@
 // Integer products of attention: queries and weights rounded to 16 bits against codes as they are
-// stored, four multiplications a lane (VNNI). For K and V formats whose elements are small integers
+// stored, four multiplications a lane (VNNI; two with AVX2). For K and V formats whose elements are small integers
 // times a scale; the others are decoded to fp32 (attention_kernels.h).
 //
 // Rounding, documented because it is the only difference from fp32 products:

@@ -22,6 +22,18 @@ constexpr int kTileVectors = 2;
 constexpr int kTileRows = 1;
 constexpr int kTileVectors = 1;
 #endif
+// Of products that decode in registers, where more rows share what is decoded.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int kCodeRows = 4;
+constexpr int code_vectors(int rows) {
+  return rows > 2 ? 1 : 2;
+}
+#else
+constexpr int kCodeRows = kTileRows;
+constexpr int code_vectors(int) {
+  return kTileVectors;
+}
+#endif
 
 // ---- codes ----
 
@@ -474,12 +486,14 @@ void scores_of_codes(const DecodeArgs& d, const ScoreArgs& a) {
   with_float_side(d, [&](auto code, auto apply) {
     constexpr Code C = static_cast<Code>(decltype(code)::value);
     constexpr Apply A = static_cast<Apply>(decltype(apply)::value);
-    Fetcher fetcher(a.fetch, steps_of(a.num_tiles, kTileVectors) * steps_of(a.rows, kTileRows) *
+    const int most = code_vectors(a.rows);
+    Fetcher fetcher(a.fetch, steps_of(a.num_tiles, most) * steps_of(a.rows, kCodeRows) *
                                  (a.head_dim / Row<C>::kCount));
     for (int tile = 0; tile < a.num_tiles;) {
-      tile += with_power<kTileVectors>(a.num_tiles - tile, [&](auto n) {
-        for (int r = 0; r < a.rows; r += kTileRows) {
-          with_count<kTileRows>(a.rows - r, [&](auto m) {
+      const int left = a.num_tiles - tile;
+      tile += with_power<kTileVectors>(left < most ? left : most, [&](auto n) {
+        for (int r = 0; r < a.rows; r += kCodeRows) {
+          with_count<kCodeRows>(a.rows - r, [&](auto m) {
             score_codes_tile<C, A, decltype(m)::value, decltype(n)::value>(d, a, r, tile, fetcher);
           });
         }
@@ -536,8 +550,9 @@ void values_of_codes(const DecodeArgs& d, const ValueArgs& a) {
     const int groups = a.head_dim / kLanes;
     const int block_groups =
         A == Apply::kNothing || d.block >= a.head_dim ? groups : d.block / kLanes;
-    const int step = block_groups < kTileVectors ? block_groups : kTileVectors;
-    Fetcher fetcher(a.fetch, steps_of(groups, step) * steps_of(a.rows, kTileRows) *
+    const int most = code_vectors(a.rows);
+    const int step = block_groups < most ? block_groups : most;
+    Fetcher fetcher(a.fetch, steps_of(groups, step) * steps_of(a.rows, kCodeRows) *
                                  steps_of(a.token_end, Row<C>::kCount));
     for (int block = 0; block * block_groups < groups; ++block) {
       if constexpr (A != Apply::kNothing) {
@@ -549,9 +564,9 @@ void values_of_codes(const DecodeArgs& d, const ValueArgs& a) {
       }
       const int end = (block + 1) * block_groups < groups ? (block + 1) * block_groups : groups;
       for (int g = block * block_groups; g < end;) {
-        g += with_power<kTileVectors>(end - g, [&](auto n) {
-          for (int r = 0; r < a.rows; r += kTileRows) {
-            with_count<kTileRows>(a.rows - r, [&](auto m) {
+        g += with_power<kTileVectors>(end - g < step ? end - g : step, [&](auto n) {
+          for (int r = 0; r < a.rows; r += kCodeRows) {
+            with_count<kCodeRows>(a.rows - r, [&](auto m) {
               value_codes_tile<C, A, decltype(m)::value, decltype(n)::value>(d, a, r, g, d.scratch,
                                                                              fetcher);
             });
@@ -653,7 +668,7 @@ const AttentionKernels kHalfRateKernels = {
     values_of_codes, pre_rope,      dot_rows, scale_rows,      merge,   &kHalfRateIntegerKernels,
     nullptr,         &kBf16Kernels, true};
 #else
-#if defined(__AVX512VNNI__) || defined(__AVX2__)
+#if defined(__AVX2__)
 constexpr const IntegerKernels* kInteger = &kIntegerKernels;
 #else
 constexpr const IntegerKernels* kInteger = nullptr;
