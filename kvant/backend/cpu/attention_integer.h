@@ -1,6 +1,6 @@
 // Integer products of attention: queries and weights rounded to 16 bits against codes as they are
-// stored, four multiplications a lane (VNNI; two with AVX2). For K and V formats whose elements are small integers
-// times a scale; the others are decoded to fp32 (attention_kernels.h).
+// stored, four multiplications a lane (VNNI; two with AVX2). For K and V formats whose elements are
+// small integers times a scale; the others are decoded to fp32 (attention_kernels.h).
 //
 // Rounding, documented because it is the only difference from fp32 products:
 //   - a query is rounded to 16 bits of its largest channel (of the largest product of channel and
@@ -116,7 +116,6 @@ struct IntegerKernels {
   void (*round_queries)(const RoundQueriesArgs& args);
   void (*scores)(const IntegerScoreArgs& args);
   void (*values)(const IntegerValueArgs& args);
-  bool values_with_zeros;  // values() takes PageScale::kF16Pair
 };
 
 constexpr int kMaxHeadDim = 256;

@@ -182,6 +182,8 @@ struct ValueChunk {
   int16_t* scales = nullptr;       // [blocks][64]
   int16_t* weights = nullptr;      // [blocks][rows of a tile][64]
   float weight_scale[kMaxRows];
+  // Where codes have zeros, of rows and blocks: the sums of weights times zeros.
+  float terms[kMaxRows][kMaxHeadDim / 32];
 };
 
 template <PageScale S>
@@ -225,6 +227,21 @@ void prepare_scales(const IntegerValueArgs& a, ValueChunk& chunk) {
   }
 }
 
+// The sums over tokens of a row's weights times zeros, which all channels of a block get.
+void sum_zeros(const IntegerValueArgs& a, const ValueChunk& chunk, const float* p, float* terms) {
+  const int64_t block_bytes =
+      static_cast<int64_t>(a.page_tokens) * scale_stride(PageScale::kF16Pair);
+  for (int b = 0; b * 32 < a.head_dim; ++b) {
+    const uint8_t* zeros = a.scales + b * block_bytes + 2 * a.page_tokens;
+    F sum = zero();
+    for (int tile = 0; tile < chunk.num_tiles; ++tile) {
+      const F z = load_f16(zeros + 2 * (chunk.first_tile + tile) * kLanes);
+      sum = fma(load(p + tile * kLanes), z, sum);
+    }
+    terms[b] = sum_lanes(sum);
+  }
+}
+
 // Weights of M rows times the tokens' powers, as integers of which the largest is 2^15 - 1, times
 // the scales of each block.
 template <Code C, PageScale S, int M>
@@ -233,6 +250,7 @@ void prepare_weights(const IntegerValueArgs& a, ValueChunk& chunk, int row, Fetc
   for (int m = 0; m < M; ++m) {
     const float* p =
         a.p + static_cast<int64_t>(row + m) * a.page_tokens + chunk.first_tile * kLanes;
+    if constexpr (S == PageScale::kF16Pair) sum_zeros(a, chunk, p, chunk.terms[m]);
     F most = zero();
     for (int tile = 0; tile < chunk.num_tiles; ++tile)
       most = max(most, mul(load(p + tile * kLanes), chunk.power[tile]));
@@ -290,7 +308,11 @@ void value_tile(const IntegerValueArgs& a, const ValueChunk& chunk, int row, int
     const F factor = bcast(chunk.first_tile == 0 ? a.factor[row + m.value] : 1.0f);
     float* out = a.acc + (row + m.value) * a.acc_stride + group * kLanes;
     const F x = to_float({sum[m.value][0], sum[m.value][1]});
-    store(out, fma(x, bcast(chunk.weight_scale[m.value]), mul(load(out), factor)));
+    F all = fma(x, bcast(chunk.weight_scale[m.value]), mul(load(out), factor));
+    if constexpr (S == PageScale::kF16Pair) {
+      all = add(all, bcast(chunk.terms[m.value][group * kLanes / block_of<S>()]));
+    }
+    store(out, all);
   });
 }
 
@@ -323,6 +345,7 @@ void values(const IntegerValueArgs& a) {
   switch (a.scale) {
     case PageScale::kE4m3: return values_of<Code::kE2m1, PageScale::kE4m3>(a);
     case PageScale::kE8m0: return values_of<Code::kE2m1, PageScale::kE8m0>(a);
+    case PageScale::kF16Pair: return values_of<Code::kU4, PageScale::kF16Pair>(a);
     default: values_of<Code::kS8, PageScale::kF16>(a);
   }
 }
@@ -330,6 +353,6 @@ void values(const IntegerValueArgs& a) {
 }  // namespace
 
 extern const IntegerKernels kIntegerKernels;
-const IntegerKernels kIntegerKernels = {round_queries, scores, values, false};
+const IntegerKernels kIntegerKernels = {round_queries, scores, values};
 
 }  // namespace kvant::backend::cpu::avx2

@@ -7,6 +7,6 @@
 namespace kvant::backend::cpu::avx512 {
 
 extern const IntegerKernels kIntegerKernels;
-const IntegerKernels kIntegerKernels = {round_queries, scores, values, true};
+const IntegerKernels kIntegerKernels = {round_queries, scores, values};
 
 }  // namespace kvant::backend::cpu::avx512

@@ -8,6 +8,6 @@
 namespace kvant::backend::cpu::avx512 {
 
 extern const IntegerKernels kHalfRateIntegerKernels;
-const IntegerKernels kHalfRateIntegerKernels = {round_queries, scores, values, true};
+const IntegerKernels kHalfRateIntegerKernels = {round_queries, scores, values};
 
 }  // namespace kvant::backend::cpu::avx512

@@ -293,9 +293,7 @@ Task::Sides Task::sides_of(const PageDecoder& k, const PageDecoder& v) const {
     return call_.kernels.bf16 != nullptr &&
            in_bf16(decoder, call_.head_dim, call_.view.page_tokens);
   };
-  const IntegerKernels* integer = call_.kernels.integer;
-  const bool takes_values = integer != nullptr && integer_values(v) &&
-                            (v.scale != PageScale::kF16Pair || integer->values_with_zeros);
+  const bool integers = call_.kernels.integer != nullptr;
   const bool e2m1 = k.code == Code::kE2m1 && k.scale == PageScale::kE4m3;
   const bool beside_tiles = call_.kernels.tiles != nullptr && takes(PageDecoder{}) &&
                             (takes(v) || (integer_values(v) && call_.group >= kMinTileGroup &&
@@ -304,13 +302,13 @@ Task::Sides Task::sides_of(const PageDecoder& k, const PageDecoder& v) const {
   if (!call_.pre_rope) {
     if (e2m1 ? beside_tiles : takes(k)) {
       sides.k.way = Way::kBf16;
-    } else if (integer != nullptr && integer_keys(k)) {
+    } else if (integers && integer_keys(k)) {
       sides.k.way = Way::kIntegers;
     }
   }
   if (takes(v)) {
     sides.v.way = Way::kBf16;
-  } else if (takes_values) {
+  } else if (integers && integer_values(v)) {
     sides.v.way = Way::kIntegers;
   }
   return sides;

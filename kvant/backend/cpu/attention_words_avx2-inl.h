@@ -98,9 +98,10 @@ KVANT_INLINE __m256i key_pair(const Unpacked& keys) {
   }
 }
 
-// The same of V's tokens, signed.
+// The same of V's tokens, E2M1 with its sign.
 template <Code C, int P>
 KVANT_INLINE __m256i value_pair(const Unpacked& values) {
+  if constexpr (C == Code::kU4) return key_pair<C, P>(values);
   const __m256i bytes = C == Code::kS8 || P < 2 ? values.low : values.high;
   return _mm256_srai_epi16(P % 2 == 0 ? _mm256_slli_epi16(bytes, 8) : bytes, 8);
 }
