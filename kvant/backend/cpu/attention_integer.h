@@ -30,9 +30,9 @@ struct IntegerRows {
   int16_t* words = nullptr;  // [rows][head_dim], in place of both where products take words (avx2)
   float* scale = nullptr;    // [rows]
   // Of each block of K, [rows][head_dim / 16]: the sum of the integers times minus the codes'
-  // offset, as 256 * start + (rest >> 24 unsigned) or (kHalfRateIntegerKernels) as `rest`, and that
-  // sum itself. With scales per channel
-  // nothing is taken back, and the sum is q . zero, [rows].
+  // offset, as 256 * start + (rest >> 24 unsigned), as `rest` (kHalfRateIntegerKernels) or as
+  // `start` (avx2), and that sum itself. With scales per channel nothing is taken back, and the sum
+  // is q . zero, [rows].
   int32_t* start = nullptr;
   int32_t* rest = nullptr;
   float* sum = nullptr;
