@@ -63,7 +63,7 @@ void round_rows(const RoundQueriesArgs& a) {
     }
     F most = zero();
     for (int c = 0; c < a.head_dim; c += kLanes) most = max(most, magnitude(load(x + c)));
-    const float largest = largest_of(most);
+    const float largest = max_lanes(most);
     const F inverse = bcast(largest > 0.0f ? kLargestWord / largest : 0.0f);
     a.out.scale[row] = largest * (code_factor<C>() / kLargestWord);
     int16_t* words = a.out.words + static_cast<int64_t>(row) * a.head_dim;
@@ -80,14 +80,9 @@ void round_queries(const RoundQueriesArgs& a) {
 
 // ---- scores ----
 
-// Scales of a block, of eight keys of a tile's sixteen.
-template <PageScale S, int kHalf>
-KVANT_INLINE __m256 eight_scales(const uint8_t* side) {
-  const ScalePair all = load_scales(S, side, 0, 0);
-  return kHalf == 0 ? all.scale.lo : all.scale.hi;
-}
-KVANT_INLINE __m256 eight_f16(const uint8_t* p) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+template <int kHalf>
+KVANT_INLINE __m256 half_of(F x) {
+  return kHalf == 0 ? x.lo : x.hi;
 }
 
 // M query rows with eight keys: half kHalf of tile `tile`.
@@ -120,18 +115,14 @@ void score_half(const IntegerScoreArgs& a, int row, int tile, Fetcher& fetcher) 
         });
       });
     }
+    const ScalePair scales = load_scales(S, side, 0, kSideBytes / 2);
     unroll<M>([&](auto m) {
       const __m256 x = _mm256_cvtepi32_ps(sum[m.value]);
-      if constexpr (kByChannel) {
-        total[m.value] = x;
-      } else {
-        total[m.value] = _mm256_fmadd_ps(x, eight_scales<S, kHalf>(side), total[m.value]);
-      }
+      total[m.value] =
+          kByChannel ? x : _mm256_fmadd_ps(x, half_of<kHalf>(scales.scale), total[m.value]);
       if constexpr (S == PageScale::kF16Pair) {
-        const float of_block = a.q.sum[first + m.value * block_stride + b];
-        total[m.value] =
-            _mm256_fmadd_ps(_mm256_set1_ps(of_block), eight_f16(side + kSideBytes / 2 + 16 * kHalf),
-                            total[m.value]);
+        const __m256 of_block = _mm256_set1_ps(a.q.sum[first + m.value * block_stride + b]);
+        total[m.value] = _mm256_fmadd_ps(of_block, half_of<kHalf>(scales.zero), total[m.value]);
       }
     });
     fetcher.step();
@@ -190,6 +181,10 @@ template <PageScale S>
 constexpr int block_of() {  // channels of a scale
   return S == PageScale::kE4m3 ? 16 : 32;
 }
+template <PageScale S>
+constexpr int blocks_of(int head_dim) {
+  return (head_dim + block_of<S>() - 1) / block_of<S>();
+}
 
 // Products of weights and scales are halved fifteen times, rounding halves up, and scales that are
 // powers of two often leave a half: a bias that long contexts do not average out. So half of the
@@ -203,7 +198,7 @@ KVANT_INLINE __m256i change_signs(__m256i words) {
 // times.
 template <Code C, PageScale S>
 void prepare_scales(const IntegerValueArgs& a, ValueChunk& chunk) {
-  const int num_blocks = (a.head_dim + block_of<S>() - 1) / block_of<S>();
+  const int num_blocks = blocks_of<S>(a.head_dim);
   const int64_t block_bytes = static_cast<int64_t>(a.page_tokens) * scale_stride(S);
   const int left = a.page_tokens / kLanes - chunk.first_tile;
   const int page_tiles = left < kChunkTokens / kLanes ? left : kChunkTokens / kLanes;
@@ -229,14 +224,14 @@ void prepare_scales(const IntegerValueArgs& a, ValueChunk& chunk) {
 
 // The sums over tokens of a row's weights times zeros, which all channels of a block get.
 void sum_zeros(const IntegerValueArgs& a, const ValueChunk& chunk, const float* p, float* terms) {
-  const int64_t block_bytes =
-      static_cast<int64_t>(a.page_tokens) * scale_stride(PageScale::kF16Pair);
-  for (int b = 0; b * 32 < a.head_dim; ++b) {
-    const uint8_t* zeros = a.scales + b * block_bytes + 2 * a.page_tokens;
+  constexpr PageScale S = PageScale::kF16Pair;
+  const int64_t block_bytes = static_cast<int64_t>(a.page_tokens) * scale_stride(S);
+  for (int b = 0; b < blocks_of<S>(a.head_dim); ++b) {
     F sum = zero();
     for (int tile = 0; tile < chunk.num_tiles; ++tile) {
-      const F z = load_f16(zeros + 2 * (chunk.first_tile + tile) * kLanes);
-      sum = fma(load(p + tile * kLanes), z, sum);
+      const ScalePair side = load_scales(S, a.scales + b * block_bytes,
+                                         (chunk.first_tile + tile) * kLanes, 2 * a.page_tokens);
+      sum = fma(load(p + tile * kLanes), side.zero, sum);
     }
     terms[b] = sum_lanes(sum);
   }
@@ -246,7 +241,7 @@ void sum_zeros(const IntegerValueArgs& a, const ValueChunk& chunk, const float* 
 // the scales of each block.
 template <Code C, PageScale S, int M>
 void prepare_weights(const IntegerValueArgs& a, ValueChunk& chunk, int row, Fetcher& fetcher) {
-  const int num_blocks = (a.head_dim + block_of<S>() - 1) / block_of<S>();
+  const int num_blocks = blocks_of<S>(a.head_dim);
   for (int m = 0; m < M; ++m) {
     const float* p =
         a.p + static_cast<int64_t>(row + m) * a.page_tokens + chunk.first_tile * kLanes;
@@ -254,7 +249,7 @@ void prepare_weights(const IntegerValueArgs& a, ValueChunk& chunk, int row, Fetc
     F most = zero();
     for (int tile = 0; tile < chunk.num_tiles; ++tile)
       most = max(most, mul(load(p + tile * kLanes), chunk.power[tile]));
-    const float unit = largest_of(most) / kLargestWord;
+    const float unit = max_lanes(most) / kLargestWord;
     const F inverse = bcast(unit > 0x1p-100f ? 1.0f / unit : 0.0f);
     chunk.weight_scale[m] = unit * (code_factor<C>() * 0x1p15f);
     alignas(32) int16_t words[kChunkTokens] = {};
@@ -318,7 +313,7 @@ void value_tile(const IntegerValueArgs& a, const ValueChunk& chunk, int row, int
 
 template <Code C, PageScale S>
 void values_of(const IntegerValueArgs& a) {
-  const int num_blocks = (a.head_dim + block_of<S>() - 1) / block_of<S>();
+  const int num_blocks = blocks_of<S>(a.head_dim);
   const int num_groups = a.head_dim / kLanes;
   ValueChunk chunk;
   chunk.weights = reinterpret_cast<int16_t*>(a.scratch);

@@ -253,7 +253,7 @@ struct KeyFormat {
   static constexpr bool kShort = Short_;  // blocks of sixteen channels
 };
 
-// Channels of a block, which whole pages know: blocks of f16 scales may be 16 or 32.
+// Channels of a block, a number where the format or the page says it.
 template <typename Format, typename Page>
 KVANT_INLINE int key_block(const IntegerScoreArgs& a, const Page& page) {
   if constexpr (Format::kShort) return kLanes;

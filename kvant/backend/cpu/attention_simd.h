@@ -512,6 +512,10 @@ KVANT_INLINE float sum_lanes(F a) {
   const F one[1] = {a};
   return _mm256_cvtss_f32(lower_half(sum_rows(one)));
 }
+KVANT_INLINE float max_lanes(F a) {
+  const F one[1] = {a};
+  return _mm256_cvtss_f32(lower_half(max_rows(one)));
+}
 #else
 KVANT_INLINE float sum_lanes(F a) {
   for (int n = 8; n > 0; n /= 2) {

@@ -137,10 +137,6 @@ KVANT_INLINE F magnitude(F x) {
   const __m256 bits = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   return {_mm256_and_ps(x.lo, bits), _mm256_and_ps(x.hi, bits)};
 }
-KVANT_INLINE float largest_of(F x) {
-  const F one[1] = {x};
-  return _mm256_cvtss_f32(lower_half(max_rows(one)));
-}
 
 }  // namespace
 }  // namespace kvant::backend::cpu::avx2
