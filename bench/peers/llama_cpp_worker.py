@@ -46,7 +46,6 @@ class Context:
         self.handle = lib.llama_init_from_model(model, params)
         if not self.handle:
             raise RuntimeError(f"llama.cpp cannot make a context of {context_tokens} tokens, {cache}")
-        self.capacity = context_tokens
         self.filled = 0
         self.batch = lib.llama_batch_init(BATCH, 0, 1)
 
@@ -97,13 +96,12 @@ class Engine:
         self.contexts = {}
 
     def context(self, cache, tokens):
-        """The context of this cache type, made anew where it is too short or far too long."""
-        wanted = -(-tokens // 256) * 256
-        context = self.contexts.get(cache)
-        if context is None or context.capacity != wanted:
-            if context is not None:
-                context.close()
-            context = self.contexts[cache] = Context(self.model, cache, wanted, self.threads)
+        """A context of this cache type for this many tokens, kept until `forget`."""
+        capacity = -(-tokens // 256) * 256
+        context = self.contexts.get((cache, capacity))
+        if context is None:
+            context = Context(self.model, cache, capacity, self.threads)
+            self.contexts[cache, capacity] = context
             context.feed(self.some_ids(2), 1)  # warm-up, as llama-bench does
             context.rewind(0)
         return context

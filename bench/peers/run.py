@@ -143,18 +143,21 @@ def check(options, everyone):
 
 def measure(options, everyone, wrong):
     """{(engine, cache, 'decode' or 'prefill', number): seconds per token of each round}"""
-    work = [("decode", depth) for depth in options.depths]
-    work += [("prefill", length) for length in options.prefill]
+    # An engine's two depths follow each other: the difference of two times that lie apart would
+    # hold whatever the machine did in between.
+    work = [("decode", options.depths)] if options.depths else []
+    work += [("prefill", [length]) for length in options.prefill]
     samples = {}
-    for kind, number in work:
+    for kind, numbers in work:
         turns = [(engine, cache) for engine in everyone for cache in engine.caches
                  if kind == "decode" or engine.name not in wrong]
         for i in range(options.rounds):
-            say(f"{kind} {number}, round {i + 1} of {options.rounds}")
+            say(f"{kind} {', '.join(map(str, numbers))}, round {i + 1} of {options.rounds}")
             for engine, cache in turns if i % 2 == 0 else reversed(turns):
-                seconds = (engine.decode(cache, number, options.decode_tokens) if kind == "decode"
-                           else engine.prefill(cache, number))
-                samples.setdefault((engine.name, cache, kind, number), []).append(seconds)
+                for number in numbers:
+                    seconds = (engine.decode(cache, number, options.decode_tokens)
+                               if kind == "decode" else engine.prefill(cache, number))
+                    samples.setdefault((engine.name, cache, kind, number), []).append(seconds)
         for engine in everyone:
             engine.forget()
     order = [(engine.name, cache) for engine in everyone for cache in engine.caches]
