@@ -1,15 +1,18 @@
 // Time and bandwidth of matrix products on a device: each shape of Llama-3.1-8B and type of weight,
 // for 1 to 2048 rows. Weights of several matrices are read in turn, more than caches hold.
 //
-// Usage: kvant_cuda_linear_bench [DEVICE [GEOMETRY [TYPE]]]      default: cuda, all types
+// Usage: kvant_cuda_linear_bench [DEVICE [GEOMETRY [TYPE [ROWS [PART]]]]]   default: cuda, all
+// types
 //
 // With a geometry that kvant knows, instead: the products of a layer and the head, norm and gate
-// included, 1 to 128 rows, each as a run that the device keeps; in microseconds, products of few
-// rows (deterministic mode) / what the backend chooses by itself.
+// included, 1 to 2048 rows, each as a run that the device keeps; in microseconds, products of few
+// rows (deterministic mode) / what the backend chooses by itself. ROWS and PART ("gate, up"): only
+// the latter, of so many rows and this part, for a profiler.
 
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <cstdlib>
 #include <memory>
 #include <string>
 #include <vector>
@@ -162,7 +165,7 @@ class PartBench {
     return times[times.size() / 2];
   }
 
-  static constexpr int64_t kMostRows = 128;
+  static constexpr int64_t kMostRows = 2048;
 
  private:
   Status enqueue(const std::vector<std::unique_ptr<Matrix>>& matrices, int64_t rows) {
@@ -192,8 +195,13 @@ class PartBench {
   int64_t loads_ = 0;
 };
 
-void run_geometry(const std::string& device, const model::ModelConfig& config,
-                  const std::string& only) {
+struct Only {
+  std::string type;
+  int64_t rows = 0;
+  std::string part;
+};
+
+void run_geometry(const std::string& device, const model::ModelConfig& config, const Only& only) {
   const int64_t dim = config.dim;
   const int64_t q = int64_t{config.num_query_heads} * config.head_dim;
   const int64_t kv = int64_t{config.num_kv_heads} * config.head_dim;
@@ -208,8 +216,9 @@ void run_geometry(const std::string& device, const model::ModelConfig& config,
   PartBench few(device, true, cols, outputs);
   PartBench chosen(device, false, cols, outputs);
   for (const formats::WeightType type : kTypes) {
-    if (!only.empty() && formats::weight_type_name(type) != only) continue;
+    if (!only.type.empty() && formats::weight_type_name(type) != only.type) continue;
     for (const Part& part : parts) {
+      if (!only.part.empty() && part.name != only.part) continue;
       if (part.cols % formats::weight_type_info(type).block_elements != 0) continue;
       std::vector<testing::RandomMatrix> random;
       size_t bytes = 0;
@@ -218,10 +227,15 @@ void run_geometry(const std::string& device, const model::ModelConfig& config,
         bytes += random.back().bytes.size();
       }
       const int copies = static_cast<int>(std::min<size_t>(100, (size_t{120} << 20) / bytes + 1));
-      few.load(part, random, copies);
+      if (only.rows == 0) few.load(part, random, copies);
       chosen.load(part, random, copies);
       std::printf("%-5s %-8s", std::string(random[0].source().name).c_str(), part.name.c_str());
-      for (const int64_t rows : {1, 4, 8, 9, 16, 17, 32, 33, 48, 64, 65, 128}) {
+      if (only.rows > 0) {
+        std::printf(" | %lld: %.1f\n", static_cast<long long>(only.rows),
+                    chosen.measure(only.rows));
+        continue;
+      }
+      for (const int64_t rows : {1, 4, 8, 9, 16, 32, 48, 64, 96, 128, 256, 512, 2048}) {
         std::printf(" | %lld: %.1f/%.1f", static_cast<long long>(rows), few.measure(rows),
                     chosen.measure(rows));
       }
@@ -231,7 +245,7 @@ void run_geometry(const std::string& device, const model::ModelConfig& config,
   }
 }
 
-int main_of(const std::string& device, const std::string& geometry, const std::string& only) {
+int main_of(const std::string& device, const std::string& geometry, const Only& only) {
   BackendOptions options;
   options.name = device;
   auto backend = create_backend(options);
@@ -251,7 +265,7 @@ int main_of(const std::string& device, const std::string& geometry, const std::s
   }
   Bench bench(**backend);
   for (const formats::WeightType type : kTypes) {
-    if (!only.empty() && formats::weight_type_name(type) != only) continue;
+    if (!only.type.empty() && formats::weight_type_name(type) != only.type) continue;
     for (const Shape shape : {Shape{1024, 4096}, {4096, 4096}, {14336, 4096}, {4096, 14336}}) {
       bench.run({type, shape});
     }
@@ -264,5 +278,7 @@ int main_of(const std::string& device, const std::string& geometry, const std::s
 
 int main(int argc, char** argv) {
   return kvant::backend::main_of(argc > 1 ? argv[1] : "cuda", argc > 2 ? argv[2] : "",
-                                 argc > 3 ? argv[3] : "");
+                                 {.type = argc > 3 ? argv[3] : "",
+                                  .rows = argc > 4 ? std::atoll(argv[4]) : 0,
+                                  .part = argc > 5 ? argv[5] : ""});
 }

@@ -23,21 +23,29 @@ struct LaunchShape {
   int threads = 0;
   size_t shared_bytes = 0;  // dynamic
   cudaStream_t stream = nullptr;
+  unsigned cluster = 1;  // blocks of a cluster, along x
 };
 
 // `arguments` point to the kernel's parameters; `name` is for messages.
 inline Status launch_overlapped(std::string_view name, const void* kernel, const LaunchShape& shape,
                                 void** arguments) {
-  cudaLaunchAttribute overlap = {};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned count = 0;
+  if (device_traits().overlaps) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (shape.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {shape.cluster, 1, 1};
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = shape.grid;
   config.blockDim = dim3(static_cast<unsigned>(shape.threads));
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = shape.stream;
-  config.attrs = &overlap;
-  config.numAttrs = device_traits().overlaps ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   const cudaError_t error = cudaLaunchKernelExC(&config, kernel, arguments);
   if (error == cudaSuccess) return {};
   return cuda_status(error, "launching " + std::string(name));

@@ -143,6 +143,10 @@ __device__ __forceinline__ void copy_16(uint32_t target, const void* source) {
 __device__ __forceinline__ void copies_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
+// Once those of the thread so far are complete it arrives at `barrier`, which counts it.
+__device__ __forceinline__ void copies_arrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
 // All but the last kPending groups of the thread are complete.
 template <int kPending>
 __device__ __forceinline__ void copies_wait() {

@@ -11,6 +11,7 @@
 #include <numeric>
 #include <vector>
 
+#include "kvant/backend/cuda/dense/decoded_product.h"
 #include "kvant/backend/cuda/dense/linear.h"
 #include "kvant/backend/cuda/testing/cache_on_device.h"
 #include "kvant/backend/reference/reference_backend.h"
@@ -370,6 +371,19 @@ double few_rows_tolerance(WeightType type, int64_t outputs) {
   return outputs < 32 ? 2e-4 : 8e-5;
 }
 
+// Beyond that: products that decode weights round weights and activations to FP16 (2^-12, and 2^-12
+// of the largest scale and offset of a block), others to BF16, each to within 2^-8; few terms do
+// not average out.
+double many_rows_tolerance(WeightType type) {
+  return has_decoded_product(type) ? 1.2e-3 : 7e-3;
+}
+
+// How many rows that are on the device at hand.
+bool are_many_rows(WeightType type, int64_t num_rows) {
+  if (type == WeightType::kBF16) return num_rows > 16;
+  return num_rows > (has_decoded_product(type) ? 8 : 64);
+}
+
 TEST_F(CudaLinearTest, FewRows) {
   for (const WeightTypeInfo& info : formats::weight_types()) {
     for (const int64_t cols : widths(info)) {
@@ -380,32 +394,35 @@ TEST_F(CudaLinearTest, FewRows) {
           const Floats x = random_activations(num_rows, cols, 11);
           SCOPED_TRACE(std::string(info.name) + " " + std::to_string(rows) + " x " +
                        std::to_string(cols) + ", rows " + std::to_string(num_rows));
-          check(few_rows_tolerance(info.type, rows), Product{matrix, x});
+          const Product product{matrix, x};
+          Backend& exact = are_many_rows(info.type, num_rows) ? *deterministic_ : *cuda_;
+          EXPECT_LE(product_error(product, product.run(exact), product.run(reference_)),
+                    few_rows_tolerance(info.type, rows));
         }
       }
     }
   }
 }
 
-// Activations and weights are rounded to BF16, each to within 2^-8; few terms do not average out.
 TEST_F(CudaLinearTest, ManyRows) {
   for (const WeightTypeInfo& info : formats::weight_types()) {
     for (const int64_t cols : widths(info)) {
       for (const int64_t rows : {1, 45, 320}) {
         const RandomMatrix matrix = random_matrix(info.type, rows, cols, 12);
-        for (const int64_t num_rows : {65, 100, 133}) {
+        for (const int64_t num_rows : {9, 16, 27, 50, 64, 65, 100, 133, 300}) {
+          if (!are_many_rows(info.type, num_rows)) continue;
           const Floats x = random_activations(num_rows, cols, 13);
           SCOPED_TRACE(std::string(info.name) + " " + std::to_string(rows) + " x " +
                        std::to_string(cols) + ", rows " + std::to_string(num_rows));
-          check(7e-3, Product{matrix, x});
+          check(many_rows_tolerance(info.type), Product{matrix, x});
         }
       }
     }
   }
 }
 
-// One input alone: the weight itself, every code of E4M3 with every scale, exactly with few rows
-// and rounded to BF16 with many.
+// One input alone: the weight itself, every code of E4M3 with every scale, exactly, but rounded to
+// BF16 where cuBLASLt multiplies.
 TEST_F(CudaLinearTest, EveryCodeOfE4m3) {
   constexpr int64_t kRows = 37;
   constexpr int64_t kCols = 256;
@@ -427,7 +444,9 @@ TEST_F(CudaLinearTest, EveryCodeOfE4m3) {
         for (int64_t row = 0; row < kRows; ++row) {
           const float value = w[static_cast<size_t>(row * kCols + first + i)];
           ASSERT_EQ(out[static_cast<size_t>(i * kRows + row)],
-                    num_rows > 64 ? from_bf16(to_bf16(value)) : value)
+                    num_rows > 64 && !has_decoded_product(WeightType::kF8_E4M3)
+                        ? from_bf16(to_bf16(value))
+                        : value)
               << num_rows << " rows, input " << first + i << ", output " << row;
         }
       }
@@ -446,37 +465,39 @@ TEST_F(CudaLinearTest, BiasOrderAndSum) {
       const Floats x = random_activations(num_rows, 512, 16);
       for (const bool accumulate : {false, true}) {
         SCOPED_TRACE(num_rows);
-        check(num_rows == 2 ? few_rows_tolerance(type, 90) : 7e-3,
+        check(num_rows == 2 ? few_rows_tolerance(type, 90) : many_rows_tolerance(type),
               Product{matrix, x, &bias, order, accumulate});
       }
     }
   }
 }
 
-// Where products of few rows give way to cuBLASLt on 132 multiprocessors.
+// Where products of few rows give way to others on 132 multiprocessors: the last number of rows
+// without and with products that decode weights.
 TEST_F(CudaDense, WhereFewRowsEnd) {
   struct Case {
     WeightType type;
-    int64_t outputs, cols, last;
+    int64_t outputs, cols, last, last_of_decoded;
   };
   CudaLinear linear, deterministic;
   ASSERT_TRUE(linear.create(132, false));
   ASSERT_TRUE(deterministic.create(132, true));
-  for (const Case& c : {Case{WeightType::kQ4_0, 576, 576, 64},
-                        {WeightType::kQ8_0, 3072, 576, 64},
-                        {WeightType::kQ8_0, 8192, 576, 32},
-                        {WeightType::kQ8_0, 9728, 896, 48},
-                        {WeightType::kQ4_K, 9728, 1280, 64},
-                        {WeightType::kF8_E4M3, 8192, 576, 32},
-                        {WeightType::kBF16, 4864, 896, 16},
-                        {WeightType::kBF16, 16384, 896, 8},
-                        {WeightType::kBF16, 2048, 4096, 8}}) {
+  for (const Case& c : {Case{WeightType::kQ4_0, 576, 576, 64, 64},
+                        {WeightType::kQ8_0, 3072, 576, 64, 32},
+                        {WeightType::kQ8_0, 8192, 576, 32, 16},
+                        {WeightType::kQ8_0, 9728, 896, 48, 16},
+                        {WeightType::kQ4_K, 9728, 1280, 64, 16},
+                        {WeightType::kF8_E4M3, 8192, 576, 32, 16},
+                        {WeightType::kBF16, 4864, 896, 16, 16},
+                        {WeightType::kBF16, 16384, 896, 8, 8},
+                        {WeightType::kBF16, 2048, 4096, 8, 8}}) {
     const auto matrix = cuda_->load_matrix(random_matrix(c.type, c.outputs, c.cols, 29).source());
     ASSERT_TRUE(matrix);
     const LinearTarget target = {.matrix = matrix->get()};
+    const int64_t last = has_decoded_product(c.type) ? c.last_of_decoded : c.last;
     SCOPED_TRACE(std::to_string(c.outputs) + " x " + std::to_string(c.cols));
     for (int64_t rows = 1; rows < 100; ++rows) {
-      EXPECT_EQ(linear.rounds(rows, {&target, 1}), rows > c.last) << rows;
+      EXPECT_EQ(linear.rounds(rows, {&target, 1}), rows > last) << rows;
       EXPECT_FALSE(deterministic.rounds(rows, {&target, 1}));
     }
   }
@@ -565,7 +586,9 @@ TEST_F(CudaDense, NormedProductsAndGates) {
       for (const int64_t rows : {1, 3, 4, 5, 8, 11, 50, 70}) {
         SCOPED_TRACE(rows);
         const Gated gated(type, 77, random_activations(rows, dim, 26), weight);
-        compare(rows > (type == WeightType::kBF16 ? 16 : 64) ? 1e-2 : 3e-4,
+        compare(!are_many_rows(type, rows)  ? 3e-4
+                : has_decoded_product(type) ? 2e-3
+                                            : 1e-2,
                 [&](Backend& backend) { return gated.run(backend); });
       }
     }

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "kvant/backend/cuda/dense/decoded_product.h"
 #include "kvant/backend/cuda/dense/matrix.h"
 #include "kvant/backend/cuda/dense/operators.h"
 #include "kvant/base/check.h"
@@ -28,6 +29,17 @@ constexpr int64_t kBlasWorkspace = int64_t{32} << 20;     // cuBLASLt's advice f
 constexpr size_t kMaxAlgorithms = 4096;                   // remembered
 constexpr int64_t kDequantisedPiece = int64_t{64} << 20;  // of BF16 weights
 
+// With products that decode weights, which multiply at least 16 rows, so many are always few; above
+// that estimates are compared.
+constexpr int64_t kFewRowsDecoded = 8;
+
+// Of products of few rows, if they are more than that: launches, and strips times groups of rows.
+int64_t few_rows_nanoseconds(int64_t strips, int64_t groups, int64_t cols) {
+  constexpr int64_t kLaunches = 3600;
+  const int64_t picoseconds = std::max<int64_t>(8400, 4000 + 4300 * cols / 1024);
+  return kLaunches + groups * strips * picoseconds / 1000;
+}
+
 int64_t padded(int64_t cols) {
   WeightTiles tiles;
   tiles.cols = cols;
@@ -37,6 +49,19 @@ int64_t padded(int64_t cols) {
 // Rows of a matrix that are dequantised at a time.
 int64_t piece_rows(int64_t cols) {
   return std::max<int64_t>(1, kDequantisedPiece / (2 * padded(cols)) / kStripRows) * kStripRows;
+}
+
+// Of rows of activations in 16 bits, as cuBLASLt or products that decode weights take them.
+int64_t rounded_bytes(int64_t rows, int64_t cols) {
+  return (half_rows_bytes(rows, padded(cols)) + 255) / 256 * 256;
+}
+
+// Whether a matrix is decoded on its way to the tensor cores where rows are many.
+bool is_decoded(const LinearTarget& target) {
+  return has_decoded_product(tiles_of(target.matrix).type);
+}
+bool any_is_decoded(std::span<const LinearTarget> targets) {
+  return std::ranges::any_of(targets, is_decoded);
 }
 
 Status blas_status(cublasStatus_t status, const char* what) {
@@ -99,8 +124,8 @@ Status CudaLinear::create(int num_sms, bool deterministic) {
 
 int64_t CudaLinear::workspace_bytes(int64_t max_rows, int64_t max_cols) {
   if (max_rows <= 0 || max_cols <= 0) return 0;
-  const int64_t rounded = (2 * max_rows * padded(max_cols) + 255) / 256 * 256;
-  return kBlasWorkspace + rounded + 2 * piece_rows(max_cols) * padded(max_cols);
+  return kBlasWorkspace + rounded_bytes(max_rows, max_cols) +
+         2 * piece_rows(max_cols) * padded(max_cols);
 }
 
 void CudaLinear::set_workspace(std::byte* workspace, int64_t max_rows, int64_t max_cols) {
@@ -108,8 +133,8 @@ void CudaLinear::set_workspace(std::byte* workspace, int64_t max_rows, int64_t m
   max_cols_ = max_cols;
   blas_workspace_ = workspace;
   rounded_x_ = reinterpret_cast<uint16_t*>(workspace + kBlasWorkspace);
-  const int64_t rounded = (2 * max_rows * padded(max_cols) + 255) / 256 * 256;
-  weights_ = reinterpret_cast<uint16_t*>(workspace + kBlasWorkspace + rounded);
+  weights_ =
+      reinterpret_cast<uint16_t*>(workspace + kBlasWorkspace + rounded_bytes(max_rows, max_cols));
 }
 
 Status CudaLinear::run(const float* x, int64_t num_rows, std::span<const LinearTarget> targets,
@@ -121,12 +146,11 @@ Status CudaLinear::run(const float* x, int64_t num_rows, std::span<const LinearT
   std::vector<LinearTarget> parts;
   for (int64_t first = 0; first < num_rows; first += max_rows_) {
     const int64_t count = std::min(max_rows_, num_rows - first);
-    KVANT_TRY(round_rows(x + first * cols, count, cols, padded(cols), rounded_x_, stream));
     parts.assign(targets.begin(), targets.end());
     for (LinearTarget& part : parts) {
       part.out = static_cast<float*>(part.out) + first * part.matrix->rows();
     }
-    KVANT_TRY(run_targets(count, parts, stream));
+    KVANT_TRY(run_many(x + first * cols, count, {}, parts, stream));
   }
   return {};
 }
@@ -137,6 +161,16 @@ bool CudaLinear::rounds(int64_t num_rows, std::span<const LinearTarget> targets)
   const int64_t groups = num_row_groups(num_rows);
   int64_t strips = 0;
   for (const LinearTarget& target : targets) strips += tiles_of(target.matrix).num_strips();
+  if (any_is_decoded(targets)) {
+    if (num_rows <= kFewRowsDecoded || num_rows > kPreparedRows) return num_rows > kPreparedRows;
+    const WeightTiles& tiles = tiles_of(targets[0].matrix);
+    const int64_t decoded = decoded_product_nanoseconds({.num_rows = num_rows,
+                                                         .num_strips = strips,
+                                                         .num_tiles = tiles.num_tiles(),
+                                                         .strip_bytes = tiles.strip_bytes(),
+                                                         .num_sms = num_sms_});
+    return decoded < few_rows_nanoseconds(strips, groups, cols);
+  }
   const bool few_turns = strips * groups <= kFewTurns * num_teams(num_sms_);
   if (tiles_of(targets[0].matrix).type == formats::WeightType::kBF16) {
     const bool more = few_turns && cols <= kMostColsBf16;
@@ -150,8 +184,38 @@ Status CudaLinear::run_rounded(const RmsNormArgs& norm, std::span<const LinearTa
                                cudaStream_t stream) {
   KVANT_CHECK(norm.num_rows <= max_rows_ && norm.dim <= max_cols_,
               "reserve_workspace covers the products");
-  KVANT_TRY(rounded_rms_norm(norm, padded(norm.dim), rounded_x_, stream));
-  return run_targets(norm.num_rows, targets, stream);
+  if (any_is_decoded(targets) && !can_norm(targets)) {
+    KVANT_TRY(rms_norm(norm, stream));
+    return run(static_cast<const float*>(norm.out), norm.num_rows, targets, stream);
+  }
+  std::vector<LinearTarget> parts(targets.begin(), targets.end());
+  return run_many(static_cast<const float*>(norm.x), norm.num_rows, {norm.weight, norm.epsilon},
+                  parts, stream);
+}
+
+// Rows are made ready once for each of the two ways.
+Status CudaLinear::run_many(const float* x, int64_t num_rows, const RowNorm& norm,
+                            std::span<LinearTarget> targets, cudaStream_t stream) {
+  const auto others = std::ranges::stable_partition(targets, is_decoded);
+  const auto decoded = targets.first(targets.size() - others.size());
+  if (!decoded.empty()) {
+    RowProduct product = decoded_product_of(x, num_rows);
+    product.norm = norm;
+    KVANT_TRY(run_decoded(product, decoded, stream));
+  }
+  if (others.empty()) return {};
+  const int64_t cols = targets[0].matrix->cols();
+  if (norm.weight != nullptr) {
+    const RmsNormArgs args = {.x = x,
+                              .weight = norm.weight,
+                              .num_rows = num_rows,
+                              .dim = static_cast<int>(cols),
+                              .epsilon = norm.epsilon};
+    KVANT_TRY(rounded_rms_norm(args, padded(cols), rounded_x_, stream));
+  } else {
+    KVANT_TRY(round_rows(x, num_rows, cols, padded(cols), rounded_x_, stream));
+  }
+  return run_targets(num_rows, std::span<LinearTarget>(others), stream);
 }
 
 bool CudaLinear::can_norm(std::span<const LinearTarget> targets) const {
@@ -173,19 +237,23 @@ bool CudaLinear::can_gate(const GatedArgs& args) const {
   const WeightTiles& up = tiles_of(args.up);
   const std::array<LinearTarget, 2> targets = {{{.matrix = args.gate}, {.matrix = args.up}}};
   return gate.type == up.type && gate.rows == up.rows && can_norm(targets) &&
-         !rounds(args.norm.num_rows, targets);
+         (!rounds(args.norm.num_rows, targets) ||
+          (any_is_decoded(targets) && args.norm.num_rows <= max_rows_));
 }
 
 Status CudaLinear::run_gated(const GatedArgs& args, cudaStream_t stream) {
-  RowProduct product = product_of(static_cast<const float*>(args.norm.x), args.norm.num_rows);
-  product.norm = {args.norm.weight, args.norm.epsilon};
-  product.gated = true;
-  product.gate = args.kind;
   const std::array<LinearTarget, 2> targets = {{
       {.matrix = args.gate, .out = args.out},
       {.matrix = args.up, .out = args.up_scratch},
   }};
-  return run_product(product, targets, stream);
+  const auto* const x = static_cast<const float*>(args.norm.x);
+  const bool decoded = rounds(args.norm.num_rows, targets);
+  RowProduct product =
+      decoded ? decoded_product_of(x, args.norm.num_rows) : product_of(x, args.norm.num_rows);
+  product.norm = {args.norm.weight, args.norm.epsilon};
+  product.gated = true;
+  product.gate = args.kind;
+  return decoded ? run_decoded(product, targets, stream) : run_product(product, targets, stream);
 }
 
 RowProduct CudaLinear::product_of(const float* x, int64_t num_rows) const {
@@ -210,9 +278,16 @@ Status CudaLinear::run_exact(const float* x, int64_t num_rows,
   return run_product(product_of(x, num_rows), targets, stream);
 }
 
-Status CudaLinear::run_product(const RowProduct& product, std::span<const LinearTarget> targets,
-                               cudaStream_t stream) {
-  // Targets of one type share a launch.
+RowProduct CudaLinear::decoded_product_of(const float* x, int64_t num_rows) const {
+  RowProduct product = product_of(x, num_rows);
+  product.workspace = reinterpret_cast<std::byte*>(rounded_x_);
+  product.workspace_bytes = rounded_bytes(max_rows_, max_cols_);
+  return product;
+}
+
+template <typename Multiply>
+Status CudaLinear::run_by_type(const RowProduct& product, std::span<const LinearTarget> targets,
+                               const Multiply& multiply, cudaStream_t stream) {
   std::array<ProductTarget, kMaxProductTargets> group;
   size_t size = 0;
   for (size_t i = 0; i < targets.size(); ++i) {
@@ -223,10 +298,21 @@ Status CudaLinear::run_product(const RowProduct& product, std::span<const Linear
     const bool ends = i + 1 == targets.size() || size == group.size() ||
                       tiles_of(targets[i + 1].matrix).type != group[0].weights.type;
     if (!ends) continue;
-    KVANT_TRY(multiply_rows(product, std::span(group).first(size), stream));
+    KVANT_TRY(multiply(product, std::span(group).first(size), stream));
     size = 0;
   }
   return {};
+}
+
+Status CudaLinear::run_product(const RowProduct& product, std::span<const LinearTarget> targets,
+                               cudaStream_t stream) {
+  return run_by_type(product, targets, multiply_rows, stream);
+}
+
+Status CudaLinear::run_decoded(const RowProduct& product, std::span<const LinearTarget> targets,
+                               cudaStream_t stream) {
+  KVANT_TRY(prepare_half_rows(product, targets[0].matrix->cols(), stream));
+  return run_by_type(product, targets, multiply_decoded, stream);
 }
 
 // x is in rounded_x_. Matrices of one type that fit the workspace together are dequantised by one

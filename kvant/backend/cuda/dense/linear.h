@@ -69,8 +69,18 @@ class CudaLinear {
   using Shape = std::array<int64_t, 5>;  // what the choice of an algorithm depends on
 
   RowProduct product_of(const float* x, int64_t num_rows) const;
+  RowProduct decoded_product_of(const float* x, int64_t num_rows) const;
   Status run_product(const RowProduct& product, std::span<const LinearTarget> targets,
                      cudaStream_t stream);
+  // At most max_rows_ rows, normed if there is a weight. Puts the targets in another order.
+  Status run_many(const float* x, int64_t num_rows, const RowNorm& norm,
+                  std::span<LinearTarget> targets, cudaStream_t stream);
+  Status run_decoded(const RowProduct& product, std::span<const LinearTarget> targets,
+                     cudaStream_t stream);
+  // multiply(product, targets, stream): targets of one type share a launch.
+  template <typename Multiply>
+  static Status run_by_type(const RowProduct& product, std::span<const LinearTarget> targets,
+                            const Multiply& multiply, cudaStream_t stream);
   Status run_targets(int64_t num_rows, std::span<const LinearTarget> targets, cudaStream_t stream);
   Status run_in_pieces(int64_t num_rows, const LinearTarget& target, cudaStream_t stream);
   struct Piece {

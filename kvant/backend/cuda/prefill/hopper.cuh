@@ -62,6 +62,9 @@ struct WgmmaShared;
 // in shared memory, N contiguous.
 template <int kN>
 struct WgmmaRegisters;
+// The same with B [N][16], k contiguous.
+template <int kN>
+struct WgmmaRows;
 
 #define KVANT_ACC8(d, i)                                                                      \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
@@ -70,6 +73,8 @@ struct WgmmaRegisters;
   KVANT_ACC8(d, i), KVANT_ACC8(d, i + 8), KVANT_ACC8(d, i + 16), KVANT_ACC8(d, i + 24)
 #define KVANT_ACC64(d, i) KVANT_ACC32(d, i), KVANT_ACC32(d, i + 32)
 
+#define KVANT_REGS_8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define KVANT_REGS_16 KVANT_REGS_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define KVANT_REGS0_31                                                                     \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23," \
   "%24,%25,%26,%27,%28,%29,%30,%31"
@@ -102,13 +107,13 @@ struct WgmmaRegisters;
                    : "l"(desc_a), "l"(desc_b), "r"(accumulate));                                   \
     }                                                                                              \
   };
-#define KVANT_WGMMA_REGISTERS(n, regs, a0, a1, a2, a3, b, ...)                                  \
+#define KVANT_WGMMA_REGISTERS(name, transposed, n, regs, a0, a1, a2, a3, b, ...)                \
   template <>                                                                                   \
-  struct WgmmaRegisters<n> {                                                                    \
+  struct name<n> {                                                                              \
     __device__ __forceinline__ static void run(float (&d)[regs], const uint32_t* a,             \
                                                uint64_t desc_b) {                               \
       asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" KVANT_REGS_##regs \
-                   "},{%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "},%" #b ",1,1,1,1;\n"                 \
+                   "},{%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "},%" #b ",1,1,1," #transposed ";\n"   \
                    : __VA_ARGS__                                                                \
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc_b));                  \
     }                                                                                           \
@@ -116,12 +121,21 @@ struct WgmmaRegisters;
 
 KVANT_WGMMA_SHARED(64, 32, 32, 33, 34, KVANT_ACC32(d, 0))
 KVANT_WGMMA_SHARED(128, 64, 64, 65, 66, KVANT_ACC64(d, 0))
-KVANT_WGMMA_REGISTERS(64, 32, 32, 33, 34, 35, 36, KVANT_ACC32(d, 0))
-KVANT_WGMMA_REGISTERS(80, 40, 40, 41, 42, 43, 44, KVANT_ACC32(d, 0), KVANT_ACC8(d, 32))
-KVANT_WGMMA_REGISTERS(96, 48, 48, 49, 50, 51, 52, KVANT_ACC32(d, 0), KVANT_ACC8(d, 32),
-                      KVANT_ACC8(d, 40))
-KVANT_WGMMA_REGISTERS(128, 64, 64, 65, 66, 67, 68, KVANT_ACC64(d, 0))
-KVANT_WGMMA_REGISTERS(192, 96, 96, 97, 98, 99, 100, KVANT_ACC64(d, 0), KVANT_ACC32(d, 64))
-KVANT_WGMMA_REGISTERS(256, 128, 128, 129, 130, 131, 132, KVANT_ACC64(d, 0), KVANT_ACC64(d, 64))
+KVANT_WGMMA_REGISTERS(WgmmaRegisters, 1, 64, 32, 32, 33, 34, 35, 36, KVANT_ACC32(d, 0))
+KVANT_WGMMA_REGISTERS(WgmmaRegisters, 1, 80, 40, 40, 41, 42, 43, 44, KVANT_ACC32(d, 0),
+                      KVANT_ACC8(d, 32))
+KVANT_WGMMA_REGISTERS(WgmmaRegisters, 1, 96, 48, 48, 49, 50, 51, 52, KVANT_ACC32(d, 0),
+                      KVANT_ACC8(d, 32), KVANT_ACC8(d, 40))
+KVANT_WGMMA_REGISTERS(WgmmaRegisters, 1, 128, 64, 64, 65, 66, 67, 68, KVANT_ACC64(d, 0))
+KVANT_WGMMA_REGISTERS(WgmmaRegisters, 1, 192, 96, 96, 97, 98, 99, 100, KVANT_ACC64(d, 0),
+                      KVANT_ACC32(d, 64))
+KVANT_WGMMA_REGISTERS(WgmmaRegisters, 1, 256, 128, 128, 129, 130, 131, 132, KVANT_ACC64(d, 0),
+                      KVANT_ACC64(d, 64))
+KVANT_WGMMA_REGISTERS(WgmmaRows, 0, 16, 8, 8, 9, 10, 11, 12, KVANT_ACC8(d, 0))
+KVANT_WGMMA_REGISTERS(WgmmaRows, 0, 32, 16, 16, 17, 18, 19, 20, KVANT_ACC8(d, 0), KVANT_ACC8(d, 8))
+KVANT_WGMMA_REGISTERS(WgmmaRows, 0, 64, 32, 32, 33, 34, 35, 36, KVANT_ACC32(d, 0))
+KVANT_WGMMA_REGISTERS(WgmmaRows, 0, 128, 64, 64, 65, 66, 67, 68, KVANT_ACC64(d, 0))
+KVANT_WGMMA_REGISTERS(WgmmaRows, 0, 256, 128, 128, 129, 130, 131, 132, KVANT_ACC64(d, 0),
+                      KVANT_ACC64(d, 64))
 
 }  // namespace kvant::backend::cuda
