@@ -595,6 +595,22 @@ TEST_F(CudaDense, NormedProductsAndGates) {
   }
 }
 
+// Products of every size of items and of clusters, against exact ones on the device.
+TEST_F(CudaDense, LargeProducts) {
+  for (const WeightType type : {WeightType::kQ4_K, WeightType::kQ6_K, WeightType::kF8_E4M3}) {
+    for (const auto& [outputs, dim] : {std::pair{1100, 4096}, std::pair{4090, 1024}}) {
+      const Floats weight = random_activations(1, dim, 45);
+      for (const int64_t rows : {20, 64, 100, 200, 400, 601}) {
+        SCOPED_TRACE(std::to_string(outputs) + " x " + std::to_string(dim) + ", rows " +
+                     std::to_string(rows));
+        const Gated gated(type, outputs, random_activations(rows, dim, 46), weight);
+        EXPECT_LE(relative_error(gated.run(*cuda_), gated.run(*deterministic_)),
+                  has_decoded_product(type) ? 1e-3 : 1e-2);
+      }
+    }
+  }
+}
+
 // Many rows: what shares launches has the bits that it has by itself.
 TEST_F(CudaDense, ManyRowsTogetherHaveTheBitsOfEach) {
   for (const auto& types : std::vector<std::vector<WeightType>>{

@@ -1,9 +1,10 @@
 // Matrix products of the CUDA backend: few rows by reading weights as they are (product.h), many
-// rows by cuBLASLt in BF16 with fp32 sums, for which tiled weights are dequantised piece by piece
-// right before their product, so that no second copy of the weights is kept.
+// rows by decoding them on their way to the tensor cores (decoded_product.h) or, on GPUs and with
+// weights that these are not for, by cuBLASLt in BF16 with fp32 sums, for which tiled weights are
+// dequantised piece by piece right before their product. No second copy of the weights is kept.
 //
-// With many rows activations and dequantised weights are rounded to BF16 (8 bits). In deterministic
-// mode every product is that of few rows.
+// With many rows activations and weights are rounded: to FP16 (11 bits) where they are decoded, to
+// BF16 (8 bits) for cuBLASLt. In deterministic mode every product is that of few rows.
 #pragma once
 
 #include <cublasLt.h>

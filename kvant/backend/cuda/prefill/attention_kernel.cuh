@@ -16,9 +16,9 @@
 #include <string>
 #include <type_traits>
 
+#include "kvant/backend/cuda/hopper.cuh"
 #include "kvant/backend/cuda/prefill/attention_producer.cuh"
 #include "kvant/backend/cuda/prefill/attention_rows.cuh"
-#include "kvant/backend/cuda/prefill/hopper.cuh"
 #include "kvant/backend/cuda/status.h"
 
 namespace kvant::backend::cuda {

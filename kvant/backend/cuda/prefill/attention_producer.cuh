@@ -4,8 +4,8 @@
 
 #include <cstddef>
 
+#include "kvant/backend/cuda/hopper.cuh"
 #include "kvant/backend/cuda/prefill/attention_shape.cuh"
-#include "kvant/backend/cuda/prefill/hopper.cuh"
 #include "kvant/backend/cuda/prefill/write_image.cuh"
 
 namespace kvant::backend::cuda {

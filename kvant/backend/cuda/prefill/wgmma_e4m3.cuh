@@ -3,7 +3,7 @@
 // (attention_e4m3_kernel.cuh moves them to fp32 after every key tile).
 #pragma once
 
-#include "kvant/backend/cuda/prefill/hopper.cuh"
+#include "kvant/backend/cuda/hopper.cuh"
 
 namespace kvant::backend::cuda {
 

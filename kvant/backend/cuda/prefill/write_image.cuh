@@ -2,10 +2,10 @@
 // dequantise.cu and, beside attention, by attention_kernel.cuh.
 #pragma once
 
+#include "kvant/backend/cuda/hopper.cuh"
 #include "kvant/backend/cuda/matrices.cuh"
 #include "kvant/backend/cuda/prefill/dequantise.h"
 #include "kvant/backend/cuda/prefill/fragments.cuh"
-#include "kvant/backend/cuda/prefill/hopper.cuh"
 #include "kvant/formats/all_formats.h"
 
 namespace kvant::backend::cuda {

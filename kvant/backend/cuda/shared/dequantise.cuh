@@ -7,7 +7,7 @@
 
 #include "kvant/backend/cuda/decode/keys.cuh"
 #include "kvant/backend/cuda/decode/values.cuh"
-#include "kvant/backend/cuda/prefill/hopper.cuh"
+#include "kvant/backend/cuda/hopper.cuh"
 #include "kvant/backend/cuda/shared/kernel_params.h"
 
 namespace kvant::backend::cuda {

@@ -2,7 +2,7 @@
 // operands FP16 or BF16.
 #pragma once
 
-#include "kvant/backend/cuda/prefill/hopper.cuh"
+#include "kvant/backend/cuda/hopper.cuh"
 
 namespace kvant::backend::cuda {
 

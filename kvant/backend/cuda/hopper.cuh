@@ -1,4 +1,5 @@
-// Hopper's instructions that only prefill attention uses: bulk copies and wgmma on FP16.
+// Hopper's instructions that prefill attention, shared prefixes and products use: bulk copies and
+// wgmma on FP16.
 //
 // PTX ISA 8.0 and later, target sm_90a. Addresses of shared memory are 32-bit, as in ptx.cuh.
 #pragma once
@@ -135,7 +136,5 @@ KVANT_WGMMA_REGISTERS(WgmmaRows, 0, 16, 8, 8, 9, 10, 11, 12, KVANT_ACC8(d, 0))
 KVANT_WGMMA_REGISTERS(WgmmaRows, 0, 32, 16, 16, 17, 18, 19, 20, KVANT_ACC8(d, 0), KVANT_ACC8(d, 8))
 KVANT_WGMMA_REGISTERS(WgmmaRows, 0, 64, 32, 32, 33, 34, 35, 36, KVANT_ACC32(d, 0))
 KVANT_WGMMA_REGISTERS(WgmmaRows, 0, 128, 64, 64, 65, 66, 67, 68, KVANT_ACC64(d, 0))
-KVANT_WGMMA_REGISTERS(WgmmaRows, 0, 256, 128, 128, 129, 130, 131, 132, KVANT_ACC64(d, 0),
-                      KVANT_ACC64(d, 64))
 
 }  // namespace kvant::backend::cuda
