@@ -597,6 +597,11 @@ TEST_F(CudaDense, NormedProductsAndGates) {
 
 // Products of every size of items and of clusters, against exact ones on the device.
 TEST_F(CudaDense, LargeProducts) {
+  WorkspaceNeeds needs = small_needs();
+  needs.max_rows = 601;
+  needs.max_cols = 4096;
+  ASSERT_TRUE(cuda_->reserve_workspace(needs));
+  ASSERT_TRUE(deterministic_->reserve_workspace(needs));
   for (const WeightType type : {WeightType::kQ4_K, WeightType::kQ6_K, WeightType::kF8_E4M3}) {
     for (const auto& [outputs, dim] : {std::pair{1100, 4096}, std::pair{4090, 1024}}) {
       const Floats weight = random_activations(1, dim, 45);
