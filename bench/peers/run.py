@@ -4,7 +4,9 @@
 First every engine's perplexity on the same text is compared: an engine that answers wrongly is
 reported and its prefill is left out. Then decoding at two depths of context and prefill are timed,
 round after round, all engines and cache types in each round, so that a disturbance meets them all.
-A ratio is formed within a round; the table has the median and the extremes over rounds.
+A ratio is formed within a round; the table has the median and the extremes over rounds. Where a
+difference of kvant's is not positive in some round: the ratio of the medians and 90 % of what
+resampled rounds give.
 
   bench/peers/run.py model.gguf --text wiki.txt --llama-cpp \\
       --peer "ik_llama.cpp=$HOME/ik_llama.cpp/build/bin/llama-bench" --json peers.json
