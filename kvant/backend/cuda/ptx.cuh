@@ -79,6 +79,12 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
 #endif
 }
 
+// Once the thread's copies of 16 bytes so far are complete it arrives at `barrier`, which counts
+// it.
+__device__ __forceinline__ void copies_arrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 // ---- copies of one thread that complete on an mbarrier ----
 //
 // begin_copies(), bulk_copy() once or several times, end_copies(). The barrier is initialised with
@@ -102,7 +108,7 @@ __device__ __forceinline__ void begin_copies(uint32_t barrier, uint32_t bytes) {
 }
 __device__ __forceinline__ void end_copies(uint32_t barrier) {
 #if !KVANT_HAS_SM90
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+  copies_arrive(barrier);
 #else
   static_cast<void>(barrier);
 #endif
@@ -142,10 +148,6 @@ __device__ __forceinline__ void copy_16(uint32_t target, const void* source) {
 }
 __device__ __forceinline__ void copies_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
-}
-// Once those of the thread so far are complete it arrives at `barrier`, which counts it.
-__device__ __forceinline__ void copies_arrive(uint32_t barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
 // All but the last kPending groups of the thread are complete.
 template <int kPending>
@@ -394,6 +396,15 @@ __device__ __forceinline__ uint32_t hmul2_high(uint32_t a, uint32_t b) {
   uint32_t y;
   asm("{.reg .b16 l, h; .reg .b32 t; mov.b32 {l, h}, %2; mov.b32 t, {h, h}; mul.rn.f16x2 %0, %1, "
       "t;}"
+      : "=r"(y)
+      : "r"(a), "r"(b));
+  return y;
+}
+// Both halves of a times the lower half of b, plus its upper half.
+__device__ __forceinline__ uint32_t hfma2_halves(uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("{.reg .b16 l, h; .reg .b32 s, o; mov.b32 {l, h}, %2; mov.b32 s, {l, l}; mov.b32 o, {h, h}; "
+      "fma.rn.f16x2 %0, %1, s, o;}"
       : "=r"(y)
       : "r"(a), "r"(b));
   return y;

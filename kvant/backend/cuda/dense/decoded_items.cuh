@@ -49,7 +49,7 @@ struct DecodedPart {
   int rank;
   int first_row;
   int item;
-  int first_tile;  // and the last one's end, multiples of two
+  int first_tile;  // and the last one's end: whole stages
   int end_tile;
 
   __device__ DecodedPart(const DecodedArgs& args, int index) {
@@ -57,9 +57,9 @@ struct DecodedPart {
     const int rest = index / args.splits;
     first_row = rest % args.num_row_tiles * kN;
     item = rest / args.num_row_tiles;
-    const int pairs = args.num_tiles / 2;
-    first_tile = rank * pairs / args.splits * 2;
-    end_tile = (rank + 1) * pairs / args.splits * 2;
+    const int stages = args.num_tiles / kStageTiles;
+    first_tile = rank * stages / args.splits * kStageTiles;
+    end_tile = (rank + 1) * stages / args.splits * kStageTiles;
   }
 };
 
@@ -96,11 +96,8 @@ struct DecodedStage {
 
   // Tile i of a strip in shared memory, of a lane.
   static __device__ TilePlaces places(const uint8_t* strip, int i, int lane) {
-    const int g = lane / 4;
-    return {strip + i * kTile.low + lane * 16,
-            strip + kHighAt + i * kTile.high + lane * (kTile.high / 32),
-            strip + kScalesAt + i * kTile.scales + g * (kTile.scales / 8),
-            strip + kSuperAt + g * (kTile.super / 8)};
+    return lane_places<kType>({strip, strip + kHighAt, strip + kScalesAt, strip + kSuperAt}, i,
+                              lane);
   }
 };
 

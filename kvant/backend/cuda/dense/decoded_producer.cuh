@@ -54,7 +54,7 @@ class DecodedProducer {
     const SlotStrip place(args_, part.item, thread_ / kThreadsOfStrip);
     exists_ = place.exists;
     strip_ = args_.targets[place.target].weights.data + place.strip * args_.strip_bytes + piece_;
-    row_bytes_ = min(kN, (args_.num_rows - part.first_row + 7) / 8 * 8) * 128;
+    row_bytes_ = min(kN, padded_rows(args_.num_rows - part.first_row)) * 128;
     rows_ = args_.rows.image + part.first_row * 128;
   }
   // Stages of tiles [tile, end).

@@ -138,9 +138,6 @@ Status launch(DecodedArgs args, int64_t items, int num_sms, cudaStream_t stream)
       args);
 }
 
-template <WeightType kType>
-inline constexpr bool kHasKernel = kTiled<kType>;
-
 }  // namespace
 
 bool has_decoded_product(formats::WeightType type) {
@@ -181,7 +178,7 @@ Status multiply_decoded(const RowProduct& product, std::span<const ProductTarget
   args.splits = division.splits;
   return for_weight_type<WeightTag>(weights.type, [&](auto tag) -> Status {
     constexpr WeightType kType = decltype(tag)::kValue;
-    if constexpr (kHasKernel<kType>) {
+    if constexpr (kTiled<kType>) {
       switch (division.rows) {
         case 16: return launch<kType, 16>(args, items, product.num_sms, stream);
         case 32: return launch<kType, 32>(args, items, product.num_sms, stream);

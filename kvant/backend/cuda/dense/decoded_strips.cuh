@@ -22,15 +22,14 @@ class StripProducts {
  public:
   using Stage = DecodedStage<kType, kN>;
   static constexpr int kSteps = kN == 128 ? 2 : 4;
-  static constexpr int kGroups = 8 / kSteps;  // of two tiles
-  static constexpr int kGroupsOfStage = kStageTiles * 4 / kSteps;
+  static constexpr int kGroups = kStageTiles * 4 / kSteps;  // of a stage
 
   __device__ StripProducts(DecodedSums<kN>& sums, int warp, int lane)
       : sums_(sums), strips_(Stage::kWeights + kStrips * warp * Stage::kStrip), lane_(lane) {}
 
-  // Groups of two tiles in order, from the stage that has the group.
+  // Groups of a stage in order.
   __device__ __forceinline__ void decode(const uint8_t* stage, int group) {
-    const int first = group % kGroupsOfStage * kSteps;  // step of the stage
+    const int first = group * kSteps;  // step of the stage
 #pragma unroll
     for (int s = 0; s < kStrips; ++s) {
       if (first % 4 == 0) {
@@ -51,7 +50,7 @@ class StripProducts {
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      const int step = group % kGroupsOfStage * kSteps + i;
+      const int step = group * kSteps + i;
       const uint64_t rows = matrix_descriptor(
           ptx::shared_address(stage) + step / 4 * Stage::kRowTile + step % 4 * 32, 0, 1024);
 #pragma unroll
@@ -90,13 +89,13 @@ __device__ __forceinline__ void multiply_parts(const DecodedArgs& args, TeamRing
 #pragma unroll
       for (float& sum : strip) sum = 0.0f;
     }
-    for (int tile = part.first_tile; tile < part.end_tile; tile += 2) {
+    for (int tile = part.first_tile; tile < part.end_tile; tile += kStageTiles) {
 #pragma unroll
       for (int group = 0; group < Products::kGroups; ++group) {
-        const bool ends_stage = (group + 1) % Products::kGroupsOfStage == 0;
+        const bool ends_stage = group + 1 == Products::kGroups;
         const TeamRing read = ring;
         products.issue(stage, group);
-        if (group + 1 < Products::kGroups || tile + 2 < part.end_tile || !last) {
+        if (!ends_stage || tile + kStageTiles < part.end_tile || !last) {
           if (ends_stage) {
             ring.advance();
             stage = memory + ring.slot * kStageBytes;

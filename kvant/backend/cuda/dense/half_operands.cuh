@@ -53,16 +53,6 @@ __device__ inline void half_codes(const RawTile<kType>& raw, int s, uint32_t (&a
   }
 }
 
-// a times the lower half of `pair`, plus its upper half.
-__device__ __forceinline__ uint32_t scale_and_add(uint32_t a, uint32_t pair) {
-  uint32_t y;
-  asm("{.reg .b16 l, h; .reg .b32 s, o; mov.b32 {l, h}, %2; mov.b32 s, {l, l}; mov.b32 o, {h, h};\n"
-      "fma.rn.f16x2 %0, %1, s, o;}"
-      : "=r"(y)
-      : "r"(a), "r"(pair));
-  return y;
-}
-
 // Of steps 2 h and 2 h + 1 of rows g and g + 8: what codes are multiplied with and what is added,
 // or without an offset what those of each step are multiplied with.
 template <WeightType kType>
@@ -92,7 +82,7 @@ struct HalfScales {
     }
   }
   __device__ uint32_t apply(uint32_t codes, int row, int step) const {
-    if constexpr (kHasOffset<kType>) return scale_and_add(codes, pair[row]);
+    if constexpr (kHasOffset<kType>) return ptx::hfma2_halves(codes, pair[row]);
     const int half = kScaleSteps<kType> == 1 ? step % 2 : step / 2;
     return half == 0 ? ptx::hmul2_low(codes, pair[row]) : ptx::hmul2_high(codes, pair[row]);
   }

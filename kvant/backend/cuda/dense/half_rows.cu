@@ -3,6 +3,7 @@
 #include "kvant/backend/cuda/dense/decoded_product.h"
 #include "kvant/backend/cuda/dense/row_norm.cuh"
 #include "kvant/backend/cuda/launch.h"
+#include "kvant/base/check.h"
 
 namespace kvant::backend::cuda {
 
@@ -87,14 +88,15 @@ __global__ void __launch_bounds__(kNormThreads)
 }  // namespace
 
 int64_t half_rows_bytes(int64_t rows, int64_t padded_cols) {
-  const int64_t padded_rows = (rows + 7) / 8 * 8;
-  return padded_rows * (padded_cols * 2 + 4);
+  return padded_rows(rows) * (padded_cols * 2 + 4);
 }
 
 Status prepare_half_rows(const RowProduct& product, int64_t cols, cudaStream_t stream) {
   if (product.num_rows == 0) return {};
   WeightTiles tiles;
   tiles.cols = cols;
+  KVANT_CHECK(half_rows_bytes(product.num_rows, tiles.padded_cols()) <= product.workspace_bytes,
+              "reserve_workspace covers the prepared rows");
   const HalfRows rows(product.workspace, product.num_rows, tiles.padded_cols());
   const auto kernel = product.norm.weight != nullptr ? prepare_kernel<true> : prepare_kernel<false>;
   return launch_overlapped("preparation of rows", kernel,

@@ -9,8 +9,14 @@
 
 namespace kvant::backend::cuda {
 
+// Rows that images have for so many: whole turns of the swizzle.
+template <typename T>
+constexpr T padded_rows(T rows) {
+  return (rows + 7) / 8 * 8;
+}
+
 // Images of rows: [tile of 64 inputs][row] 128 bytes, swizzled as wgmma reads them, and what sums
-// of each row are multiplied with. Rows are padded to 8. In each 16 inputs those that a lane of
+// of each row are multiplied with. Rows are padded. In each 16 inputs those that a lane of
 // weights holds lie where it expects them (half_operands.cuh): 4 c and 4 c + 1 at 2 c, the two
 // after them at 2 c + 8.
 struct HalfRows {
@@ -20,7 +26,7 @@ struct HalfRows {
 
   HalfRows() = default;
   __host__ __device__ HalfRows(std::byte* at, int64_t rows, int64_t padded_cols)
-      : image(reinterpret_cast<uint8_t*>(at)), tile_bytes((rows + 7) / 8 * 8 * 128) {
+      : image(reinterpret_cast<uint8_t*>(at)), tile_bytes(padded_rows(rows) * 128) {
     factors = reinterpret_cast<float*>(image + padded_cols / kTileCols * tile_bytes);
   }
 

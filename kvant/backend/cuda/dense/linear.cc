@@ -162,7 +162,8 @@ bool CudaLinear::rounds(int64_t num_rows, std::span<const LinearTarget> targets)
   int64_t strips = 0;
   for (const LinearTarget& target : targets) strips += tiles_of(target.matrix).num_strips();
   if (any_is_decoded(targets)) {
-    if (num_rows <= kFewRowsDecoded || num_rows > kPreparedRows) return num_rows > kPreparedRows;
+    if (num_rows <= kFewRowsDecoded) return false;
+    if (num_rows > kPreparedRows) return true;
     const WeightTiles& tiles = tiles_of(targets[0].matrix);
     const int64_t decoded = decoded_product_nanoseconds({.num_rows = num_rows,
                                                          .num_strips = strips,
@@ -285,9 +286,8 @@ RowProduct CudaLinear::decoded_product_of(const float* x, int64_t num_rows) cons
   return product;
 }
 
-template <typename Multiply>
 Status CudaLinear::run_by_type(const RowProduct& product, std::span<const LinearTarget> targets,
-                               const Multiply& multiply, cudaStream_t stream) {
+                               Multiply* multiply, cudaStream_t stream) {
   std::array<ProductTarget, kMaxProductTargets> group;
   size_t size = 0;
   for (size_t i = 0; i < targets.size(); ++i) {

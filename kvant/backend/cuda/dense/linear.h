@@ -78,10 +78,10 @@ class CudaLinear {
                   std::span<LinearTarget> targets, cudaStream_t stream);
   Status run_decoded(const RowProduct& product, std::span<const LinearTarget> targets,
                      cudaStream_t stream);
-  // multiply(product, targets, stream): targets of one type share a launch.
-  template <typename Multiply>
+  using Multiply = Status(const RowProduct&, std::span<const ProductTarget>, cudaStream_t);
+  // Targets of one type share a call.
   static Status run_by_type(const RowProduct& product, std::span<const LinearTarget> targets,
-                            const Multiply& multiply, cudaStream_t stream);
+                            Multiply* multiply, cudaStream_t stream);
   Status run_targets(int64_t num_rows, std::span<const LinearTarget> targets, cudaStream_t stream);
   Status run_in_pieces(int64_t num_rows, const LinearTarget& target, cudaStream_t stream);
   struct Piece {

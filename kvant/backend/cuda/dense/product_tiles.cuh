@@ -108,6 +108,17 @@ struct TilePlaces {
   const uint8_t* super;
 };
 
+// Of tile `tile` of planes that begin at `planes`.
+template <WeightType kType>
+__device__ inline TilePlaces lane_places(const TilePlaces& planes, int tile, int lane) {
+  constexpr TileBytes kBytes = tile_bytes(kType);
+  const int g = lane / 4;
+  return {planes.low + tile * kBytes.low + lane * 16,
+          planes.high + tile * kBytes.high + lane * (kBytes.high / 32),
+          planes.scales + tile * kBytes.scales + g * (kBytes.scales / 8),
+          planes.super + tile / kGroupTiles * kBytes.super + g * (kBytes.super / 8)};
+}
+
 // In a strip.
 template <WeightType kType>
 struct TileSource : TilePlaces {

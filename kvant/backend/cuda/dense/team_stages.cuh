@@ -33,11 +33,8 @@ struct TeamStage {
 
   template <typename Tile>
   static __device__ void load(Tile& raw, const uint8_t* stage, int tile, int lane) {
-    const int g = lane / 4;
-    raw.load_shared({stage + tile * kTile.low + lane * 16,
-                     stage + kHighAt + tile * kTile.high + lane * (kTile.high / 32),
-                     stage + kScalesAt + tile * kTile.scales + g * (kTile.scales / 8),
-                     stage + kSuperAt + tile / kGroupTiles * kTile.super + g * (kTile.super / 8)});
+    raw.load_shared(lane_places<kType>(
+        {stage, stage + kHighAt, stage + kScalesAt, stage + kSuperAt}, tile, lane));
   }
 
   // By a warp, whose first lane does it.
